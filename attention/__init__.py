@@ -1,0 +1,1 @@
+"""Floor 2: attention made of the primitives."""

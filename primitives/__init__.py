@@ -1,0 +1,1 @@
+"""Floor 1: SDDMM, softmax, SpMM and linear on sparse matrices."""

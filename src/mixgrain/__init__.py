@@ -1,0 +1,59 @@
+"""Sparse attention and linear layers: any pattern, exact to the element, paying for what it keeps.
+
+Names load on first use, so that `import mixgrain` costs nothing and needs no GPU, driver or CuPy.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockLayout", "Costs", "LayoutError", "MixedLayout", "MixgrainError", "NMLayout", "RowLayout",
+    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "linear", "load", "merge",
+    "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from mixgrain.attention.attend import attend
+    from mixgrain.attention.explain import explain
+    from mixgrain.attention.merge import merge
+    from mixgrain.formats import patterns
+    from mixgrain.formats.block import BlockLayout
+    from mixgrain.formats.cache import clear_caches
+    from mixgrain.formats.costs import Costs
+    from mixgrain.formats.errors import LayoutError, MixgrainError
+    from mixgrain.formats.files import load, save
+    from mixgrain.formats.mixed import MixedLayout
+    from mixgrain.formats.nm import NMLayout
+    from mixgrain.formats.row import RowLayout
+    from mixgrain.formats.sparse import SparseTensor
+    from mixgrain.formats.sparsify import sparsify
+    from mixgrain.formats.tile import TileLayout
+    from mixgrain.primitives.linear import linear
+    from mixgrain.primitives.sddmm import sddmm
+    from mixgrain.primitives.softmax import softmax
+    from mixgrain.primitives.spmm import spmm
+else:
+    from importlib import import_module
+
+    _HOMES = {
+        "BlockLayout": "formats.block", "MixedLayout": "formats.mixed", "NMLayout": "formats.nm",
+        "RowLayout": "formats.row", "TileLayout": "formats.tile", "SparseTensor": "formats.sparse",
+        "LayoutError": "formats.errors", "MixgrainError": "formats.errors",
+        "Costs": "formats.costs", "clear_caches": "formats.cache", "load": "formats.files",
+        "patterns": "formats.patterns", "save": "formats.files", "sparsify": "formats.sparsify",
+        "linear": "primitives.linear", "sddmm": "primitives.sddmm",
+        "softmax": "primitives.softmax", "spmm": "primitives.spmm",
+        "attend": "attention.attend", "explain": "attention.explain", "merge": "attention.merge",
+    }  # fmt: skip
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'mixgrain' has no attribute {name!r}")
+        module = import_module(f"mixgrain.{_HOMES[name]}")
+        value = globals()[name] = module if name == "patterns" else getattr(module, name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,48 @@
+"""What every test run shares: threads, hypothesis profiles, and the skipping of GPU tests.
+
+`--hypothesis-profile=long` asks more of every property; `-m gpu` runs what needs a GPU,
+`-m "not slow"` is the quick run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+# Under pytest-xdist each worker takes its share of the cores, otherwise torch's threads fight.
+torch.set_num_threads(
+    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
+
+if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it; property tests importorskip
+    from hypothesis import HealthCheck, settings
+
+    _shared = {
+        "deadline": None,  # the first call of an operation pays for its plan
+        "derandomize": bool(os.environ.get("CI")),  # CI fails for the change, not for the day
+        "print_blob": True,
+        "suppress_health_check": [HealthCheck.too_slow],
+    }
+    settings.register_profile("quick", max_examples=25, **_shared)
+    settings.register_profile("long", max_examples=400, **_shared)
+    settings.load_profile("quick")
+
+
+def _why_no_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "needs a CUDA device: torch.cuda.is_available() is False"
+    if importlib.util.find_spec("cupy") is None:
+        return "needs CuPy: pip install mixgrain[cuda13]"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu, with the reason, where no GPU can run them."""
+    if reason := _why_no_gpu():
+        skip = pytest.mark.skip(reason=reason)
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
