@@ -1,0 +1,40 @@
+"""What the constructors of patterns accept as numbers."""
+
+import math
+import operator
+
+from .errors import LayoutError
+from .pattern_static import UNBOUNDED
+
+
+def as_integer(value: object, who: str, least: int) -> int:
+    """`value` as an int >= least; LayoutError otherwise. `who` names the argument."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise LayoutError(f"{who}: {value!r} given, an integer >= {least} expected")
+    return number
+
+
+def as_radius(value: object, who: str) -> int:
+    """`value` as an int >= 0, math.inf as UNBOUNDED; LayoutError otherwise."""
+    if isinstance(value, float) and value == math.inf:
+        return UNBOUNDED
+    try:
+        return min(as_integer(value, who, 0), UNBOUNDED)
+    except LayoutError:
+        raise LayoutError(
+            f"{who}: {value!r} given, an integer >= 0 or math.inf (no bound) expected"
+        ) from None
+
+
+def as_seed(value: object, who: str) -> int:
+    """Any integer, modulo 2**64; LayoutError otherwise."""
+    try:
+        return operator.index(value) % (1 << 64)  # type: ignore[arg-type]
+    except TypeError:
+        raise LayoutError(f"{who}: {value!r} given, an integer expected") from None

@@ -1,0 +1,100 @@
+"""Constructors of patterns whose pairs or blocks are given one by one; see patterns.py."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from .errors import LayoutError, ShapeError
+from .pattern import Pattern
+from .pattern_algebra import table
+from .pattern_arguments import as_integer
+from .pattern_fixed import Blocks, Csr, Dense
+from .source import Source, booleans, integers
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+def blocks(block_mask: Any, size: int) -> Pattern:
+    """The blocks of size × size pairs that a mask of blocks keeps, counted from row 0 and key 0.
+
+    Args:
+        block_mask: bool (ceil(nq / size), ceil(nk / size)), or with leading (H) or (B, 1 or H).
+        size: rows and columns of a block.
+
+    Raises:
+        DtypeError: not bool.
+        ShapeError: not 2-D to 4-D.
+        LayoutError: size < 1; later, a shape (nq, nk) that has other blocks.
+    """
+    side = as_integer(size, "blocks(size)", 1)
+    return _by_lead(booleans(block_mask, "blocks"), lambda mask: Blocks(mask, side))
+
+
+def from_dense(mask: Any) -> Pattern:
+    """What a dense mask keeps (True = kept); its shape is fixed.
+
+    Args:
+        mask: bool (nq, nk), (H, nq, nk) or (B, 1 or H, nq, nk).
+
+    Raises:
+        DtypeError: not bool.
+        ShapeError: not 2-D to 4-D.
+    """
+    return _by_lead(booleans(mask, "from_dense"), Dense)
+
+
+def from_csr(indptr: Any, indices: Any, shape: tuple[int, int]) -> Pattern:
+    """The pairs that the indices of a CSR matrix name; its shape is fixed.
+
+    Args:
+        indptr: integers (nq + 1); row i has the columns indices[indptr[i] : indptr[i + 1]].
+        indices: integers (nnz), in any order within a row, each once.
+        shape: (nq, nk).
+
+    Raises:
+        LayoutError: indices that break a rule; says which, and where (for tensors on a device: when
+            they are first used).
+        DtypeError: not integers.
+        ShapeError: not 1-D.
+    """
+    if not isinstance(shape, Sequence) or len(shape) != 2:
+        raise ShapeError(f"from_csr(shape): {shape!r} given, (nq, nk) expected")
+    nq, nk = (as_integer(side, "from_csr(shape)", 0) for side in shape)
+    pointers, columns = integers(indptr, "from_csr(indptr)"), integers(indices, "from_csr(indices)")
+    pattern = Csr(pointers, columns, (nq, nk))
+    if pattern.device.type == "cpu":
+        pattern.all_runs(pattern.device)
+    return pattern
+
+
+def from_block_mask(bm: "BlockMask") -> Pattern:
+    """The pattern of a FlexAttention BlockMask, exact to the element; its shape is fixed.
+
+    Full blocks are kept whole; in partial ones mask_mod is asked about every pair. Memoised layouts
+    are found again by the identity of the mask_mod: one whose closure changes is not noticed.
+
+    Args:
+        bm: a BlockMask with batch and head dimensions; (1, 1) gives a pattern for all heads.
+
+    Raises:
+        ShapeError: a slice of a BlockMask.
+    """
+    # Imported here: FlexAttention loads much of torch's compiler.
+    from .pattern_flex import from_flex
+
+    return from_flex(bm)
+
+
+def _by_lead(source: Source, make: Callable[[Source], Pattern]) -> Pattern:
+    """make(mask) for each leading entry of a (…, rows, columns) source."""
+    lead = tuple(source.base.shape[:-2])
+    if not lead:
+        return make(source)
+    if not math.prod(lead):
+        raise LayoutError(
+            f"mask of shape {tuple(source.base.shape)} given; it has no entry to keep"
+        )
+    items = [make(source.entry(*index)) for index in product(*map(range, lead))]
+    return table((1, lead[0]) if len(lead) == 1 else (lead[0], lead[1]), items, len(lead) == 2)

@@ -1,0 +1,161 @@
+"""Source: a caller's tensor as the data of a pattern, read late and named by reference in keys."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .cache import Reference
+from .errors import DtypeError, LayoutError, ShapeError
+
+T = TypeVar("T")
+
+BYTES_IN_KEY = 64 * 1024
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+class Source:
+    """A tensor, or one entry of it, that a pattern was made from.
+
+    The tensor is the caller's own: a change in place is seen by the next use, because everything
+    that is derived from it is kept only while its version counter stands still.
+    """
+
+    def __init__(self, tensor: Tensor, index: tuple[int, ...] = ()) -> None:
+        self.base = tensor
+        self.index = index
+        self._derived: dict[Hashable, tuple[object, Any]] = {}
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor itself, on its own device."""
+        return self.base[self.index] if self.index else self.base
+
+    def __reduce__(self) -> tuple[type["Source"], tuple[Tensor, tuple[int, ...]]]:
+        return Source, (self.base, self.index)  # a copy derives its own
+
+    def entry(self, *index: int) -> "Source":
+        """The source of one entry along the leading dimensions; it shares the tensor."""
+        return Source(self.base, (*self.index, *index))
+
+    def key(self) -> Hashable:
+        """What names the data in a cache key; reads no device memory if there is a version."""
+        tensor = self.tensor.detach()
+        small = (
+            tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= BYTES_IN_KEY
+        )
+        if small or self.base.is_inference():
+            return (str(tensor.dtype), tuple(tensor.shape), tensor.cpu().numpy().tobytes())
+        return (Reference(self.base), self.base._version, self.index)
+
+    def derive(
+        self, name: Hashable, device: torch.device, make: Callable[..., T], *others: "Source"
+    ) -> T:
+        """make(*tensors on `device`), remembered under `name` until one of the tensors changes."""
+        sources = (self, *others)
+
+        def made() -> T:
+            return make(*(source.tensor.detach().to(device) for source in sources))
+
+        if any(source.base.is_inference() for source in sources):
+            return made()  # no version counter, so nothing would tell that they changed
+        versions = tuple(source.base._version for source in sources)
+        held = self._derived.get((name, device))
+        if held is None or held[0] != versions:
+            held = (versions, made())
+            self._derived[name, device] = held
+        value: T = held[1]
+        return value
+
+
+def as_tensor(data: object, who: str) -> Tensor:
+    """A caller's tensor as it is; anything else copied, because only tensors say when they change.
+
+    Raises:
+        LayoutError: `data` is no array of numbers.
+    """
+    if isinstance(data, Tensor):
+        return data
+    if isinstance(data, range):
+        return torch.arange(data.start, data.stop, data.step)
+    try:
+        if isinstance(data, Sequence) and not len(data):
+            return torch.empty(0, dtype=torch.int64)
+        tensor: Tensor = torch.tensor(data)
+        return tensor
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LayoutError(
+            f"{who}: {type(data).__name__} {data!r:.60} is no tensor or sequence of numbers; "
+            "pass a tensor, an array or a list"
+        ) from error
+
+
+def integers(data: object, who: str, ndim: tuple[int, ...] = (1,)) -> Source:
+    """A source of integers with one of the given numbers of dimensions.
+
+    Raises:
+        DtypeError: not integers.
+        ShapeError: another number of dimensions.
+    """
+    tensor = as_tensor(data, who)
+    if tensor.dtype not in INTEGERS:
+        raise DtypeError(f"{who}: {tensor.dtype} given, integers expected; convert with .long()")
+    if tensor.ndim not in ndim:
+        expected = " or ".join(f"{n}-D" for n in ndim)
+        raise ShapeError(f"{who}: shape {tuple(tensor.shape)} given, {expected} expected")
+    return Source(tensor)
+
+
+def positions(data: object, who: str) -> Source:
+    """A source of token positions, 1-D and not negative.
+
+    Tensors on a device are checked when they are first used: a constructor on the call path must
+    not wait for the device.
+
+    Raises:
+        LayoutError: a negative position.
+        DtypeError: not integers.
+        ShapeError: not 1-D.
+    """
+    source = integers(data, who)
+    if source.base.device.type == "cpu":
+        sorted_positions(source, source.base.device, who)
+    return source
+
+
+def sorted_positions(source: Source, device: torch.device, who: str) -> Tensor:
+    """The positions of a source, sorted and unique, int64 on `device`.
+
+    Raises:
+        LayoutError: a negative position.
+    """
+
+    def make(tensor: Tensor) -> Tensor:
+        unique: Tensor = torch.unique(tensor.long())
+        if unique.numel() and int(unique[0]) < 0:
+            raise LayoutError(
+                f"{who}: index {int(unique[0])} given, positions >= 0 expected; "
+                "count from the first key, negative indices have no meaning here"
+            )
+        return unique
+
+    return source.derive("positions", device, make)
+
+
+def booleans(data: object, who: str, ndim: tuple[int, ...] = (2, 3, 4)) -> Source:
+    """A source of booleans with one of the given numbers of dimensions.
+
+    Raises:
+        DtypeError: not bool.
+        ShapeError: another number of dimensions.
+    """
+    tensor = as_tensor(data, who)
+    if tensor.dtype != torch.bool:
+        raise DtypeError(
+            f"{who}: {tensor.dtype} given, bool expected (True = kept); pass mask != 0"
+        )
+    if tensor.ndim not in ndim:
+        expected = " or ".join(f"{n}-D" for n in ndim)
+        raise ShapeError(f"{who}: shape {tuple(tensor.shape)} given, {expected} expected")
+    return Source(tensor)
