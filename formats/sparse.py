@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,6 +157,8 @@ class SparseTensor:
         if self.layout.slots > position:
             shape = (*self.values.shape[:-1], self.layout.slots - position)
             pieces.append(pieces[-1].new_zeros(shape) if pieces else self.values.new_zeros(shape))
+        if not pieces:
+            return self
         return self.with_values(torch.cat(pieces, dim=-1) if len(pieces) != 1 else pieces[0])
 
     def _heads(self) -> Tensor:
@@ -172,17 +174,14 @@ class SparseTensor:
         nq, nk = layout.shape
         row, column = layout.indices()
         flat = (layout.slot_entry() * nq + row) * nk + column
-        live = self.live()
-        values = self.values
-        size = layout.entries * nq * nk
-        if live is not None and live.dim() == 1:
-            values, flat = values[..., live], flat[live]
-        elif live is not None:
-            # Dropped slots go to one spare element, so that no kept element is written twice.
-            values = torch.where(live, values, values.new_zeros(()))
-            flat = torch.where(live, flat, size).expand(values.shape)
-        out = values.new_zeros(*values.shape[:-1], size + 1)
-        out = out.scatter(-1, flat.expand(values.shape), values)[..., :size]
+        values, static = self.values, layout.live()
+        if self.keep is not None:  # dropped slots write +0 at their own position
+            values = torch.where(cast(Tensor, self.live()), values, values.new_zeros(()))
+        if static is not None:
+            values, flat = values[..., static], flat[static]
+        # index_copy moves bits; scatter would quieten the signalling NaNs of 16-bit floats.
+        empty = values.new_zeros(*values.shape[:-1], layout.entries * nq * nk)
+        out = empty.index_copy(-1, flat, values)
         b, h = layout.lead
         free = tuple(values.shape[:-1])
         out = out.reshape(*free, b, h, nq, nk)
