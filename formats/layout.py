@@ -107,7 +107,17 @@ class Layout(ABC):
             value = getattr(self, field.name)
             if isinstance(value, Tensor | Layout):
                 changed[field.name] = value.to(device)
-        return cast(Self, replace(cast(Any, self), key=next_key(), **changed))
+        return cast(Self, replace(cast(Any, self), **changed))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickled key may already stand for another layout of this process.
+        self.__dict__.update(state, key=next_key())
 
     @abstractmethod
     def live(self) -> Tensor | None:
