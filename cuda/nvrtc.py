@@ -28,9 +28,9 @@ def _nvidia_folders() -> Iterator[Path]:
         yield Path(root) / "cu13"
         yield Path(root) / "cuda_nvrtc"
         yield Path(root) / "cuda_runtime"
-    for variable in ("CUDA_PATH", "CUDA_HOME"):
-        if os.environ.get(variable):
-            yield Path(os.environ[variable])
+    for given in (os.environ.get("CUDA_PATH"), os.environ.get("CUDA_HOME")):
+        if given:
+            yield Path(given)
     yield Path("/usr/local/cuda")
 
 

@@ -1,0 +1,66 @@
+"""Facts of a CUDA device that plans and kernels depend on, read once from torch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .errors import MissingError
+
+# Compute capability to the architecture its kernels are compiled for.
+_ARCH = {(8, 0): "80", (8, 6): "86", (8, 9): "89", (9, 0): "90a", (10, 0): "100", (12, 0): "120"}
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a launch has to know of a device.
+
+    Attributes:
+        index: torch's index of the device.
+        name: the vendor's name.
+        arch: architecture its kernels are compiled for, one of compile.ARCHITECTURES.
+        multiprocessors: streaming multiprocessors; persistent kernels launch this many CTAs.
+        shared_bytes: most dynamic shared memory of one CTA, bytes.
+        l2_bytes: size of the L2 cache, bytes.
+    """
+
+    index: int
+    name: str
+    arch: str
+    multiprocessors: int
+    shared_bytes: int
+    l2_bytes: int
+
+    @property
+    def hopper(self) -> bool:
+        """Whether wgmma and TMA kernels run here."""
+        return self.arch == "90a"
+
+
+@functools.cache
+def facts(index: int) -> DeviceFacts:
+    """Facts of the device with torch's index.
+
+    Raises:
+        MissingError: mixgrain has no kernels for its architecture.
+    """
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    # A minor version runs the code of the minor versions before it (8.7 runs 8.6's).
+    fitting = [cc for cc in _ARCH if cc[0] == capability[0] and cc[1] <= capability[1]]
+    if not fitting:
+        known = ", ".join(f"{major}.{minor}" for major, minor in _ARCH)
+        raise MissingError(
+            f"{properties.name} has compute capability {capability[0]}.{capability[1]}; there are "
+            f"kernels for {known}: move the tensors to such a device or to the CPU"
+        )
+    return DeviceFacts(
+        index=index,
+        name=properties.name,
+        arch=_ARCH[max(fitting)],
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=int(getattr(properties, "shared_memory_per_block_optin", 101_376)),
+        l2_bytes=int(getattr(properties, "L2_cache_size", 0)),
+    )

@@ -1,0 +1,22 @@
+#pragma once
+// Copies from global to shared memory that need no registers (cp.async, sm_80 and later).
+#include "types.cuh"
+
+// Address of shared memory as the instructions want it.
+__device__ __forceinline__ u32 address_in_shared(const void *pointer) {
+    return u32(__cvta_generic_to_shared(pointer));
+}
+
+// Sixteen bytes, zeros when not live (`from` must still be a valid address). Goes past L1: what is
+// staged in shared memory is not read again through L1.
+__device__ __forceinline__ void copy_async16(void *to, const void *from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address_in_shared(to)),
+                 "l"(from), "r"(live ? 16 : 0)
+                 : "memory");
+}
+// Close the group of copies issued by this thread since the last one.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait until at most kLeft of this thread's groups are under way. Others see them after a barrier.
+template <int kLeft> __device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}

@@ -1,0 +1,62 @@
+#pragma once
+// What the row kernels share: work items, and 16-byte pieces of gathered rows spread over lanes.
+//
+// A warp works on one item, a run of kept positions of one row. Its 32 lanes form 32 / kLanes groups;
+// a group reads one gathered row at a time, lane l of it the pieces l, l + kLanes, … of 16 bytes, so
+// that neighbouring lanes read neighbouring addresses. Key s * kGroups + g of a round goes to group g
+// in its step s. Which lane adds what depends on the position inside the row alone, never on
+// addresses, batch or heads.
+#include "reduce.cuh"
+
+constexpr int kLanes = MG_LANES;           // lanes that share one gathered row
+constexpr int kVectors = MG_VECTORS;       // 16-byte pieces of it per lane
+constexpr bool kExact = MG_EXACT;          // pieces fill lanes and vectors: nothing overhangs
+constexpr int kGroups = 32 / kLanes;       // rows gathered at once
+constexpr int kSteps = 8;                  // rows a group gathers per round
+constexpr int kRound = kSteps * kGroups;   // keys per round
+constexpr int kTurn = kLanes < kSteps ? kLanes : kSteps;  // lanes of a group that look up indices
+constexpr int kRegisters = kSteps / kTurn;  // keys whose index one of them looks up per round
+// Rows in flight per group: about eight loads per lane cover the latency of L2.
+constexpr int kBatch = kVectors == 1 ? 8 : kVectors == 2 ? 4 : 2;
+constexpr int kElements = Vec<operand_t>::kCount;
+constexpr int kWarps = 4;
+static_assert(32 % kLanes == 0 && kLanes <= 32, "LANES must be a power of two of at most 32");
+static_assert(kSteps % kBatch == 0, "a round must be whole batches");
+
+// One work item as the plan stores it.
+struct RowItem {
+    int row;      // entry * rows + row
+    int count;    // kept positions of this item; 0 for an empty row
+    int partial;  // where its partial result goes, or −1: it is all of its row
+    int begin;    // its first position, counted from the row's first
+};
+
+__device__ __forceinline__ RowItem row_item(const int4 *items, int at) {
+    const int4 raw = __ldg(items + at);
+    return {raw.x, raw.y, raw.z, raw.w};
+}
+
+// The position, counted from the round's start, whose index register m of a lane holds: step
+// m · kTurn + lane % kTurn of its group. Lanes kTurn … kLanes − 1 of a group repeat the first ones.
+__device__ __forceinline__ int own_key(int lane, int m) {
+    return (m * kTurn + lane % kTurn) * kGroups + lane / kLanes;
+}
+// What the lane that looked up step s of this group holds for it in register s / kTurn.
+template <typename T> __device__ __forceinline__ T of_step(const T (&held)[kRegisters], int s) {
+    return __shfl_sync(kAllLanes, held[s / kTurn], s % kTurn, kLanes);
+}
+
+// Piece at base + index · stride bytes: one multiply-add of 32 × 32 + 64 bits.
+__device__ __forceinline__ const char *row_address(const char *base, int index, u32 stride) {
+    return base + u64(u32(index)) * stride;
+}
+
+__device__ __forceinline__ Vec<operand_t> load_piece(const char *at) {
+    return global16(reinterpret_cast<const operand_t *>(at));
+}
+
+// Two neighbours of a piece as floats; a register holds both of them in half precision.
+__device__ __forceinline__ void widen(const Vec<operand_t> &v, float *to) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) to[i] = to_float(v.at[i]);
+}

@@ -1,0 +1,208 @@
+#pragma once
+// The operations that look along rows, in two steps: one number or two of a whole row, then a result
+// for every slot. A row's slots are taken in pieces of PIECE neighbours, HOLD pieces per lane at once.
+//
+//     OP 0 softmax    row: top = max x, sum = Σ exp(x − top)     slot: exp(x − top) / sum
+//     OP 1 backward   row: dot = Σ p · g − grad_lse              slot: p · (g − dot)
+//     OP 2 sum        row: Σ x                                   (no slots are written)
+//     OP 3 expand     (no row statistic)                         slot: the row's number
+//
+//     PHASE 0   both steps at once, values read once: every row lies in this part alone
+//     PHASE 1   rows: statistics of this part; rowwise_merge joins those of all parts
+//     PHASE 2   slots, given the joint numbers of the rows
+//
+// Dead slots and those that a run-time mask drops count as absent and get exact zeros.
+#include "reduce.cuh"
+
+constexpr int kSoftmax = 0, kBackward = 1, kSum = 2, kExpand = 3;
+constexpr int kOp = MG_OP;
+constexpr int kPhase = MG_PHASE;
+constexpr int kKeep = MG_KEEP;    // run-time mask: 0 none, 1 over columns, 2 over rows
+constexpr int kPiece = MG_PIECE;  // neighbouring slots that a lane takes together
+constexpr int kHold = MG_HOLD;    // pieces that a lane holds in registers
+constexpr int kTeam = MG_TEAM;    // warps that share a row; 1: every warp has rows of its own
+constexpr bool kExact = MG_EXACT;  // expf, for float32 results; else ex2.approx, 2 ulp and x · 2^-23
+constexpr bool kMasked = MG_MASKED || kKeep;  // some slots of present pieces may be dead
+constexpr bool kResults = kPhase != 1;
+constexpr int kWarps = kTeam > 1 ? kTeam : 4;
+// CTAs per multiprocessor that leave room for what a lane holds and for addresses, sums and masks.
+constexpr int kHeldBytes =
+    kHold * kPiece * int(sizeof(value_t) + (kOp == kBackward ? sizeof(operand_t) : 0));
+constexpr int kRoom = 65536 / (32 * kWarps * ((kPiece == 1 ? kHold * 2 : kHeldBytes / 4) + 60));
+constexpr int kCtas = kRoom < 1 ? 1 : kRoom;
+static_assert(kOp != kSum || kPhase == 1, "row sums have no results per slot");
+static_assert(kOp != kExpand || kPhase == 2, "expanding has no statistic");
+
+// kPiece slots as they lie in memory.
+template <typename T> struct alignas(kPiece * sizeof(T) < 16 ? kPiece * sizeof(T) : 16) Slots {
+    T at[kPiece];
+};
+template <typename Word, typename T> __device__ __forceinline__ Slots<T> load_as(const T *from) {
+    Slots<T> s;
+#pragma unroll
+    for (int i = 0; i < int(sizeof(s) / sizeof(Word)); ++i)
+        reinterpret_cast<Word *>(&s)[i] = __ldg(reinterpret_cast<const Word *>(from) + i);
+    return s;
+}
+template <typename T> __device__ __forceinline__ Slots<T> load_slots(const T *from) {
+    constexpr int kBytes = kPiece * int(sizeof(T));
+    if constexpr (kBytes % 16 == 0) return load_as<uint4>(from);
+    else if constexpr (kBytes == 8) return load_as<uint2>(from);
+    else if constexpr (kBytes == 4) return load_as<u32>(from);
+    else return load_as<u16>(from);
+}
+template <typename Word, typename T>
+__device__ __forceinline__ void store_as(T *to, const Slots<T> &s) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(s) / sizeof(Word)); ++i)
+        reinterpret_cast<Word *>(to)[i] = reinterpret_cast<const Word *>(&s)[i];
+}
+template <typename T> __device__ __forceinline__ void store_slots(T *to, const Slots<T> &s) {
+    constexpr int kBytes = kPiece * int(sizeof(T));
+    if constexpr (kBytes % 16 == 0) store_as<uint4>(to, s);
+    else if constexpr (kBytes == 8) store_as<uint2>(to, s);
+    else if constexpr (kBytes == 4) store_as<u32>(to, s);
+    else store_as<u16>(to, s);
+}
+
+constexpr u32 kWhole = kPiece == 32 ? 0xffffffffu : (1u << kPiece) - 1u;
+
+// What a lane holds: values (p for the backward), its second operand, and a bit for every live slot.
+struct Bundle {
+    Slots<value_t> x[kHold];
+    Slots<operand_t> g[kOp == kBackward ? kHold : 1];
+    u32 live[(kHold * kPiece + 31) / 32];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int w = 0; w < int(sizeof(live) / 4); ++w) live[w] = 0;
+    }
+    __device__ __forceinline__ void set_live(int h, u32 bits) {
+        live[h * kPiece / 32] |= bits << (h * kPiece % 32);
+    }
+    __device__ __forceinline__ bool is_live(int h, int i) const {
+        return !kMasked || (live[(h * kPiece + i) / 32] >> ((h * kPiece + i) % 32) & 1u);
+    }
+    __device__ __forceinline__ void load(int h, const value_t *values, const operand_t *grad) {
+        if (kOp != kExpand) x[h] = load_slots(values);
+        if (kOp == kBackward) g[h] = load_slots(grad);
+    }
+};
+
+// exp(x − shift); shift is finite or the row is NaN anyway.
+__device__ __forceinline__ float power(float x, float shift) {
+    if (kExact) return expf(x - shift);
+    constexpr float kLog2e = 1.4426950408889634f;
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaf(x, kLog2e, -shift * kLog2e)));
+    return r;
+}
+// What exponents are taken relative to: a row without a live slot must not give (−inf) − (−inf).
+__device__ __forceinline__ float shift_of(float top) { return top == -kInfinity ? 0.0f : top; }
+
+struct Statistic {
+    float top = -kInfinity;  // softmax only
+    float sum = 0.0f;
+};
+
+// Takes the first `present` pieces of a bundle into a lane's statistic.
+__device__ __forceinline__ void absorb(Statistic &s, const Bundle &b, int present) {
+    if (kOp != kSoftmax) {
+#pragma unroll
+        for (int h = 0; h < kHold; ++h)
+            if (h < present) {
+#pragma unroll
+                for (int i = 0; i < kPiece; ++i) {
+                    const float x = to_float(b.x[h].at[i]);
+                    const float y = kOp == kBackward ? to_float(b.g[h].at[i]) : 1.0f;
+                    if (b.is_live(h, i)) s.sum = fmaf(x, y, s.sum);
+                }
+            }
+        return;
+    }
+    float top = s.top;
+#pragma unroll
+    for (int h = 0; h < kHold; ++h)
+        if (h < present) {
+#pragma unroll
+            for (int i = 0; i < kPiece; ++i)
+                top = max_nan(top, b.is_live(h, i) ? to_float(b.x[h].at[i]) : -kInfinity);
+        }
+    const float shift = shift_of(top);
+    s.sum *= power(s.top, shift);
+    s.top = top;
+#pragma unroll
+    for (int h = 0; h < kHold; ++h)
+        if (h < present) {
+#pragma unroll
+            for (int i = 0; i < kPiece; ++i)
+                s.sum += power(b.is_live(h, i) ? to_float(b.x[h].at[i]) : -kInfinity, shift);
+        }
+}
+
+// Joins the statistics of `lanes` neighbouring lanes; all of them get the same bits.
+__device__ __forceinline__ void join_lanes(Statistic &s, int lanes) {
+    if (kOp == kSoftmax) {
+        float top = s.top;
+        for (int w = 1; w < lanes; w *= 2) top = max_nan(top, __shfl_xor_sync(kAllLanes, top, w));
+        s.sum *= power(s.top, shift_of(top));
+        s.top = top;
+    }
+    for (int w = 1; w < lanes; w *= 2) s.sum += __shfl_xor_sync(kAllLanes, s.sum, w);
+}
+
+// Joins what the warps of a team found, in the order of the warps: `at` numbers the rows of a warp.
+template <int kRows>
+__device__ __forceinline__ void join_team(Statistic &s, float2 (&shared)[kTeam][kRows], int warp,
+                                          int at, bool writes) {
+    if (writes) shared[warp][at] = make_float2(s.top, s.sum);
+    __syncthreads();
+    float top = -kInfinity, sum = 0.0f;
+    if (kOp == kSoftmax) {
+#pragma unroll
+        for (int t = 0; t < kTeam; ++t) top = max_nan(top, shared[t][at].x);
+    }
+#pragma unroll
+    for (int t = 0; t < kTeam; ++t) {
+        const float2 one = shared[t][at];
+        sum += kOp == kSoftmax ? one.y * power(one.x, shift_of(top)) : one.y;
+    }
+    s = {top, sum};
+}
+
+// The numbers of a row that its slots need.
+struct Factors {
+    float shift = 0.0f;    // softmax: top; backward: dot; expand: the row's number
+    float inverse = 0.0f;  // softmax: 1 / sum
+};
+
+__device__ __forceinline__ Factors factors_of(const Statistic &s) {
+    if (kOp == kSoftmax) return {shift_of(s.top), s.sum == 0.0f ? 0.0f : 1.0f / s.sum};
+    return {s.sum, 0.0f};
+}
+__device__ __forceinline__ float lse_of(const Statistic &s) {
+    return s.top == -kInfinity || s.top == kInfinity ? s.top : s.top + logf(s.sum);
+}
+
+// A row's numbers in memory: two floats for softmax, else one.
+__device__ __forceinline__ void write_row(float *rows, i64 at, float a, float b) {
+    if (kOp == kSoftmax) reinterpret_cast<float2 *>(rows)[at] = make_float2(a, b);
+    else rows[at] = a;
+}
+__device__ __forceinline__ Factors read_row(const float *rows, i64 at) {
+    if (kOp != kSoftmax) return {__ldg(rows + at), 0.0f};
+    const float2 both = __ldg(reinterpret_cast<const float2 *>(rows) + at);
+    return {both.x, both.y};
+}
+
+__device__ __forceinline__ Slots<out_t> results(const Bundle &b, int h, const Factors &row) {
+    Slots<out_t> made;
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) {
+        float y = row.shift;
+        if (kOp == kSoftmax) y = power(to_float(b.x[h].at[i]), row.shift) * row.inverse;
+        if (kOp == kBackward) y = to_float(b.x[h].at[i]) * (to_float(b.g[h].at[i]) - row.shift);
+        made.at[i] = from_float<out_t>(b.is_live(h, i) ? y : 0.0f);
+    }
+    return made;
+}

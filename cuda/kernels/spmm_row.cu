@@ -1,0 +1,159 @@
+// spmm_row.cu — a RowLayout, or its transpose, times a dense matrix.
+//
+//     out[f, e, i, :] = scale · Σ_n values[f, n] · x[f, e, j, :]      n-th position = (e, i, j)
+//
+//   tensors   values (F, slots); x (F, E, cols, D), any strides but the last; out (F, E, rows, D)
+//             items (NI) int4, longest first; offsets int64; indices int32        plans/cuda_row.py
+//             order: slot of each position where positions are not in slot order (the transpose)
+//   grid      (ceil(NI / 4), column tiles, F)    a CTA computes four items of one tile
+//   block     128 threads: a warp gathers rows of x, 32 / LANES at a time, and adds them up in
+//             registers, LANES · VECTORS pieces of 16 bytes wide; row.cuh has the map
+//   smem      none
+//   registers sums: VECTORS · 16 bytes as float32, loads in flight: 32;
+//             ptxas 13.0, sm_90a: REGISTERS_HERE
+//   needs     sm_80; rows of x and out 16-byte aligned, D in whole 16-byte pieces of x
+//
+// Positions beyond an item's end, and those that a run-time mask drops, read no row of x: zero times
+// whatever stands there could be NaN.
+#include "row.cuh"
+
+constexpr int kKeep = MG_KEEP;    // run-time mask: 0 none, 1 over gathered rows, 2 over result rows
+constexpr int kOrder = MG_ORDER;  // slots: 0 in order of positions, 1 int32 list, 2 int64 list
+template <bool kWide> struct Place { using type = int; };
+template <> struct Place<true> { using type = i64; };
+using place_t = Place<kOrder == 2>::type;
+constexpr bool kAdd = MG_ADD;     // out += (float32), for several parts one after the other
+static_assert(!kAdd || kOut == 2, "ADD accumulates into float32");
+
+// Adds or writes 4 or 8 sums; `to` is aligned to their size in bytes, at most 16.
+template <typename T> __device__ __forceinline__ void put(T *to, const float *sums) {
+    constexpr int kChunk = Vec<T>::kCount < kElements ? Vec<T>::kCount : kElements;
+#pragma unroll
+    for (int c = 0; c < kElements; c += kChunk) {
+        struct alignas(kChunk * sizeof(T)) Chunk {
+            T at[kChunk];
+        } chunk;
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) chunk.at[i] = from_float<T>(sums[c + i]);
+        *reinterpret_cast<Chunk *>(to + c) = chunk;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kDtype == 2 ? 5 : 4)
+    spmm_row(out_t *__restrict__ out, i64 out_free, i64 out_entry, i64 out_row,            //
+             float *__restrict__ partials, i64 partials_free,                              //
+             const value_t *__restrict__ values, i64 values_free,                          //
+             const operand_t *__restrict__ x, i64 x_free, i64 x_entry, u32 x_row,          // bytes
+             const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,      //
+             const int4 *__restrict__ items, const i64 *__restrict__ offsets,
+             const int *__restrict__ indices, const place_t *__restrict__ order, int item_count,
+             int rows, int pieces, float scale) {
+    const int lane = threadIdx.x % 32;
+    const int at = blockIdx.x * kWarps + threadIdx.x / 32;
+    if (at >= item_count) return;
+    const RowItem item = row_item(items, at);
+    const int entry = item.row / rows, row = item.row - entry * rows;
+    const i64 first = offsets[item.row] + item.begin;
+    const int piece = blockIdx.y * (kLanes * kVectors) + lane % kLanes;
+    int offset[kVectors];  // bytes from the row's start; lanes that overhang read a piece twice
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+        offset[v] = 16 * (kExact ? piece + v * kLanes : min(piece + v * kLanes, pieces - 1));
+
+    const i64 f = blockIdx.z;
+    const char *const base_x = reinterpret_cast<const char *>(x + f * x_free + entry * x_entry);
+    const u8 *const kept = keep + f * keep_free + entry * keep_entry;
+    const value_t *const weights = values + f * values_free + (kOrder ? 0 : first);
+    const int count = kKeep == 2 && !kept[row * keep_at] ? 0 : item.count;
+
+    float sum[kVectors][kElements];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) sum[v][i] = 0.0f;
+
+    // 1. Index and slot of this lane's keys are looked up one round ahead, the values only when
+    //    the rows of x are on their way too.
+    int next[kRegisters];
+    place_t next_slot[kRegisters];
+    const auto look_up = [&](int base) {
+#pragma unroll
+        for (int m = 0; m < kRegisters; ++m) {
+            const int key = base + own_key(lane, m);
+            next[m] = -1;
+            if (key >= count) continue;
+            next[m] = __ldg(indices + first + key);
+            next_slot[m] = kOrder ? __ldg(order + first + key) : key;
+            if (kKeep == 1 && !kept[next[m] * keep_at]) next[m] = -1;
+        }
+    };
+    // 2. One round; a checked one may hold keys that are not there.
+    const auto round = [&](int base, bool checked) {
+        int index[kRegisters];
+        float weight[kRegisters];
+#pragma unroll
+        for (int m = 0; m < kRegisters; ++m) {
+            index[m] = next[m];
+            weight[m] = 0.0f;
+            if (!checked || index[m] >= 0) weight[m] = to_float(weights[next_slot[m]]);
+        }
+        if (base + kRound < count) look_up(base + kRound);
+        // Rolled where indices need no choice of register: unrolled, the loads of all batches move to
+        // the front and half as many warps fit.
+#pragma unroll(kRegisters == 1 ? 1 : kSteps)
+        for (int start = 0; start < kSteps; start += kBatch) {
+            if (checked && base + start * kGroups >= count) break;
+            Vec<operand_t> theirs[kBatch][kVectors];
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+                const int j = of_step(index, start + b);
+                const char *const from = row_address(base_x, j, x_row);
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v)
+                    theirs[b][v] = !checked || j >= 0 ? load_piece(from + offset[v])
+                                                       : zero16<operand_t>();
+            }
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+                const float w = of_step(weight, start + b);
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v) {
+                    float wide[kElements];
+                    widen(theirs[b][v], wide);
+#pragma unroll
+                    for (int i = 0; i < kElements; ++i)
+                        sum[v][i] = fmaf(w, wide[i], sum[v][i]);
+                }
+            }
+        }
+    };
+    look_up(0);
+    int base = 0;
+    if (kKeep != 1)
+        for (; base + kRound <= count; base += kRound) round(base, false);
+    for (; base < count; base += kRound) round(base, true);
+
+    // 3. Groups add up; the first one writes.
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+        for (int i = 0; i < kElements; ++i)
+            sum[v][i] = scale * lane_sum<kLanes, 32>(sum[v][i]);
+    if (lane >= kLanes) return;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        const int column = (piece + v * kLanes) * kElements;
+        if (!kExact && piece + v * kLanes >= pieces) continue;
+        if (item.partial >= 0) {
+            const i64 line = f * partials_free + i64(item.partial) * (pieces * kElements);
+            put(partials + line + column, sum[v]);
+            continue;
+        }
+        out_t *const to = out + f * out_free + entry * out_entry + row * out_row + column;
+        if (kAdd) {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) sum[v][i] += to_float(to[i]);
+        }
+        put(to, sum[v]);
+    }
+}
