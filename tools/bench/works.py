@@ -1,0 +1,269 @@
+"""What is measured: one entry an id, with our call, the peers' calls, an oracle and a floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import mixgrain as mg
+from mixgrain import patterns as P
+from mixgrain.primitives.softmax import softmax_backward
+
+# Ceilings of the device the floors are for: one H200, a 1 GiB copy and 4096³ cuBLAS products.
+COPY_BYTES = 4.24e12
+TENSOR_FLOPS = 8.0e14
+L2_BYTES = 8.9e12
+
+
+@dataclass
+class Work:
+    """One row of the table.
+
+    Attributes:
+        id: its name.
+        ours: runs mixgrain once.
+        peers: name to a call of the same work.
+        oracle: what `ours` should return, float64.
+        floor_ms: time no implementation beats, milliseconds.
+        floor: how the floor was reckoned.
+        plan: makes the layout and its plan again, caches cleared; None when there is none.
+        tolerance: largest relative error accepted.
+    """
+
+    id: str
+    ours: Callable[[], Tensor]
+    peers: dict[str, Callable[[], Tensor]]
+    oracle: Callable[[], Tensor]
+    floor_ms: float
+    floor: str
+    plan: Callable[[], object] | None = None
+    tolerance: float = 5e-3
+    shape: str = ""
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", dtype=dtype, generator=generator)
+
+
+def _block_weight(n: int, size: int, density: float) -> tuple[mg.SparseTensor, Tensor]:
+    kept = torch.rand(n // size, n // size, generator=torch.Generator().manual_seed(0)) < density
+    layout = P.blocks(kept, size).to_layout("block", n, n, size=size).to("cuda")
+    dense = _random(n, n, dtype=torch.float16)
+    mask = kept.cuda().repeat_interleave(size, 0).repeat_interleave(size, 1)
+    return mg.sparsify(dense, layout=layout), dense * mask
+
+
+def spmm_block(size: int, density: float, n: int = 4096) -> Work:
+    """Block weights times a dense matrix, n³ float16."""
+    weight, dense = _block_weight(n, size, density)
+    x = _random(n, n, dtype=torch.float16, seed=1)
+    bsr = dense.to_sparse_bsr((size, size))
+    flops = 2 * weight.nnz * n
+    floor = max(flops / TENSOR_FLOPS, (2 * n * n + weight.nnz) * 2 / COPY_BYTES)
+    return Work(
+        id=f"spmm-block{size}-d{round(density * 100):02d}",
+        ours=lambda: mg.spmm(weight, x),
+        peers={"cuBLAS dense": lambda: dense @ x, "torch BSR": lambda: bsr @ x},
+        oracle=lambda: dense.double() @ x.double(),
+        floor_ms=floor * 1e3,
+        floor="max(2·nnz·n / 800 TFLOP/s, (values + x + out) bytes / 4.24 TB/s)",
+        shape=f"{n}³ float16, {density:.0%} of {size}-blocks",
+    )
+
+
+def _row_weight(
+    dtype: torch.dtype, n: int = 8192, density: float = 0.05
+) -> tuple[mg.SparseTensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    kept = torch.rand(n, n, device="cuda", generator=generator) < density
+    # torch.where, not a product with the mask: −0 is an element that sparsify keeps.
+    dense = torch.where(kept, _random(n, n, dtype=dtype), 0)
+    return mg.sparsify(dense, "row"), dense
+
+
+def spmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
+    """Unstructured 8192² weights, 5 %, times `width` columns."""
+    weight, dense = _row_weight(dtype)
+    x = _random(dense.shape[1], width, dtype=dtype, seed=1)
+    csr = dense.to_sparse_csr()
+    gathered = weight.nnz * width * dense.element_size()
+    return Work(
+        id=f"spmm-row-n{width}-{name}",
+        ours=lambda: mg.spmm(weight, x),
+        peers={"cuSPARSE": lambda: csr @ x, "cuBLAS dense": lambda: dense @ x},
+        oracle=lambda: dense.double() @ x.double(),
+        floor_ms=gathered / L2_BYTES * 1e3,
+        floor="nnz · n elements gathered from L2 at 8.9 TB/s",
+        shape=f"8192² {name}, 5 %, {width} columns",
+        tolerance=1e-5 if dtype == torch.float32 else 5e-3,
+    )
+
+
+def sddmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
+    """Scores at unstructured positions of 8192², 5 %, head dimension `width`."""
+    weight, dense = _row_weight(dtype)
+    q, k = (_random(8192, width, dtype=dtype, seed=s) for s in (1, 2))
+    layout = weight.layout
+    row, column = layout.indices()
+    peers: dict[str, Callable[[], Tensor]] = {}
+    if dtype == torch.float32:
+        csr, kt = dense.to_sparse_csr(), k.T.contiguous()
+        peers["cuSPARSE"] = lambda: torch.sparse.sampled_addmm(csr, q, kt, beta=0.0).values()
+    gathered = layout.nnz * width * q.element_size()
+    return Work(
+        id=f"sddmm-row-n{width}-{name}",
+        ours=lambda: mg.sddmm(q, k, layout).values,
+        peers=peers,
+        oracle=lambda: _dots(q, k, row, column),
+        floor_ms=gathered / L2_BYTES * 1e3,
+        floor="nnz · D elements gathered from L2 at 8.9 TB/s",
+        shape=f"8192² {name}, 5 %, D {width}",
+        tolerance=1e-5 if dtype == torch.float32 else 5e-3,
+    )
+
+
+def _dots(q: Tensor, k: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    pieces = [
+        (q[i].double() * k[j].double()).sum(-1)
+        for i, j in zip(row.split(1 << 20), column.split(1 << 20), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def _attention_blocks(size: int) -> tuple[mg.BlockLayout, Tensor, Tensor]:
+    kept = torch.rand(4096 // size, 4096 // size, generator=torch.Generator().manual_seed(0)) < 0.15
+    layout = P.blocks(kept, size).to_layout("block", 4096, 4096, size=size).to("cuda")
+    q, k = (_random(4, 16, 4096, 128, dtype=torch.bfloat16, seed=s) for s in (1, 2))
+    return layout, q, k
+
+
+def sddmm_block(size: int) -> Work:
+    """Scores of 15 % of the blocks, B4 H16 N4096 D128 bfloat16."""
+    layout, q, k = _attention_blocks(size)
+    moved = (q.numel() + k.numel() + 64 * layout.slots) * 2
+
+    def oracle() -> Tensor:
+        row, column = layout.indices()
+        return _dots(q[0, 0], k[0, 0], row, column)
+
+    return Work(
+        id=f"sddmm-block{size}",
+        ours=lambda: mg.sddmm(q, k, layout).values,
+        peers={},
+        oracle=oracle,
+        floor_ms=moved / COPY_BYTES * 1e3,
+        floor="(Q + K + values) bytes / 4.24 TB/s",
+        shape=f"B4 H16 N4096 D128 bfloat16, 15 % of {size}-blocks",
+    )
+
+
+def softmax_block(backward: bool) -> Work:
+    """Softmax over the scores of `sddmm-block64`, or its backward."""
+    layout, q, k = _attention_blocks(64)
+    scores = mg.sddmm(q, k, layout, scale=1 / math.sqrt(128))
+    p = mg.softmax(scores)
+    grad = p.with_values(torch.randn_like(p.values))
+    dense = scores.with_values(scores.values[0, 0]).to_dense().double()
+    mask = layout.mask()[0, 0]
+
+    def oracle() -> Tensor:
+        made = torch.softmax(dense.masked_fill(~mask, -torch.inf), -1).nan_to_num()
+        if backward:
+            g = grad.with_values(grad.values[0, 0]).to_dense().double()
+            chosen = p.with_values(p.values[0, 0]).to_dense().double()
+            made = chosen * (g - (chosen * g).sum(-1, keepdim=True))
+        row, column = layout.indices()
+        return made[row, column]
+
+    values = scores.values.numel() * 2
+    passes = 3 if backward else 2
+    return Work(
+        id="softmax-bwd" if backward else "softmax-fwd",
+        ours=(lambda: softmax_backward(p, grad).values)
+        if backward
+        else (lambda: mg.softmax(scores).values),
+        peers={},
+        oracle=oracle,
+        floor_ms=passes * values / COPY_BYTES * 1e3,
+        floor=f"{passes} × value bytes / 4.24 TB/s",
+        shape="B4 H16 N4096, 15 % of 64-blocks, bfloat16",
+        tolerance=1e-2,
+    )
+
+
+def composed_longformer() -> Work:
+    """Attention composed of the three primitives: ±256 and 64 scattered global tokens."""
+    n = 4096
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:64]
+    pattern = P.longformer(256, chosen)
+    q, k, v = (_random(4, 16, n, 64, dtype=torch.float16, seed=s) for s in (1, 2, 3))
+    layout = pattern.to_layout("mixed", n, n, device="cuda")
+
+    def flex() -> Callable[[], Tensor]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        marked = torch.zeros(n, dtype=torch.bool, device="cuda")
+        marked[chosen.cuda()] = True
+
+        def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return ((i - j).abs() <= 256) | marked[i] | marked[j]
+
+        mask = create_block_mask(keep, None, None, n, n, device="cuda")
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda: compiled(q, k, v, block_mask=mask)
+
+    values = layout.nnz * 64 * 2
+    return Work(
+        id="composed-longformer",
+        ours=lambda: mg.attend(q, k, v, layout, impl="composed"),
+        peers={"FlexAttention": flex()},
+        oracle=lambda: mg.attend(
+            q[:1, :1], k[:1, :1], v[:1, :1], pattern, impl="reference"
+        ).double(),
+        floor_ms=(4 * values + 4 * q.numel() * 2) / COPY_BYTES * 1e3,
+        floor="scores written, read and written, read once; Q, K, V, out once; at 4.24 TB/s",
+        shape="±256, 64 scattered globals, B4 H16 N4096 D64 float16",
+        tolerance=1e-2,
+    )
+
+
+WORKS: dict[str, Callable[[], Work]] = {
+    "spmm-block128-d20": lambda: spmm_block(128, 0.20),
+    "spmm-block128-d05": lambda: spmm_block(128, 0.05),
+    "spmm-block64-d20": lambda: spmm_block(64, 0.20),
+    "spmm-block64-d05": lambda: spmm_block(64, 0.05),
+    "spmm-block32-d20": lambda: spmm_block(32, 0.20),
+    "spmm-row-n64-fp16": lambda: spmm_row(64, torch.float16, "fp16"),
+    "spmm-row-n64-bf16": lambda: spmm_row(64, torch.bfloat16, "bf16"),
+    "spmm-row-n64-fp32": lambda: spmm_row(64, torch.float32, "fp32"),
+    "sddmm-row-n64-fp32": lambda: sddmm_row(64, torch.float32, "fp32"),
+    "sddmm-row-n512-fp32": lambda: sddmm_row(512, torch.float32, "fp32"),
+    "sddmm-row-n64-fp16": lambda: sddmm_row(64, torch.float16, "fp16"),
+    "sddmm-block128": lambda: sddmm_block(128),
+    "sddmm-block64": lambda: sddmm_block(64),
+    "softmax-fwd": lambda: softmax_block(False),
+    "softmax-bwd": lambda: softmax_block(True),
+    "composed-longformer": composed_longformer,
+}
+
+
+def chosen(ids: list[str]) -> Iterator[tuple[str, Callable[[], Work]]]:
+    """The works asked for, all when none is; a name that ends in * takes all it begins.
+
+    Raises:
+        KeyError: an id that does not exist.
+    """
+    for asked in ids or ["*"]:
+        found = [
+            i for i in WORKS if i == asked or (asked.endswith("*") and i.startswith(asked[:-1]))
+        ]
+        if not found:
+            raise KeyError(f"no benchmark {asked!r}; there are: {', '.join(WORKS)}")
+        for name in found:
+            yield name, WORKS[name]
