@@ -9,6 +9,10 @@ from __future__ import annotations
 import importlib.util
 import os
 
+# Idle threads sleep: on a shared machine spinning ones wait for a core that others use. Read by
+# the OpenMP runtime when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

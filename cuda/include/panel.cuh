@@ -8,6 +8,7 @@ struct Panel {
     i64 column_start, columns, column_at;  // the same
     i64 mask;                              // byte of mask_bits, or -1: every element is kept
     i64 slot;                              // first slot in the last axis of the values
+    i64 row_used, column_used;             // places in the lists of rows, columns with a live element
 
     // Slots from one row to the next.
     __device__ __forceinline__ i64 pitch() const { return (columns + 7) / 8 * 8; }

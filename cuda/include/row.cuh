@@ -6,6 +6,7 @@
 // that neighbouring lanes read neighbouring addresses. Key s * kGroups + g of a round goes to group g
 // in its step s. Which lane adds what depends on the position inside the row alone, never on
 // addresses, batch or heads.
+#include "packed.cuh"
 #include "reduce.cuh"
 
 constexpr int kLanes = MG_LANES;           // lanes that share one gathered row
@@ -18,7 +19,8 @@ constexpr int kTurn = kLanes < kSteps ? kLanes : kSteps;  // lanes of a group th
 constexpr int kRegisters = kSteps / kTurn;  // keys whose index one of them looks up per round
 // Rows in flight per group: about eight loads per lane cover the latency of L2.
 constexpr int kBatch = kVectors == 1 ? 8 : kVectors == 2 ? 4 : 2;
-constexpr int kElements = Vec<operand_t>::kCount;
+constexpr int kElements = 16 / int(sizeof(operand_t));
+using Piece = Pack<operand_t, kElements>;
 constexpr int kWarps = 4;
 static_assert(32 % kLanes == 0 && kLanes <= 32, "LANES must be a power of two of at most 32");
 static_assert(kSteps % kBatch == 0, "a round must be whole batches");
@@ -49,14 +51,4 @@ template <typename T> __device__ __forceinline__ T of_step(const T (&held)[kRegi
 // Piece at base + index · stride bytes: one multiply-add of 32 × 32 + 64 bits.
 __device__ __forceinline__ const char *row_address(const char *base, int index, u32 stride) {
     return base + u64(u32(index)) * stride;
-}
-
-__device__ __forceinline__ Vec<operand_t> load_piece(const char *at) {
-    return global16(reinterpret_cast<const operand_t *>(at));
-}
-
-// Two neighbours of a piece as floats; a register holds both of them in half precision.
-__device__ __forceinline__ void widen(const Vec<operand_t> &v, float *to) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) to[i] = to_float(v.at[i]);
 }

@@ -12,6 +12,7 @@
 //     PHASE 2   slots, given the joint numbers of the rows
 //
 // Dead slots and those that a run-time mask drops count as absent and get exact zeros.
+#include "packed.cuh"
 #include "reduce.cuh"
 
 constexpr int kSoftmax = 0, kBackward = 1, kSum = 2, kExpand = 3;
@@ -33,44 +34,12 @@ constexpr int kCtas = kRoom < 1 ? 1 : kRoom;
 static_assert(kOp != kSum || kPhase == 1, "row sums have no results per slot");
 static_assert(kOp != kExpand || kPhase == 2, "expanding has no statistic");
 
-// kPiece slots as they lie in memory.
-template <typename T> struct alignas(kPiece * sizeof(T) < 16 ? kPiece * sizeof(T) : 16) Slots {
-    T at[kPiece];
-};
-template <typename Word, typename T> __device__ __forceinline__ Slots<T> load_as(const T *from) {
-    Slots<T> s;
-#pragma unroll
-    for (int i = 0; i < int(sizeof(s) / sizeof(Word)); ++i)
-        reinterpret_cast<Word *>(&s)[i] = __ldg(reinterpret_cast<const Word *>(from) + i);
-    return s;
-}
-template <typename T> __device__ __forceinline__ Slots<T> load_slots(const T *from) {
-    constexpr int kBytes = kPiece * int(sizeof(T));
-    if constexpr (kBytes % 16 == 0) return load_as<uint4>(from);
-    else if constexpr (kBytes == 8) return load_as<uint2>(from);
-    else if constexpr (kBytes == 4) return load_as<u32>(from);
-    else return load_as<u16>(from);
-}
-template <typename Word, typename T>
-__device__ __forceinline__ void store_as(T *to, const Slots<T> &s) {
-#pragma unroll
-    for (int i = 0; i < int(sizeof(s) / sizeof(Word)); ++i)
-        reinterpret_cast<Word *>(to)[i] = reinterpret_cast<const Word *>(&s)[i];
-}
-template <typename T> __device__ __forceinline__ void store_slots(T *to, const Slots<T> &s) {
-    constexpr int kBytes = kPiece * int(sizeof(T));
-    if constexpr (kBytes % 16 == 0) store_as<uint4>(to, s);
-    else if constexpr (kBytes == 8) store_as<uint2>(to, s);
-    else if constexpr (kBytes == 4) store_as<u32>(to, s);
-    else store_as<u16>(to, s);
-}
-
 constexpr u32 kWhole = kPiece == 32 ? 0xffffffffu : (1u << kPiece) - 1u;
 
 // What a lane holds: values (p for the backward), its second operand, and a bit for every live slot.
 struct Bundle {
-    Slots<value_t> x[kHold];
-    Slots<operand_t> g[kOp == kBackward ? kHold : 1];
+    Pack<value_t, kPiece> x[kHold];
+    Pack<operand_t, kPiece> g[kOp == kBackward ? kHold : 1];
     u32 live[(kHold * kPiece + 31) / 32];
 
     __device__ __forceinline__ void clear() {
@@ -84,8 +53,8 @@ struct Bundle {
         return !kMasked || (live[(h * kPiece + i) / 32] >> ((h * kPiece + i) % 32) & 1u);
     }
     __device__ __forceinline__ void load(int h, const value_t *values, const operand_t *grad) {
-        if (kOp != kExpand) x[h] = load_slots(values);
-        if (kOp == kBackward) g[h] = load_slots(grad);
+        if (kOp != kExpand) x[h].load(values);
+        if (kOp == kBackward) g[h].load(grad);
     }
 };
 
@@ -94,7 +63,8 @@ __device__ __forceinline__ float power(float x, float shift) {
     if (kExact) return expf(x - shift);
     constexpr float kLog2e = 1.4426950408889634f;
     float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaf(x, kLog2e, -shift * kLog2e)));
+    // The difference first: it is exact near the maximum, however large the scores are.
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"((x - shift) * kLog2e));
     return r;
 }
 // What exponents are taken relative to: a row without a live slot must not give (−inf) − (−inf).
@@ -113,8 +83,8 @@ __device__ __forceinline__ void absorb(Statistic &s, const Bundle &b, int presen
             if (h < present) {
 #pragma unroll
                 for (int i = 0; i < kPiece; ++i) {
-                    const float x = to_float(b.x[h].at[i]);
-                    const float y = kOp == kBackward ? to_float(b.g[h].at[i]) : 1.0f;
+                    const float x = b.x[h][i];
+                    const float y = kOp == kBackward ? b.g[h][i] : 1.0f;
                     if (b.is_live(h, i)) s.sum = fmaf(x, y, s.sum);
                 }
             }
@@ -126,7 +96,7 @@ __device__ __forceinline__ void absorb(Statistic &s, const Bundle &b, int presen
         if (h < present) {
 #pragma unroll
             for (int i = 0; i < kPiece; ++i)
-                top = max_nan(top, b.is_live(h, i) ? to_float(b.x[h].at[i]) : -kInfinity);
+                top = max_nan(top, b.is_live(h, i) ? b.x[h][i] : -kInfinity);
         }
     const float shift = shift_of(top);
     s.sum *= power(s.top, shift);
@@ -136,7 +106,7 @@ __device__ __forceinline__ void absorb(Statistic &s, const Bundle &b, int presen
         if (h < present) {
 #pragma unroll
             for (int i = 0; i < kPiece; ++i)
-                s.sum += power(b.is_live(h, i) ? to_float(b.x[h].at[i]) : -kInfinity, shift);
+                s.sum += power(b.is_live(h, i) ? b.x[h][i] : -kInfinity, shift);
         }
 }
 
@@ -195,14 +165,15 @@ __device__ __forceinline__ Factors read_row(const float *rows, i64 at) {
     return {both.x, both.y};
 }
 
-__device__ __forceinline__ Slots<out_t> results(const Bundle &b, int h, const Factors &row) {
-    Slots<out_t> made;
+// Writes the results of piece h.
+__device__ __forceinline__ void emit(out_t *to, const Bundle &b, int h, const Factors &row) {
+    float made[kPiece];
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
         float y = row.shift;
-        if (kOp == kSoftmax) y = power(to_float(b.x[h].at[i]), row.shift) * row.inverse;
-        if (kOp == kBackward) y = to_float(b.x[h].at[i]) * (to_float(b.g[h].at[i]) - row.shift);
-        made.at[i] = from_float<out_t>(b.is_live(h, i) ? y : 0.0f);
+        if (kOp == kSoftmax) y = power(b.x[h][i], row.shift) * row.inverse;
+        if (kOp == kBackward) y = b.x[h][i] * (b.g[h][i] - row.shift);
+        made[i] = b.is_live(h, i) ? y : 0.0f;
     }
-    return made;
+    Pack<out_t, kPiece>::store(to, made);
 }

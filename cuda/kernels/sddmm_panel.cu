@@ -1,7 +1,7 @@
 // sddmm_panel.cu: values of panels, scale * Q K^T at every slot; rows and columns gathered.
 //
 //   tensors   q (F, E, nq, D), k (F, E, nk, D), any strides but the last; out (F, slots)
-//             panels (P) 9 int64: entry, rows (start, count, list), columns (the same), mask, slot
+//             panels (P) 11 int64, panel.cuh; row_list, column_list, mask_bits
 //             tiles (T) int4: panel, first row, first column, columns        plans/cuda_panel.py
 //             keep bool (F, E, nk) or (F, E, nq), any strides
 //   grid      (T, F)     a CTA: 64 rows and at most 256 columns of one panel
@@ -38,7 +38,7 @@ struct PanelPlace {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+extern "C" __global__ void __launch_bounds__(kThreads, kDim > 64 || kDtype == 2 ? 2 : 3)
     sddmm_panel(out_t *__restrict__ out, i64 slots,                                        //
                 const operand_t *__restrict__ q, i64 q_free, i64 q_entry, i64 q_row,       //
                 const operand_t *__restrict__ k, i64 k_free, i64 k_entry, i64 k_row,       //

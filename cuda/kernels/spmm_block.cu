@@ -78,7 +78,7 @@ struct BlockWalk {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+extern "C" __global__ void __launch_bounds__(kThreads, kValues == kDtype ? 3 : 2)
     spmm_block(out_t *__restrict__ out, const value_t *__restrict__ values, i64 slots, i64 shift,
                const operand_t *__restrict__ x, i64 x_free, i64 x_entry, i64 x_row,        //
                const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,    //

@@ -2,7 +2,8 @@
 //
 //   tensors   values (F, slots); x (F, E, inner, D), any strides but the last
 //             partials float32 (F, W * 64, D): 64 rows for each work item
-//             panels (P) 9 int64, lists, mask_bits                        plans/cuda_panel.py
+//             panels (P) 11 int64, panel.cuh; lists, mask_bits            plans/cuda_panel.py
+//             used: bytes, 1 for each inner position of a masked panel with a live element
 //             work (W) int4: panel, first outer position, first inner one, inner ones
 //             keep bool over inner or outer positions, any strides
 //   grid      (W, column tiles of x, F)    a CTA: 64 outer positions of a panel x WIDE columns
@@ -31,6 +32,7 @@ struct PanelWalk {
     int outer, pitch;  // outer positions; slots of a row
     int start;         // of the inner range, or -1: listed
     const int *list;   // of the panel
+    const u8 *used;    // of the panel, or nullptr
     const u8 *mask;    // of the panel, or nullptr
     i64 slot;          // of the panel
     const u8 *kept;
@@ -38,7 +40,7 @@ struct PanelWalk {
 
     __device__ __forceinline__ Note note(int step, int k) const {
         const int at = first + step * kDepth + k;
-        if (at >= end) return {-1};
+        if (at >= end || (used && !__ldg(used + at))) return {-1};
         return {start >= 0 ? start + at : __ldg(list + at)};
     }
     __device__ __forceinline__ int source(const Note &note, int, int) const {
@@ -58,12 +60,13 @@ struct PanelWalk {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+extern "C" __global__ void __launch_bounds__(kThreads, kValues == kDtype ? 3 : 2)
     spmm_panel(float *__restrict__ partials, const value_t *__restrict__ values, i64 slots,  //
                const operand_t *__restrict__ x, i64 x_free, i64 x_entry, i64 x_row,          //
                const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,      //
                const Panel *__restrict__ panels, const int *__restrict__ row_list,
                const int *__restrict__ column_list, const u8 *__restrict__ mask_bits,
+                const u8 *__restrict__ used,
                const int4 *__restrict__ work, int width, float scale) {
     extern __shared__ __align__(128) u8 shared[];
     using Split = Warps<kRows, kWide>;
@@ -75,6 +78,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
     const int outer = int(kTransposed ? panel.columns : panel.rows);
     const int start = int(kTransposed ? panel.row_start : panel.column_start);
     const int *list = kTransposed ? row_list + panel.row_at : column_list + panel.column_at;
+    const i64 used_at = kTransposed ? panel.row_used : panel.column_used;
     const PanelWalk walk{(item.w + kDepth - 1) / kDepth,
                          item.z,
                          item.z + item.w,
@@ -83,6 +87,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
                          int(panel.pitch()),
                          start,
                          list,
+                         used_at < 0 ? nullptr : used + used_at,
                          panel.mask < 0 ? nullptr : mask_bits + panel.mask,
                          panel.slot,
                          kept,

@@ -1,0 +1,184 @@
+"""Attention over the positions a pattern keeps: the public function."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from mixgrain.formats.errors import UnsupportedError
+from mixgrain.formats.layout import Layout
+from mixgrain.formats.pattern import Pattern
+from mixgrain.formats.pattern_nm import NM
+from mixgrain.primitives.plans.plan import trust
+
+from .arguments import IMPLS, check_kept, check_key_mask, check_sink, check_tensors
+from .cpu import stride_order
+from .plan import Plan, plan, plan_nm
+
+Impl = Literal["auto", "fused", "composed", "reference"]
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern_or_layout: Pattern | Layout,
+    scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    enable_gqa: bool = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    impl: Impl = ...,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern_or_layout: Pattern | Layout,
+    scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    enable_gqa: bool = ...,
+    sink_logits: Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    impl: Impl = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern_or_layout: Pattern | Layout,
+    scale: float | None = ...,
+    key_mask: Tensor | None = ...,
+    enable_gqa: bool = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: bool = ...,
+    impl: Impl = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern_or_layout: Pattern | Layout,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ) v over the kept positions, exact to the element.
+
+    Args:
+        q: (B, Hq, Nq, D), float16, bfloat16, float32 or float64; any strides.
+        k: (B, Hkv, Nk, D), same dtype.
+        v: (B, Hkv, Nk, Dv), same dtype.
+        pattern_or_layout: a pattern, P.nm(n, m) alone or & a static pattern included; or a
+            BlockLayout, RowLayout or MixedLayout. Query i stands at key position i + Nk − Nq.
+        scale: multiplies scores; None = 1 / sqrt(D).
+        key_mask: bool (B, Nk), True = kept; a dropped key is absent for every query.
+        enable_gqa: allow Hq to be a multiple of Hkv.
+        sink_logits: (Hq,), an extra term exp(sink) in each denominator.
+        return_lse: return the log-sum-exp, too.
+        impl: "fused" one pass with online softmax, O(N · D) memory; "composed" the three
+            primitives, differentiable twice; "reference" dense in float64, O(Nq · Nk); "auto"
+            chooses. An explicit choice runs or raises.
+
+    Returns:
+        o (B, Hq, Nq, Dv) in q's dtype and stride order; with return_lse also lse (B, Hq, Nq),
+        natural log, float32 (float64 for float64), differentiable, the sink included. A row without
+        keys is 0 with lse −inf and zero gradients (with a sink: 0 and the sink). float16 and
+        bfloat16 are computed in float32 and rounded once ("composed": after each primitive).
+
+    Raises:
+        LayoutError: a pattern or layout that does not fit, or has no attention.
+        ShapeError: shapes that do not fit each other.
+        DtypeError: dtypes that differ or are not floating point.
+        UnsupportedError: no kernel for this device, or an unknown ``impl``.
+    """
+    check_tensors(q, k, v, enable_gqa)
+    nq, nk = q.shape[2], k.shape[2]
+    kept = check_kept(pattern_or_layout, q, nk)
+    keep = check_key_mask(key_mask, q, nk)
+    sink = check_sink(sink_logits, q)
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(q.shape[3], 1))
+    chosen = choose_impl(impl, q.device)
+    if chosen == "fused":
+        from .ops import attention
+
+        made = plan_for(kept, nq, nk)
+        o, lse = attention(q, k, v, keep, sink, float(scale), made.tensors, made.ints)
+    elif chosen == "composed":
+        from .composed import attend_composed
+
+        source = kept if isinstance(kept, NM) else static_layout(kept, nq, nk, q.device)
+        o, lse = attend_composed(q, k, v, source, float(scale), keep, sink)
+        o = in_stride_order(o, q)
+    else:
+        from .reference import attend_reference
+
+        o, lse = attend_reference(q, k, v, kept, float(scale), keep, sink)
+        o = in_stride_order(o.to(q.dtype), q)
+        lse = lse if q.dtype == torch.float64 else lse.float()
+    return (o, lse) if return_lse else o
+
+
+def choose_impl(impl: str, device: torch.device) -> str:
+    """What ``impl`` runs on a device.
+
+    Raises:
+        UnsupportedError: an unknown name, or no kernel for the device.
+    """
+    if impl not in IMPLS:
+        raise UnsupportedError(f"attend: impl={impl!r}; give one of {', '.join(IMPLS)}")
+    exist = {"cpu": ("fused", "composed"), "cuda": ("composed",)}.get(device.type, ())
+    if impl == "auto" and exist:
+        return exist[0]
+    if impl in exist or impl == "reference":
+        return impl
+    has = f"there exist {', '.join(map(repr, exist))} and" if exist else "there exists"
+    raise UnsupportedError(
+        f'attend: no impl={impl!r} on {device}; {has} impl="reference" (dense, float64), or move '
+        "q, k, v with .cpu()"
+    )
+
+
+def static_layout(kept: Pattern | Layout, nq: int, nk: int, device: torch.device) -> Layout:
+    """A given layout as it is, a static pattern as its mixed layout (remembered)."""
+    if isinstance(kept, Layout):
+        return kept
+    return _trusted(kept.to_layout("mixed", nq, nk, device=device))
+
+
+def _trusted(layout: object) -> Layout:
+    made = cast(Layout, layout)
+    trust(made)
+    return made
+
+
+def plan_for(kept: Pattern | Layout, nq: int, nk: int) -> Plan:
+    """The fused plan of a pattern or layout."""
+    if isinstance(kept, Layout):
+        return plan(kept)
+    if not isinstance(kept, NM):
+        return plan(static_layout(kept, nq, nk, torch.device("cpu")))
+    if kept.within is None:
+        return plan_nm(nq, nk, kept.n, kept.m)
+    blocks = _trusted(kept.within.to_layout("block", nq, nk, 64, device="cpu"))
+    return plan(blocks, (kept.n, kept.m))
+
+
+def in_stride_order(o: Tensor, q: Tensor) -> Tensor:
+    """The output with the order of strides that q has; itself if it has it."""
+    order, back = stride_order(q)
+    return o.permute(order).contiguous().permute(back)
+
+
+__all__ = ["attend", "choose_impl", "plan_for", "static_layout"]

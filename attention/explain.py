@@ -1,0 +1,227 @@
+"""What attend does with a pattern, and what that costs: for people, before they run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mixgrain.formats.block import BlockLayout
+from mixgrain.formats.costs import Costs
+from mixgrain.formats.errors import LayoutError
+from mixgrain.formats.layout import Layout
+from mixgrain.formats.panel import PanelLayout
+from mixgrain.formats.pattern import Pattern
+from mixgrain.formats.pattern_nm import NM
+from mixgrain.formats.row import RowLayout
+
+from .attend import choose_impl, static_layout
+from .plan import Plan, plan, plan_nm
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a layout, all batch entries and heads of the layout together.
+
+    Attributes:
+        name: what it is made of, e.g. "blocks of 64".
+        pieces: number of blocks, panels or rows.
+        kept: kept positions.
+        slots: positions held in memory, padding included.
+        seconds: predicted time.
+    """
+
+    name: str
+    pieces: int
+    kept: int
+    slots: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; ``print`` it.
+
+    Attributes:
+        source: the pattern or layout.
+        shape: (nq, nk).
+        lead: over how many (batch entries, heads) the pattern differs.
+        head_dim: D that times are predicted for.
+        impl: what ``impl="auto"`` runs.
+        why: the reason for it.
+        kept: kept positions.
+        density: kept positions over all.
+        parts: the parts of the layout.
+        steps: batches of tiles the fused kernel runs, None where it does not.
+        computed: scores it computes, masked and padded ones included; None likewise.
+        seconds: predicted forward time of one batch entry and the heads in ``lead``.
+        dense_seconds: the same for dense attention.
+    """
+
+    source: str
+    shape: tuple[int, int]
+    lead: tuple[int, int]
+    head_dim: int
+    impl: str
+    why: str
+    kept: int
+    density: float
+    parts: tuple[Part, ...]
+    steps: int | None
+    computed: int | None
+    seconds: float
+    dense_seconds: float
+
+    @property
+    def dense_is_cheaper(self) -> bool:
+        """Whether dense attention is predicted to take no longer."""
+        return self.dense_seconds <= self.seconds
+
+    def __str__(self) -> str:
+        nq, nk = self.shape
+        lines = [
+            f"{self.source}",
+            f"  {nq} queries × {nk} keys, D = {self.head_dim}: keeps {self.kept} "
+            f"({self.density:.3%})" + _over(self.lead),
+            f'  impl="auto" runs {self.impl!r}: {self.why}',
+        ]
+        for part in self.parts:
+            filled = part.kept / part.slots if part.slots else 1.0
+            lines.append(
+                f"  {part.name:<18} {part.pieces:>9} pieces  keep {part.kept:>12}  "
+                f"{filled:>6.1%} full  {_time(part.seconds):>9}"
+            )
+        if self.computed is not None:
+            extra = self.computed / self.kept if self.kept else 1.0
+            lines.append(
+                f"  computes {self.computed} scores in {self.steps} steps, {extra:.2f} for each "
+                "kept one"
+            )
+        verdict = (
+            "dense is cheaper: use torch's scaled_dot_product_attention"
+            if self.dense_is_cheaper
+            else f"{self.dense_seconds / max(self.seconds, 1e-6):.3g} times faster than dense"
+        )
+        lines.append(
+            f"  predicted {_time(self.seconds)}, dense {_time(self.dense_seconds)}: {verdict}"
+        )
+        return "\n".join(lines)
+
+
+def explain(
+    pattern_or_layout: Pattern | Layout,
+    nq: int,
+    nk: int,
+    head_dim: int = 64,
+    device: torch.device | str = "cpu",
+    costs: Costs | None = None,
+) -> Explanation:
+    """What attend would do, without running it; O(kept positions), as the layout itself.
+
+    Args:
+        pattern_or_layout: as for attend.
+        nq: number of queries.
+        nk: number of keys.
+        head_dim: D (and Dv) that times are predicted for.
+        device: where attend would run.
+        costs: rates to predict with; None = the device's defaults. Predictions rank choices, they
+            are no measurements.
+
+    Raises:
+        LayoutError: a pattern or layout without attention, or of another shape.
+    """
+    where = torch.device(device)
+    costs = costs or (Costs.h200() if where.type == "cuda" else Costs.cpu())
+    impl = choose_impl("auto", where)
+    made: Plan | None = None
+    if isinstance(pattern_or_layout, NM):
+        within = pattern_or_layout.within
+        choice = (pattern_or_layout.n, pattern_or_layout.m)
+        kept, lead = pattern_or_layout.nnz(nq, nk), pattern_or_layout.lead
+        if within is None:
+            made = plan_nm(nq, nk, *choice) if impl == "fused" else None
+            seconds = costs.panel_seconds(nq, nk, head_dim)
+            parts: tuple[Part, ...] = (Part("dense, then N:M", 1, kept, nq * nk, seconds),)
+        else:
+            blocks = within.to_layout("block", nq, nk, 64, device=where)
+            assert isinstance(blocks, Layout)
+            made = plan(blocks, choice) if impl == "fused" else None
+            found = _part(blocks, costs, head_dim)
+            parts = (Part(f"{found.name}, N:M", found.pieces, kept, found.slots, found.seconds),)
+        entries = lead[0] * lead[1]
+    else:
+        if isinstance(pattern_or_layout, Layout) and pattern_or_layout.shape != (nq, nk):
+            raise LayoutError(
+                f"explain: {pattern_or_layout!r} for {nq} × {nk}; give the layout's own shape"
+            )
+        layout = static_layout(pattern_or_layout, nq, nk, where)
+        kept, lead, entries = layout.nnz, layout.lead, layout.entries
+        made = plan(layout) if impl == "fused" else None
+        parts = tuple(_part(part, costs, head_dim) for part in layout.parts)
+    reasons = {
+        "fused": "one pass over the kept tiles, O(N · D) memory, forward and backward",
+        "composed": "sddmm, softmax, spmm; no fused kernel exists for this device",
+    }
+    total = nq * nk * entries
+    # Two products; a dense kernel keeps its scores in registers.
+    dense = 4 * nq * nk * head_dim / costs.dense_flops
+    return Explanation(
+        source=repr(pattern_or_layout),
+        shape=(nq, nk),
+        lead=lead,
+        head_dim=head_dim,
+        impl=impl,
+        why=reasons[impl],
+        kept=kept,
+        density=kept / total if total else 0.0,
+        parts=parts,
+        steps=None if made is None else _steps(made, made.steps.new_ones(made.steps.shape[0])),
+        computed=None if made is None else _steps(made, made.steps[:, 1:4].prod(1)),
+        seconds=sum(part.seconds + costs.launch_seconds for part in parts),
+        dense_seconds=dense * entries + costs.launch_seconds,
+    )
+
+
+def _steps(made: Plan, weight: torch.Tensor) -> int:
+    """Sum of a weight per step over all entries; equal entries run the same steps."""
+    of = torch.zeros(max(made.ints[6:]) + 1, dtype=torch.int64)
+    of.index_add_(0, made.steps[:, 0], weight)
+    return int(of[list(made.ints[6:])].sum())
+
+
+def _part(part: Layout, costs: Costs, D: int) -> Part:
+    if isinstance(part, BlockLayout):
+        count = part.slots // part.size**2
+        return Part(
+            f"blocks of {part.size}", count, part.nnz, part.slots,
+            count * costs.block_seconds(part.size, D),
+        )  # fmt: skip
+    if isinstance(part, PanelLayout):
+        times = [part.entry.count(u) for u in part.panel_entry.tolist()]
+        sizes = torch.stack([part.row_count, part.col_count], 1).tolist()
+        seconds = 0.0
+        for n, (rows, cols) in zip(times, sizes, strict=True):
+            # A panel with this many rows or columns is packed once for all of them.
+            private = max(rows, cols) <= 256
+            seconds += n * costs.panel_seconds(rows, cols, D, private=private)
+        return Part("panels", sum(times), part.nnz, part.slots, seconds)
+    if not isinstance(part, RowLayout):
+        raise LayoutError(
+            f"explain: no attention on {part!r}; give a pattern, BlockLayout, RowLayout or "
+            "MixedLayout"
+        )
+    used = (part.row_offsets.diff() > 0).view(part.distinct, -1).sum(1).tolist()
+    rows = sum(used[u] for u in part.entry)
+    seconds = costs.entries_seconds(part.nnz, D) + costs.entry_rows_seconds(rows, D)
+    return Part("single entries", rows, part.nnz, part.slots, seconds)
+
+
+def _over(lead: tuple[int, int]) -> str:
+    return "" if lead == (1, 1) else f", over {lead[0]} batch entries × {lead[1]} heads"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"

@@ -1,0 +1,238 @@
+"""Block parts on CUDA."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import Kernel, kernel
+
+from ..plans.plan import PartPlan
+from . import block_sm90
+from .parts import (
+    CODES,
+    THREADS,
+    dense,
+    held_dim,
+    mask,
+    mask_side,
+    runs,
+    sddmm_shared,
+    spmm_shared,
+    tf32,
+    wide_of,
+)
+
+
+def _hopper(t: Tensor, size: int, items: Tensor, keep: Tensor | None, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels of block_sm90 take this product; run-time masks are not for them."""
+    return (
+        keep is None
+        and items.shape[0] > 0
+        and block_sm90.runs_here(size, t.shape[3], *dtypes)
+        and facts(t.device.index).hopper
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _sddmm_kernel(
+    device: int,
+    size: int,
+    width: int,
+    operand: torch.dtype,
+    out: torch.dtype,
+    side: int,
+    rounded: bool,
+) -> tuple[Kernel, int]:
+    """The kernel and its shared memory."""
+    dim = held_dim(width, operand)
+    shared = sddmm_shared(min(size, 64), dim, operand, out)
+    constants = {
+        "SIZE": size,
+        "DTYPE": CODES[operand],
+        "OUT": CODES[out],
+        "DIM": dim,
+        "KEEP": side,
+        "TF32": int(rounded),
+        "SHARED": shared,
+    }
+    wanted = request("sddmm_block", constants, flush=operand != torch.float32)
+    return kernel(wanted, device), shared
+
+
+def sddmm(
+    values: Tensor,
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    part: PartPlan,
+    scale: float,
+) -> None:
+    """Write scale · q kᵀ to the slots of a block part.
+
+    Args:
+        values: (F, slots), contiguous; the part's slots are written.
+        q: (F, E, nq, D), aligned.
+        k: (F, E, nk, D), aligned.
+        keep: bool (F, E, n) or None.
+        keep_rows: the mask is over rows.
+        part: from ``plans.cuda_block``.
+        scale: multiplies scores.
+    """
+    items, masks, chunks = part.tensors[0], part.tensors[6], part.tensors[9]
+    (size,) = part.scalars
+    if not chunks.shape[0]:
+        return
+    if q.shape[3] <= 256 and _hopper(q, size, items, keep, q.dtype, values.dtype):
+        longer = part.tensors[11]
+        block_sm90.sddmm(values, q, k, part.starts[0], size, items, longer, masks, scale)
+        return
+    run, shared = _sddmm_kernel(
+        q.device.index,
+        size,
+        q.shape[3],
+        q.dtype,
+        values.dtype,
+        mask_side(keep, not keep_rows),
+        tf32(q.dtype),
+    )
+    for kept, out, left, right in runs(keep, values, q, k):
+        run(
+            (chunks.shape[0] * max(size // 64, 1), out.shape[0]),
+            THREADS,
+            (
+                out.data_ptr(),
+                np.int64(out.shape[1]),
+                np.int64(part.starts[0]),
+                *dense(left),
+                *dense(right),
+                *mask(kept),
+                items.data_ptr(),
+                chunks.data_ptr(),
+                masks.data_ptr(),
+                np.int32(q.shape[2]),
+                np.int32(k.shape[2]),
+                np.int32(q.shape[3]),
+                np.float32(scale),
+            ),
+            shared,
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _spmm_kernel(
+    device: int,
+    size: int,
+    wide: int,
+    operand: torch.dtype,
+    value: torch.dtype,
+    out: torch.dtype,
+    transposed: bool,
+    side: int,
+    add: bool,
+    rounded: bool,
+) -> tuple[Kernel, int]:
+    """The kernel and its shared memory."""
+    shared = spmm_shared(min(size, 64), wide, operand, transposed)
+    constants = {
+        "SIZE": size,
+        "DTYPE": CODES[operand],
+        "VALUES": CODES[value],
+        "OUT": CODES[out],
+        "WIDE": wide,
+        "TRANSPOSED": int(transposed),
+        "KEEP": side,
+        "ADD": int(add),
+        "TF32": int(rounded),
+        "SHARED": shared,
+    }
+    wanted = request("spmm_block", constants, flush=operand != torch.float32)
+    return kernel(wanted, device), shared
+
+
+def spmm(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    part: PartPlan,
+    scale: float,
+    transposed: bool,
+    add: bool,
+) -> None:
+    """Write, or add, scale · S x (or Sᵀ x when transposed) to every row of out.
+
+    Args:
+        out: (F, E, outer, D), contiguous; float32 to add.
+        values: (F, slots), contiguous, aligned.
+        x: (F, E, inner, D), aligned.
+        keep: bool (F, E, n) or None.
+        keep_rows: the mask is over rows of S.
+        part: from ``plans.cuda_block``.
+        scale: multiplies the product.
+        transposed: multiply by the transpose.
+        add: add to what out holds.
+    """
+    items, row_ptr, row_order, t_items, col_ptr, col_order, masks, any_col, any_row = part.tensors[
+        :9
+    ]
+    (size,) = part.scalars
+    bounds, order, used = row_ptr, row_order, any_col
+    if transposed:
+        bounds, order, used = col_ptr, col_order, any_row
+    _, entries, outer, width = out.shape
+    lines = order.shape[0]
+    if 0 in (lines, width):
+        return
+    fitting = out.dtype in (x.dtype, torch.float32)
+    if fitting and _hopper(x, size, items, keep, x.dtype, values.dtype):
+        listed = t_items if transposed else None
+        tables = (items, listed, bounds, order, masks, used)
+        block_sm90.spmm(out, values, x, part.starts[0], size, *tables, scale, add)
+        return
+    wide = wide_of(width, x.dtype)
+    run, shared = _spmm_kernel(
+        x.device.index,
+        size,
+        wide,
+        x.dtype,
+        values.dtype,
+        out.dtype,
+        transposed,
+        mask_side(keep, keep_rows == transposed),
+        add,
+        tf32(x.dtype),
+    )
+    for kept, to, weights, rows in runs(keep, out, values, x):
+        run(
+            (lines * max(size // 64, 1), -(-width // wide), to.shape[0]),
+            THREADS,
+            (
+                to.data_ptr(),
+                weights.data_ptr(),
+                np.int64(values.shape[1]),
+                np.int64(part.starts[0]),
+                *dense(rows),
+                *mask(kept),
+                items.data_ptr(),
+                t_items.data_ptr(),
+                bounds.data_ptr(),
+                order.data_ptr(),
+                masks.data_ptr(),
+                used.data_ptr(),
+                np.int32(entries),
+                np.int32(lines // entries),
+                np.int32(outer),
+                np.int32(x.shape[2]),
+                np.int32(width),
+                np.float32(scale),
+            ),
+            shared,
+        )

@@ -1,0 +1,131 @@
+"""What the CUDA functions of the operators share: dtypes, aligned operands, arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.launch import Argument
+from mixgrain.formats.errors import UnsupportedError
+
+#: Codes of types.cuh.
+CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+THREADS = 128
+# Grids count matrices in y or z.
+MOST_MATRICES = 65_535
+
+
+def check_dtypes(op: str, *dtypes: torch.dtype) -> None:
+    """Raise UnsupportedError for float64, which has no kernels here."""
+    for dtype in dtypes:
+        if dtype not in CODES:
+            raise UnsupportedError(
+                f"{op}: no CUDA kernels for {str(dtype).removeprefix('torch.')}; use float32 with "
+                ".float(), or compute in float64 on the CPU with .cpu()"
+            )
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A dense operand (F, E, N, D) that 16-byte copies can read.
+
+    Itself where its last dimension has stride 1 and every row starts at a multiple of 16 bytes;
+    else a copy, columns padded with zeros to a multiple of 8.
+    """
+    if t.shape[-1] % 8:
+        return torch.nn.functional.pad(t, (0, -t.shape[-1] % 8)).contiguous()
+    unit = 16 // t.element_size()
+    strides = t.stride()
+    even = strides[3] == 1 and not (strides[0] % unit or strides[1] % unit or strides[2] % unit)
+    if not even:
+        t = t.contiguous()
+    return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 else t
+
+
+def aligned_values(values: Tensor) -> Tensor:
+    """Values (F, slots), contiguous and 16-byte aligned."""
+    values = values.contiguous()
+    return values.clone() if values.data_ptr() % 16 else values
+
+
+def dense(t: Tensor) -> tuple[Argument, ...]:
+    """Pointer and strides of free index, entry and row."""
+    return (t.data_ptr(), *map(np.int64, t.stride()[:3]))
+
+
+def mask(keep: Tensor | None) -> tuple[Argument, ...]:
+    """Pointer and strides of a run-time mask (F, E, n)."""
+    if keep is None:
+        return 0, np.int64(0), np.int64(0), np.int64(0)
+    return (keep.data_ptr(), *map(np.int64, keep.stride()))
+
+
+def mask_side(keep: Tensor | None, first: bool) -> int:
+    """MG_KEEP: 0 without a mask, 1 if it is over the first side a kernel names, 2 if the other."""
+    return 0 if keep is None else 1 if first else 2
+
+
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether float32 products may round operands to TF32: where torch allows it."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The mask and the tensors, (F, …) each, in runs that fit a grid; mostly one."""
+    free = tensors[0].shape[0]
+    if free <= MOST_MATRICES:
+        yield (keep, *tensors)
+        return
+    for start in range(0, free, MOST_MATRICES):
+        some = slice(start, start + MOST_MATRICES)
+        yield (None if keep is None else keep[some], *(t[some] for t in tensors))
+
+
+def sddmm_shared(rows: int, dim: int, operand: torch.dtype, out: torch.dtype) -> int:
+    """Bytes of shared memory that sddmm.cuh lays out; it asserts that the sums agree.
+
+    Args:
+        rows: rows of a CTA's tile: 16, 32 or 64.
+        dim: D rounded up to 16 when the kernel holds it, else 0.
+        operand: dtype of q and k.
+        out: dtype of the values.
+    """
+    size = operand.itemsize
+    depth, pad = (32, 4) if size == 4 else (64, 8)
+    pitch = (dim or depth) + pad
+    stages = 2 if dim > 64 else 3
+    stage = (64 if dim else 64 + rows) * pitch * size
+    down = 2 if rows == 64 else 1
+    staged = 4 * (rows // down) * (64 // (4 // down) * out.itemsize + 16)
+    held = rows * pitch * size if dim else 0
+    return (rows + 256) * 4 + stages * stage + max(staged, held)
+
+
+def spmm_shared(rows: int, wide: int, operand: torch.dtype, transposed: bool) -> int:
+    """Bytes of shared memory that spmm.cuh lays out; it asserts that the sums agree.
+
+    Args:
+        rows: rows of a CTA's tile: 16, 32 or 64.
+        wide: columns of it: 64 or 128.
+        operand: dtype of x.
+        transposed: whether the product is with the transpose.
+    """
+    size = operand.itemsize
+    depth, pad = (32, 4) if size == 4 else (64, 8)
+    left = depth * (rows + pad) if transposed else rows * (depth + pad)
+    words = depth + depth // 32
+    notes = 4 * ((words + words % 2) * 4 + depth // 16 * 8)
+    return -(-notes // 16) * 16 + 3 * (left + depth * (wide + pad)) * size
+
+
+def held_dim(width: int, dtype: torch.dtype) -> int:
+    """MG_DIM: D rounded up to 16 where Q stays in registers, else 0."""
+    return -(-width // 16) * 16 if dtype != torch.float32 and width <= 128 else 0
+
+
+def wide_of(width: int, dtype: torch.dtype) -> int:
+    """MG_WIDE: columns of the result per CTA."""
+    return 128 if width > 64 and dtype != torch.float32 else 64

@@ -1,0 +1,312 @@
+"""How the operators along rows run on CUDA: which kernel looks at which rows, in which phase."""
+
+from __future__ import annotations
+
+import functools
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import request
+from mixgrain.cuda.launch import Argument, Kernel, kernel
+
+from ..plans.plan import PartPlan, Plan, split
+from .parts import CODES, MOST_MATRICES, aligned_values, mask_side
+
+SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
+ONCE, ROWS, SLOTS = range(3)  # PHASE
+WARPS, TEAM = 4, 8
+# Pieces that a lane holds: registers for 16 of one tensor, or 8 of two; four hide the latency of
+# memory where nothing is kept between two looks.
+HOLDS, STREAM = {SOFTMAX: (4, 8, 16), BACKWARD: (4, 8)}, 4
+# Entries per lane of a row part.
+ROW_HOLDS = {SOFTMAX: 16, BACKWARD: 8, SUM: 16, EXPAND: 16}
+
+Constants = tuple[tuple[str, int], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel(device: int, name: str, constants: Constants) -> Kernel:
+    return kernel(request(f"rowwise_{name}", dict(constants)), device)
+
+
+class Vectors(NamedTuple):
+    """Numbers of rows: statistics or joint numbers, and what only the last step sees."""
+
+    numbers: Tensor | None = None  # (F, places), float32; pairs of them for softmax
+    at: int = 0  # first place of a part
+    lse: Tensor | None = None  # (F, E, nq) float32
+    grad_lse: Tensor | None = None  # (F, E, nq) float32
+
+
+class Call:
+    """One call of an operator, its tensors ready for the kernels.
+
+    Attributes:
+        op: SOFTMAX, BACKWARD, SUM or EXPAND.
+        parts: of the layout.
+        rows: nq.
+        entries: E.
+        lines: E · nq.
+        free: F.
+        values: (F, slots), p for the backward; None when expanding.
+        grad: (F, slots) of the backward, or None.
+        out: (F, slots) or None.
+        device: torch's index.
+    """
+
+    def __init__(
+        self,
+        op: int,
+        plan: Plan,
+        like: Tensor,
+        keep: Tensor | None,
+        keep_rows: bool,
+        values: Tensor | None = None,
+        grad: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        slots, (self.rows, _), entry, self.parts = split(plan)
+        self.op, self.free, self.entries = op, like.shape[0], len(entry)
+        self.lines = self.entries * self.rows
+        self.device, self.like = like.device.index, like
+        self.values = None if values is None else aligned_values(values)
+        self.grad = None if grad is None else aligned_values(grad)
+        self.keep = None if keep is None else _kept(keep)
+        self.side = mask_side(keep, not keep_rows)
+        self.out: Tensor | None = None
+        if out_dtype is not None:
+            self.out = like.new_empty(self.free, slots, dtype=out_dtype)
+            # Slots between the parts; a panel part clears its own gaps.
+            at, spans = 0, ((p.starts[0], p.starts[-1]) for p in self.parts)
+            for start, stop in chain(spans, [(slots, slots)]):
+                if at < start:
+                    self.out[:, at:start].zero_()
+                at = stop
+
+    @property
+    def once(self) -> bool:
+        """Whether all rows lie in one part, and there in one piece."""
+        return len(self.parts) == 1 and self.parts[0].kind != "cpanel"
+
+    def numbers(self, places: int) -> Tensor:
+        """Room for the numbers of rows: (F, places), pairs for softmax."""
+        pair = 2 if self.op == SOFTMAX else 1
+        return self.like.new_empty(self.free, places * pair, dtype=torch.float32)
+
+    def vector(self) -> Tensor:
+        """Room for a number per row, (F, E, nq)."""
+        return self.like.new_empty(self.free, self.entries, self.rows, dtype=torch.float32)
+
+    def constants(self, phase: int, piece: int, hold: int, team: int, masked: bool) -> Constants:
+        """Constants of the three kernels that look at slots."""
+        given = [t for t in (self.values, self.grad, self.out) if t is not None]
+        value = given[0] if self.values is None else self.values
+        out = value.dtype if self.out is None else self.out.dtype
+        exact = torch.float32 in (out, *(t.dtype for t in given))
+        return (
+            ("OP", self.op),
+            ("PHASE", phase),
+            ("KEEP", self.side),
+            ("PIECE", piece),
+            ("HOLD", hold),
+            ("TEAM", team),
+            ("MASKED", int(masked)),
+            ("VALUES", CODES[value.dtype]),
+            ("DTYPE", CODES[(value if self.grad is None else self.grad).dtype]),
+            ("OUT", CODES[out]),
+            ("EXACT", int(exact)),
+        )
+
+    def piece(self) -> int:
+        """Slots that a lane takes together: 16 bytes of the widest tensor it reads."""
+        given = [t for t in (self.values, self.grad) if t is not None]
+        read = given or [t for t in (self.out,) if t is not None]
+        return 16 // max(t.element_size() for t in read)
+
+    def slots(self, part: PartPlan, start: int, phase: int) -> tuple[Argument, ...]:
+        """Pointers to the part's slots from free index ``start`` on, and distances of matrices."""
+        made: list[Argument] = []
+        for t in (self.values, self.grad, self.out if phase != ROWS else None):
+            made += [_pointer(t, start, part.starts[0]), np.int64(0 if t is None else t.shape[1])]
+        return tuple(made)
+
+    def mask(self, start: int) -> tuple[Argument, ...]:
+        """Pointer to the run-time mask and its strides."""
+        if self.keep is None:
+            return 0, np.int64(0), np.int64(0)
+        free, entry, _ = self.keep.stride()
+        return self.keep.data_ptr() + start * free, np.int64(free), np.int64(entry)
+
+    def vectors(self, v: Vectors, start: int, dense: bool) -> tuple[Argument, ...]:
+        """Pointers and distances of the rows' numbers; lse and grad_lse where a kernel has them."""
+        pair = 2 if self.op == SOFTMAX else 1
+        line = 0 if v.numbers is None else v.numbers.shape[1] // pair
+        numbers = (_pointer(v.numbers, start, v.at * pair), np.int64(line))
+        if not dense:
+            return numbers
+        ends = (_pointer(v.lse, start), _pointer(v.grad_lse, start), np.int64(self.lines))
+        return (*numbers, *ends)
+
+    def run(self, phase: int, part: PartPlan, v: Vectors) -> None:
+        """Queue one phase of one part."""
+        for start in range(0, self.free, MOST_MATRICES):
+            many = min(MOST_MATRICES, self.free - start)
+            if part.kind == "cblock":
+                self._block(phase, part, v, start, many)
+            elif part.kind == "crow":
+                self._row(phase, part, v, start, many)
+            else:
+                self._panel(phase, part, v, start, many)
+
+    def _block(self, phase: int, part: PartPlan, v: Vectors, start: int, many: int) -> None:
+        items, row_ptr, row_order, masks = part.tensors
+        size, long, longest = part.scalars
+        piece = self.piece()
+        runs = size * size // (32 * piece)  # warps that share a block row
+        for first, stop, team in ((0, long, TEAM), (long, row_order.shape[0], 1)):
+            if stop == first:
+                continue
+            hold = STREAM
+            if phase == ONCE:
+                holds = HOLDS[self.op]
+                fits = [h for h in holds if h >= longest] if team == 1 else []
+                hold = fits[0] if fits else holds[-1]
+            constants = self.constants(phase, piece, hold, team, masks.shape[0] > 0)
+            units = (stop - first) * runs
+            _kernel(self.device, "block", (*constants, ("SIZE", size)))(
+                (units if team > 1 else -(-units // WARPS), many),
+                32 * (team if team > 1 else WARPS),
+                (
+                    *self.slots(part, start, phase),
+                    *self.vectors(v, start, dense=True),
+                    *self.mask(start),
+                    items.data_ptr(),
+                    row_ptr.data_ptr(),
+                    row_order.data_ptr() + 4 * first,
+                    masks.data_ptr(),
+                    np.int32(stop - first),
+                    np.int32(self.rows),
+                    np.int32(row_order.shape[0] // self.entries),
+                ),
+            )
+
+    def _row(self, phase: int, part: PartPlan, v: Vectors, start: int, many: int) -> None:
+        offsets, columns, row_order = part.tensors
+        long = part.scalars[0]
+        for first, stop, team in ((0, long, TEAM), (long, row_order.shape[0], 1)):
+            if stop == first:
+                continue
+            constants = self.constants(phase, 1, ROW_HOLDS[self.op], team, True)
+            _kernel(self.device, "row", constants)(
+                (stop - first if team > 1 else -(-(stop - first) // WARPS), many),
+                32 * (team if team > 1 else WARPS),
+                (
+                    *self.slots(part, start, phase),
+                    *self.vectors(v, start, dense=True),
+                    *self.mask(start),
+                    offsets.data_ptr(),
+                    columns.data_ptr(),
+                    row_order.data_ptr() + 4 * first,
+                    np.int32(stop - first),
+                    np.int32(self.rows),
+                ),
+            )
+
+    def _panel(self, phase: int, part: PartPlan, v: Vectors, start: int, many: int) -> None:
+        items, row_list, col_list, mask_bits = part.tensors[:4]
+        if not items.shape[0]:
+            return
+        constants = self.constants(phase, self.piece(), STREAM, 1, True)
+        # Items hold slots of the whole layout.
+        origin = part._replace(starts=[0])
+        _kernel(self.device, "panel", constants)(
+            (-(-items.shape[0] // WARPS), many),
+            32 * WARPS,
+            (
+                *self.slots(origin, start, phase),
+                *self.vectors(v, start, dense=False),
+                *self.mask(start),
+                items.data_ptr(),
+                row_list.data_ptr(),
+                col_list.data_ptr(),
+                mask_bits.data_ptr(),
+                np.int32(items.shape[0]),
+                np.int32(self.rows),
+            ),
+        )
+
+    def found(self) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        """Statistics of every part: (F, places), parts with a place per row, places of panels."""
+        dense = [p for p in self.parts if p.kind != "cpanel"]
+        panels = [p for p in self.parts if p.kind == "cpanel"]
+        piece_ptr, piece_list = panels[0].tensors[4:6] if panels else (None, None)
+        places = len(dense) * self.lines + (0 if piece_list is None else piece_list.shape[0])
+        numbers = self.numbers(places)
+        for n, part in enumerate(dense):
+            self.run(ROWS, part, Vectors(numbers, n * self.lines))
+        for part in panels:
+            self.run(ROWS, part, Vectors(numbers, len(dense) * self.lines))
+        return numbers, len(dense), piece_ptr, piece_list
+
+    def joined(self, lse: Tensor | None = None, grad_lse: Tensor | None = None) -> Tensor:
+        """Numbers of every row over all parts, (F, lines), pairs for softmax."""
+        numbers, dense, piece_ptr, piece_list = self.found()
+        made = self.numbers(self.lines)
+        constants = (
+            ("OP", self.op),
+            ("PHASE", ROWS if self.op == SUM else ONCE),
+            ("DENSE", dense),
+            ("KEEP", 0),
+            ("PIECE", 1),
+            ("HOLD", 1),
+            ("TEAM", 1),
+            ("MASKED", 0),
+            ("EXACT", 1),
+        )
+        pair = 2 if self.op == SOFTMAX else 1
+        for start in range(0, self.free, MOST_MATRICES):
+            _kernel(self.device, "merge", constants)(
+                (-(-self.lines // 128), min(MOST_MATRICES, self.free - start)),
+                128,
+                (
+                    _pointer(numbers, start),
+                    np.int64(numbers.shape[1] // pair),
+                    _pointer(made, start),
+                    _pointer(lse, start),
+                    _pointer(grad_lse, start),
+                    _pointer(piece_ptr, 0),
+                    _pointer(piece_list, 0),
+                    np.int32(self.lines),
+                ),
+            )
+        return made
+
+    def everywhere(self, numbers: Tensor) -> None:
+        """Write the slots of every part, given the numbers of the rows."""
+        for part in self.parts:
+            self.run(SLOTS, part, Vectors(numbers))
+
+
+def _pointer(t: Tensor | None, start: int, offset: int = 0) -> int:
+    """Address of element ``offset`` of the matrix at free index ``start``; 0 for None."""
+    if t is None:
+        return 0
+    return t.data_ptr() + (start * t.stride(0) + offset) * t.element_size()
+
+
+def _kept(keep: Tensor) -> Tensor:
+    """A run-time mask (F, E, n) whose rows are contiguous, aligned, and padded to whole blocks.
+
+    Dimensions that are only expanded stay so: the copy is as small as the mask the user gave.
+    """
+    free, entries, n = keep.shape
+    small = keep[: 1 if keep.stride(0) == 0 else free, : 1 if keep.stride(1) == 0 else entries]
+    strides = small.stride()
+    even = strides[2] == 1 and not (n % 128 or strides[0] % 8 or strides[1] % 8)
+    if not even or small.data_ptr() % 8:
+        small = torch.nn.functional.pad(small, (0, -n % 128 or 128))
+    return small.expand(free, entries, -1)

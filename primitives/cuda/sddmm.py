@@ -1,0 +1,48 @@
+"""The operator sddmm on CUDA: one kernel per part of the layout."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..plans.plan import Plan, split
+from . import block, panel, row
+from .parts import aligned, check_dtypes
+
+_KINDS = {"cblock": block.sddmm, "cpanel": panel.sddmm, "crow": row.sddmm_row}
+
+
+def sddmm(
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Scale · q kᵀ at every slot: (F, E, nq, D), (F, E, nk, D) -> (F, slots)."""
+    check_dtypes("sddmm", q.dtype, k.dtype, dtype)
+    slots, _, _, parts = split(Plan(tensors, dims, name))
+    values = q.new_empty(q.shape[0], slots, dtype=dtype)
+    if not values.numel():
+        return values
+    if not q.shape[3]:
+        return values.zero_()
+    if q.dtype != k.dtype:
+        wide = torch.promote_types(q.dtype, k.dtype)
+        q, k = q.to(wide), k.to(wide)
+    # Slots between the parts; a panel part clears its own gaps.
+    at = 0
+    for start, stop in chain(((p.starts[0], p.starts[-1]) for p in parts), [(slots, slots)]):
+        if at < start:
+            values[:, at:start].zero_()
+        at = stop
+    q, k = aligned(q), aligned(k)
+    for part in parts:
+        _KINDS[part.kind](values, q, k, keep, keep_rows, part, scale)
+    return values

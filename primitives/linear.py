@@ -1,0 +1,66 @@
+"""linear: a dense input times the transpose of a sparse weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mixgrain.formats.errors import ShapeError
+from mixgrain.formats.sparse import SparseTensor
+
+from . import ops
+from .checks import accumulation, check_matrix, check_same_dtype, check_sparse
+from .dispatch import plan_for
+from .fold import fold_mask
+
+
+def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
+    """Product x @ w.T + bias with a sparse weight; otherwise ``torch.nn.functional.linear``.
+
+    Args:
+        x: (..., n_in), float16, bfloat16, float32 or float64.
+        w: (n_out, n_in), any layout without leading dimensions, x's dtype.
+        bias: (n_out,) of x's dtype, or None.
+
+    Returns:
+        (..., n_out) in x.dtype, summed in float32 (float64 for float64). Differentiable with
+        respect to x, the values of w, and bias.
+
+    Raises:
+        ShapeError: sizes that do not fit; a weight with leading dimensions.
+        DtypeError: dtypes that differ or are no floats.
+
+    Source: Chen et al., E.T.: Re-Thinking Self-Attention for Transformer Models on GPUs, SC 2021,
+    for tiles; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, for 2:4.
+    """
+    check_sparse("linear", w)
+    check_matrix("linear", "x", x if x.dim() > 1 else x[None])
+    check_same_dtype("linear", "x", "w", x, w.values)
+    layout = w.layout
+    n_out, n_in = layout.shape
+    if layout.lead != (1, 1) or w.values.dim() != 1:
+        raise ShapeError(
+            f"linear: w is {tuple(w.shape)}; expected a weight (n_out, n_in) without leading "
+            "dimensions; spmm takes batches"
+        )
+    if x.shape[-1] != n_in:
+        raise ShapeError(f"linear: x has {x.shape[-1]} columns; expected {n_in}, those of w")
+    if bias is not None:
+        check_same_dtype("linear", "x", "bias", x, bias)
+        if tuple(bias.shape) != (n_out,):
+            raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
+    plan = plan_for("linear", layout, w.values, x, bias, w.keep)
+    tokens = x.reshape(-1, n_in) if x.numel() else x.new_zeros(x.shape[:-1].numel(), n_in)
+    # A bias joins the sums before they are rounded.
+    dtype = x.dtype if bias is None else accumulation(x.dtype)
+    out = ops.spmm(
+        w.values[None],
+        tokens.T[None, None],
+        fold_mask(w.keep, layout.lead, ()),
+        w.keep_rows,
+        plan,
+        1.0,
+        dtype,
+    )
+    y = out[0, 0].T
+    y = y.contiguous() if bias is None else (y + bias.to(dtype)).to(x.dtype)
+    return y.reshape(*x.shape[:-1], n_out)

@@ -1,0 +1,301 @@
+"""What Python calls of the custom operators, and their gradients: closed under differentiation.
+
+Gradients are again these operators and plain torch arithmetic, so that derivatives of any order
+exist. Dead slots of the values they are given are ignored, NaN included; those of the values they
+return are zero.
+
+Defined with ``Library.define`` and an ``autograd.Function`` at the Autograd key: half the time per
+call of ``torch.library.custom_op`` with ``register_autograd``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import accumulation
+from .plans.plan import Plan
+from .schemas import LIB, SCHEMAS
+
+_ops = torch.ops.mixgrain
+_op_sddmm = _ops.sddmm.default
+_op_spmm = _ops.spmm.default
+_op_spmm_t = _ops.spmm_t.default
+_op_softmax = _ops.softmax.default
+_op_softmax_backward = _ops.softmax_backward.default
+_op_prune = _ops.prune.default
+_op_row_sum = _ops.row_sum.default
+_op_row_expand = _ops.row_expand.default
+
+Keep = Tensor | None
+
+
+def sddmm(
+    q: Tensor, k: Tensor, keep: Keep, rows: bool, plan: Plan, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Scale · q kᵀ at every slot: (F, E, nq, D), (F, E, nk, D) -> (F, slots)."""
+    made: Tensor = _op_sddmm(q, k, keep, rows, *plan, scale, dtype)
+    return made
+
+
+def spmm(
+    values: Tensor, x: Tensor, keep: Keep, rows: bool, plan: Plan, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Scale · S x: (F, slots), (F, E, nk, D) -> (F, E, nq, D)."""
+    made: Tensor = _op_spmm(values, x, keep, rows, *plan, scale, dtype)
+    return made
+
+
+def spmm_t(
+    values: Tensor, x: Tensor, keep: Keep, rows: bool, plan: Plan, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Scale · Sᵀ x: (F, slots), (F, E, nq, D) -> (F, E, nk, D)."""
+    made: Tensor = _op_spmm_t(values, x, keep, rows, *plan, scale, dtype)
+    return made
+
+
+def softmax(
+    values: Tensor, keep: Keep, rows: bool, plan: Plan, dtype: torch.dtype, want_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Row softmax (F, slots) and log-sum-exp (F, E, nq), empty unless wanted."""
+    p, lse = _op_softmax(values, keep, rows, *plan, dtype, want_lse)
+    return p, lse
+
+
+def softmax_backward(
+    p: Tensor, grad: Tensor, grad_lse: Keep, keep: Keep, rows: bool, plan: Plan, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of softmax, p · (grad − Σ p · grad + grad_lse), at every slot: (F, slots)."""
+    made: Tensor = _op_softmax_backward(p, grad, grad_lse, keep, rows, *plan, dtype)
+    return made
+
+
+def row_sum(values: Tensor, keep: Keep, rows: bool, plan: Plan) -> Tensor:
+    """Sums of rows, (F, E, nq), in the accumulation dtype."""
+    made: Tensor = _op_row_sum(values, keep, rows, *plan)
+    return made
+
+
+def row_expand(vector: Tensor, keep: Keep, rows: bool, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """The value (F, E, nq) of every slot's row, zero at dead slots; the adjoint of row_sum."""
+    made: Tensor = _op_row_expand(vector, keep, rows, *plan, dtype)
+    return made
+
+
+def prune(
+    q: Tensor, k: Tensor, keep: Keep, plan: Plan, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scores of the n largest of every m keys, (1, slots), and the metadata of the choice.
+
+    The plan is that of an NMLayout whose metadata is not there yet.
+    """
+    values, metadata = _op_prune(q, k, keep, *plan, scale, dtype)
+    return values, metadata
+
+
+# Gradients
+
+
+def _below(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Run the kernel itself: dispatch below the Autograd key."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+class _Context(torch.autograd.function.FunctionCtx):
+    """What the forwards below leave for their backwards."""
+
+    keep: Keep
+    rows: bool
+    plan: Plan
+    scale: float
+    dtypes: tuple[torch.dtype, ...]
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
+class _Sddmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
+        ctx.save_for_backward(q, k)
+        made: Tensor = _below(_op_sddmm, q, k, *rest)
+        return made
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k = ctx.saved_tensors
+        shared = (ctx.keep, ctx.rows, ctx.plan, ctx.scale)
+        dq = spmm(grad, k, *shared, q.dtype) if ctx.needs_input_grad[0] else None
+        dk = spmm_t(grad, q, *shared, k.dtype) if ctx.needs_input_grad[1] else None
+        return dq, dk, *[None] * 7
+
+
+class _Prune(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        ctx.keep, ctx.plan, ctx.scale = rest[0], Plan(*rest[1:4]), rest[4]
+        values, metadata = _below(_op_prune, q, k, *rest)
+        ctx.mark_non_differentiable(metadata)
+        ctx.save_for_backward(q, k, metadata)
+        return values, metadata
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, metadata = ctx.saved_tensors
+        plan = ctx.plan._replace(tensors=[metadata, *ctx.plan.tensors[1:]])
+        shared = (ctx.keep, False, plan, ctx.scale)
+        dq = spmm(grad, k, *shared, q.dtype) if ctx.needs_input_grad[0] else None
+        dk = spmm_t(grad, q, *shared, k.dtype) if ctx.needs_input_grad[1] else None
+        return dq, dk, *[None] * 6
+
+
+class _Spmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, values: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
+        ctx.save_for_backward(values, x)
+        made: Tensor = _below(_op_spmm, values, x, *rest)
+        return made
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, x = ctx.saved_tensors
+        shared = (ctx.keep, ctx.rows, ctx.plan, ctx.scale)
+        dv = sddmm(grad, x, *shared, values.dtype) if ctx.needs_input_grad[0] else None
+        dx = spmm_t(values, grad, *shared, x.dtype) if ctx.needs_input_grad[1] else None
+        return dv, dx, *[None] * 7
+
+
+class _SpmmT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, values: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
+        ctx.save_for_backward(values, x)
+        made: Tensor = _below(_op_spmm_t, values, x, *rest)
+        return made
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, x = ctx.saved_tensors
+        shared = (ctx.keep, ctx.rows, ctx.plan, ctx.scale)
+        dv = sddmm(x, grad, *shared, values.dtype) if ctx.needs_input_grad[0] else None
+        dx = spmm(values, grad, *shared, x.dtype) if ctx.needs_input_grad[1] else None
+        return dv, dx, *[None] * 7
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
+        ctx.dtypes = (values.dtype,)
+        ctx.set_materialize_grads(False)
+        p, lse = _below(_op_softmax, values, *rest)
+        ctx.save_for_backward(p)
+        return p, lse
+
+    @staticmethod
+    def backward(
+        ctx: _Context, grad: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        (p,) = ctx.saved_tensors
+        if grad is None and grad_lse is None:
+            return (None,) * 8
+        grad = torch.zeros_like(p) if grad is None else grad
+        if grad_lse is not None and not grad_lse.numel():
+            grad_lse = None
+        ds = softmax_backward(p, grad, grad_lse, ctx.keep, ctx.rows, ctx.plan, ctx.dtypes[0])
+        return ds, *[None] * 7
+
+
+class _SoftmaxBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context, p: Tensor, grad: Tensor, grad_lse: Tensor | None, *rest: Any
+    ) -> Tensor:
+        ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
+        ctx.dtypes = (p.dtype, grad.dtype)
+        ctx.save_for_backward(p, grad, grad_lse)  # type: ignore[arg-type]  # takes None
+        made: Tensor = _below(_op_softmax_backward, p, grad, grad_lse, *rest)
+        return made
+
+    @staticmethod
+    def backward(ctx: _Context, h: Tensor) -> tuple[Tensor | None, ...]:
+        # y = p (g − Σ p g + l), so with R the row sum spread over its row:
+        #   dg = p (h − R(p h))    dl = Σ p h    dp = h (g − R(p g) + l) − g R(p h)
+        p, g, grad_lse = ctx.saved_tensors
+        shared = (ctx.keep, ctx.rows, ctx.plan)
+        wide = accumulation(p.dtype, g.dtype)
+        dg = softmax_backward(p, h, None, *shared, g.dtype) if ctx.needs_input_grad[1] else None
+        ph = row_sum(p.to(wide) * h, *shared)
+        dp = None
+        if ctx.needs_input_grad[0]:
+            inside = -row_sum(p.to(wide) * g, *shared)
+            if grad_lse is not None:
+                inside = inside + grad_lse
+            ones = torch.ones_like(inside)
+            live = row_expand(ones, *shared, wide) > 0
+            dp = h * (g + row_expand(inside, *shared, wide)) - g * row_expand(ph, *shared, wide)
+            # Cotangents may hold anything at dead slots.
+            dp = torch.where(live, dp, 0).to(p.dtype)
+        dl = ph.to(grad_lse.dtype) if grad_lse is not None and ctx.needs_input_grad[2] else None
+        return dp, dg, dl, *[None] * 6
+
+
+class _RowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, values: Tensor, *rest: Any) -> Tensor:
+        ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
+        ctx.dtypes = (values.dtype,)
+        made: Tensor = _below(_op_row_sum, values, *rest)
+        return made
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return row_expand(grad, ctx.keep, ctx.rows, ctx.plan, ctx.dtypes[0]), *[None] * 5
+
+
+class _RowExpand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, vector: Tensor, *rest: Any) -> Tensor:
+        ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
+        ctx.dtypes = (vector.dtype,)
+        made: Tensor = _below(_op_row_expand, vector, *rest)
+        return made
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        made = row_sum(grad, ctx.keep, ctx.rows, ctx.plan).to(ctx.dtypes[0])
+        return made, *[None] * 6
+
+
+_FUNCTIONS: dict[str, tuple[type[torch.autograd.Function], Callable[..., Any], int]] = {
+    "sddmm": (_Sddmm, _op_sddmm, 2),
+    "spmm": (_Spmm, _op_spmm, 2),
+    "spmm_t": (_SpmmT, _op_spmm_t, 2),
+    "softmax": (_Softmax, _op_softmax, 1),
+    "softmax_backward": (_SoftmaxBackward, _op_softmax_backward, 3),
+    "prune": (_Prune, _op_prune, 2),
+    "row_sum": (_RowSum, _op_row_sum, 1),
+    "row_expand": (_RowExpand, _op_row_expand, 1),
+}
+
+
+def _autograd(name: str) -> Callable[..., Any]:
+    function, op, inputs = _FUNCTIONS[name]
+
+    def run(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in arguments[:inputs]
+        ):
+            return function.apply(*arguments)
+        return _below(op, *arguments)
+
+    return run
+
+
+for _name in SCHEMAS:
+    LIB.impl(_name, _autograd(_name), "Autograd")

@@ -1,0 +1,31 @@
+"""Plans for MixedLayout on CUDA: those of its parts, one after the other."""
+
+from __future__ import annotations
+
+from mixgrain.formats.block import BlockLayout
+from mixgrain.formats.layout import Layout
+from mixgrain.formats.mixed import MixedLayout
+from mixgrain.formats.panel import PanelLayout
+from mixgrain.formats.row import RowLayout
+
+from . import cuda_block, cuda_panel, cuda_row
+from .plan import PartPlan, Plan, cached, join
+
+
+def _part(layout: Layout, shift: int) -> PartPlan:
+    if isinstance(layout, BlockLayout):
+        return cuda_block.part(layout, shift)
+    if isinstance(layout, PanelLayout):
+        return cuda_panel.part(layout, shift)
+    assert isinstance(layout, RowLayout)
+    return cuda_row.part(layout, shift)
+
+
+def cuda(layout: MixedLayout) -> Plan:
+    """The CUDA plan of a MixedLayout, for every operation."""
+
+    def make() -> Plan:
+        pairs = zip(layout.parts, layout.part_offsets, strict=False)
+        return join(layout, [_part(part, shift) for part, shift in pairs])
+
+    return cached(layout, make)

@@ -1,0 +1,115 @@
+"""Plans for RowLayout on CUDA: CSR of every entry, and rows cut into work items of even length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixgrain.formats.entries import INT32_LIMIT, over_entries
+from mixgrain.formats.row import RowLayout
+
+from .plan import PartPlan, Plan, cached, join
+
+# Kept positions of one work item. Longer rows are cut, so that a row that keeps everything does not
+# hold up the end; partial results of this many positions are one percent of the traffic.
+ITEM = 512
+
+
+def expand_offsets(
+    offsets: Tensor, lines: int, entry: Sequence[int], entry_slots: Sequence[int]
+) -> Tensor:
+    """Where each row of each entry starts, counted over the entries.
+
+    Args:
+        offsets: int64 (U * lines + 1,), where each row of the distinct patterns starts.
+        lines: rows of one pattern.
+        entry: the distinct pattern of each entry.
+        entry_slots: where each entry's positions start, and the end.
+
+    Returns:
+        int64 (E * lines + 1,).
+    """
+    device = offsets.device
+    first = torch.tensor(entry, device=device)[:, None] * lines
+    starts = torch.tensor(entry_slots, device=device)
+    local = offsets[first + torch.arange(lines, device=device)] - offsets[first]
+    return torch.cat([(local + starts[:-1, None]).flatten(), starts[-1:]])
+
+
+def row_items(offsets: Tensor, most: int = ITEM) -> tuple[Tensor, Tensor, int]:
+    """Rows cut into items of at most ``most`` positions, longest first.
+
+    How a row is cut depends on its length alone: results do not depend on what else is computed.
+
+    Args:
+        offsets: int64 (R + 1,), where each row starts.
+        most: positions of an item.
+
+    Returns:
+        int32 (NI, 4): row, positions, partial result it writes (−1 = it is all of its row), first
+        position counted from the row's first; every row has an item, empty ones too. int32
+        (NS, 4): row, first partial result, their number, 0 of every row that is cut. The number
+        of partial results.
+    """
+    counts = offsets.diff()
+    cuts = ((counts + most - 1) // most).clamp(min=1)
+    # Even lengths, but whole rounds of 32.
+    step = ((counts + cuts - 1) // cuts + 31) // 32 * 32
+    cuts = ((counts + step - 1) // step.clamp(min=1)).clamp(min=1)
+    row = torch.repeat_interleave(torch.arange(len(counts), device=offsets.device), cuts)
+    begin = (torch.arange(len(row), device=row.device) - (cuts.cumsum(0) - cuts)[row]) * step[row]
+    length = torch.minimum(step[row], counts[row] - begin)
+    cut = cuts > 1
+    parts = torch.where(cut, cuts, 0)
+    first = parts.cumsum(0) - parts
+    number = begin // step[row].clamp(min=1)
+    partial = torch.where(cut[row], first[row] + number, -1)
+    items = torch.stack([row, length, partial, begin], 1).to(torch.int32)
+    # Stable: neighbouring rows of equal length stay neighbours and share caches.
+    items = items[torch.argsort(length, descending=True, stable=True)]
+    which = cut.nonzero()[:, 0]
+    splits = torch.stack([which, first[which], cuts[which], torch.zeros_like(which)], 1)
+    return items.contiguous(), splits.to(torch.int32), int(parts.sum())
+
+
+def part(layout: RowLayout, shift: int = 0) -> PartPlan:
+    """What CUDA kernels need of a RowLayout whose slots start ``shift`` into the values.
+
+    Tensors, E entries with NNZE kept positions together; position n has the slot ``shift + n``:
+
+        row_offsets  int64 (E * nq + 1,), where each row of each entry starts
+        columns      int32 (NNZE,)
+        row_items    int32 (NI, 4), row_splits int32 (NS, 4): see ``row_items``
+        t_offsets    int64 (E * nk + 1,), where each column starts in column-major order
+        t_rows       int32 (NNZE,)
+        t_order      (NNZE,), the position at each place of it; int32, int64 from 2**31 on
+        col_items    int32, col_splits int32
+
+    Scalars: partial results of the rows, and of the columns.
+    """
+    (rows, cols), entry, slots = layout.shape, layout.entry, layout.entry_slots
+    narrow = torch.int32 if slots[-1] < INT32_LIMIT else torch.int64
+    row_offsets = expand_offsets(layout.row_offsets, rows, entry, slots)
+    t_offsets = expand_offsets(layout.t_offsets, cols, entry, slots)
+    order = layout.t_order if narrow == torch.int32 else layout.t_order.long()
+    items, splits, partials = row_items(row_offsets)
+    t_items, t_splits, t_partials = row_items(t_offsets)
+    tensors = [
+        row_offsets,
+        over_entries(layout.columns, entry, slots),
+        items,
+        splits,
+        t_offsets,
+        over_entries(layout.t_rows, entry, slots),
+        over_entries(order, entry, slots, shift=True).to(narrow),
+        t_items,
+        t_splits,
+    ]
+    return PartPlan("crow", tensors, [partials, t_partials], [shift + start for start in slots])
+
+
+def cuda(layout: RowLayout) -> Plan:
+    """The CUDA plan of a RowLayout, for sddmm and spmm."""
+    return cached(layout, lambda: join(layout, [part(layout)]))
