@@ -119,6 +119,6 @@ def plan_for(op: str, layout: Layout, *tensors: Tensor | None) -> Plan:
         raise UnsupportedError(
             f"{op}: no {device.type} kernels for {type(layout).__name__} in this version; it runs "
             f"on {', '.join(cells)}: move tensors and layout with .cpu() and .to('cpu'), or use "
-            "mixgrain.primitives.reference (impl=\"reference\" in attend), which runs anywhere"
+            'mixgrain.primitives.reference (impl="reference" in attend), which runs anywhere'
         )
     return planner(layout)

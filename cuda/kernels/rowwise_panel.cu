@@ -9,7 +9,7 @@
 //   block     128 threads, an item per warp: its columns over as many lanes as they fill (a power of
 //             two), its rows over the lanes that are left, then one set of rows after the other
 //   smem      none
-//   registers values held: HOLD pieces; ptxas 13.0, sm_90a: 64 … 82
+//   registers values held: HOLD pieces; ptxas 13.0, sm_90a: 48 … 95
 //   needs     sm_80; values, grad, out 16-byte aligned, slots · size of a value % 16 == 0
 //
 // A matrix row may lie in several panels and a wide panel in several items; rowwise_merge joins them.
@@ -17,7 +17,7 @@
 
 static_assert(kPhase != 0 && kTeam == 1 && MG_MASKED, "panels are taken one step at a time");
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, 5)
+extern "C" __global__ void __launch_bounds__(32 * kWarps, 4)
     rowwise_panel(const value_t *__restrict__ values, i64 values_free,  //
                   const operand_t *__restrict__ grad, i64 grad_free,    //
                   out_t *__restrict__ out, i64 out_free,                //

@@ -70,7 +70,8 @@ def mask_side(keep: Tensor | None, first: bool) -> int:
 
 def tf32(dtype: torch.dtype) -> bool:
     """Whether float32 products may round operands to TF32: where torch allows it."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Unlike allow_tf32, this can be read whichever of torch's two switches was used.
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -291,16 +291,20 @@ def test_gradients_agree_with_the_cpu(kind, masked):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_tf32_follows_torch(monkeypatch):
+def test_tf32_follows_torch():
     case = Case((64, 64), density(2.0), size=64)
     layout, there = build("block", case)
     q, k = (torch.randn(64, 64, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
     exactly = reference.sddmm(q, k, layout).values
     errors = []
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        ours = sddmm(q.to(DEVICE), k.to(DEVICE), there).values.cpu().double()
-        errors.append(float((ours - exactly).abs().max()))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            ours = sddmm(q.to(DEVICE), k.to(DEVICE), there).values.cpu().double()
+            errors.append(float((ours - exactly).abs().max()))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     assert errors[0] < 2e-5
     assert 1e-4 < errors[1] < 3e-2
 

@@ -30,7 +30,7 @@ def device_ms(call: Callable[[], object], repeats: int = 30) -> float:
         call()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         flush.fill_(1)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -39,7 +39,7 @@ def device_ms(call: Callable[[], object], repeats: int = 30) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def host_us(call: Callable[[], object], repeats: int = 200) -> float:

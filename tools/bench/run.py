@@ -6,9 +6,11 @@ python -m mixgrain.tools.bench.run [ID …] [--out benchmarks/h200.json]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import traceback
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,8 @@ def environment() -> dict[str, str]:
         "cupy": cupy.__version__,
         "python": sys.version.split()[0],
     }
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
+    with contextlib.suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mixgrain as mg
 from mixgrain import patterns as P
+from mixgrain.formats.layout import Layout
 from mixgrain.primitives.softmax import softmax_backward
 
 # Ceilings of the device the floors are for: one H200, a 1 GiB copy and 4096³ cuBLAS products.
@@ -136,7 +137,7 @@ def _dots(q: Tensor, k: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def _attention_blocks(size: int) -> tuple[mg.BlockLayout, Tensor, Tensor]:
+def _attention_blocks(size: int) -> tuple[Layout, Tensor, Tensor]:
     kept = torch.rand(4096 // size, 4096 // size, generator=torch.Generator().manual_seed(0)) < 0.15
     layout = P.blocks(kept, size).to_layout("block", 4096, 4096, size=size).to("cuda")
     q, k = (_random(4, 16, 4096, 128, dtype=torch.bfloat16, seed=s) for s in (1, 2))
