@@ -14,9 +14,8 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
 
 CODES = {torch.float16: 0, torch.bfloat16: 1}
-# TMA stages of sddmm by panels of 64 columns of D: with Q and results they fit two CTAs to an SM
-# up to D = 64, one beyond.
-_SDDMM_STAGES = {1: 3, 2: 3, 3: 2, 4: 2}
+# TMA stages of sddmm by panels of 64 columns of D.
+SDDMM_STAGES = {1: 3, 2: 3, 3: 2, 4: 2}
 
 
 def runs_here(size: int, width: int, *dtypes: torch.dtype) -> bool:
@@ -78,8 +77,8 @@ def sddmm(
         return
     q, k = _laid_out(q), _laid_out(k)
     panels = -(-q.shape[-1] // 64)
-    stages = _SDDMM_STAGES[panels]
-    wanted = _request("sddmm_block_sm90", size, q.dtype, PANELS=panels, STAGES=stages)
+    stages = SDDMM_STAGES[panels]
+    wanted = sddmm_request(size, q.dtype, panels, stages)
     kernel(wanted, q.device.index)(
         (chunks.shape[0], values.shape[0]),
         size * 2 + 32,
@@ -92,7 +91,7 @@ def sddmm(
             masks.data_ptr(),
             np.float32(scale),
         ),
-        panels * (size + stages * 64) * 128 + size * 128 + 1024,
+        sddmm_shared(size, panels, stages),
     )
 
 
@@ -134,17 +133,7 @@ def spmm(
     x = _laid_out(x)
     cut = tile(size, width)
     partial = out.dtype == torch.float32
-    wanted = _request(
-        "spmm_block_sm90",
-        size,
-        x.dtype,
-        WIDE=cut.wide,
-        GROUPS=cut.groups,
-        STAGES=cut.stages,
-        TRANSPOSED=int(listed is not None),
-        PERSISTENT=int(cut.persistent),
-        PARTIAL=int(partial),
-    )
+    wanted = spmm_request(size, x.dtype, cut, listed is not None, partial)
     device = x.device.index
     across, lines = -(-width // (cut.wide * cut.groups)), order.shape[0]
     tiles = free * lines * across
@@ -216,5 +205,29 @@ def tile(size: int, width: int) -> Cut:
     return Cut(256, 1, 3, True) if size == 128 else Cut(256, 2, 2, True)
 
 
-def _request(name: str, size: int, dtype: torch.dtype, **constants: int) -> Request:
-    return request(name, {"SIZE": size, "DTYPE": CODES[dtype], **constants}, flush=True)
+def sddmm_request(size: int, dtype: torch.dtype, panels: int, stages: int) -> Request:
+    """The sddmm kernel for D of up to 64 · panels."""
+    constants = {"SIZE": size, "DTYPE": CODES[dtype], "PANELS": panels, "STAGES": stages}
+    return request("sddmm_block_sm90", constants, flush=True)
+
+
+def sddmm_shared(size: int, panels: int, stages: int) -> int:
+    """Dynamic shared memory of an sddmm CTA, bytes: Q, stages of 64 keys, results."""
+    return panels * (size + stages * 64) * 128 + size * 128 + 1024
+
+
+def spmm_request(
+    size: int, dtype: torch.dtype, cut: Cut, transposed: bool, partial: bool
+) -> Request:
+    """The spmm kernel; ``partial`` writes float32."""
+    constants = {
+        "SIZE": size,
+        "DTYPE": CODES[dtype],
+        "WIDE": cut.wide,
+        "GROUPS": cut.groups,
+        "STAGES": cut.stages,
+        "TRANSPOSED": int(transposed),
+        "PERSISTENT": int(cut.persistent),
+        "PARTIAL": int(partial),
+    }
+    return request("spmm_block_sm90", constants, flush=True)

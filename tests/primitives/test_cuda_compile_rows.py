@@ -97,7 +97,7 @@ def test_every_kernel_is_asked_for(requests):
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.compile
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90a", "100", "120"])
 def test_kernels_compile_without_faults(arch, requests, tmp_path_factory, monkeypatch):
     # A cubin from the cache says nothing of spills.

@@ -65,7 +65,7 @@ def requests() -> list[service.Request]:
     return asked
 
 
-@pytest.mark.slow
+@pytest.mark.compile
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90a", "100", "120"])
 def test_kernels_compile_without_faults(arch, requests, tmp_path_factory, monkeypatch):
     # A cubin from the cache says nothing of spills.
