@@ -7,7 +7,8 @@
 //   grid      (C * max(S / 64, 1), F)      a CTA: min(S, 64) rows of one chunk
 //   block     128 threads: 2 x 2 warps of 32 x 32 (S >= 64), 1 x 4 of S x 16 below
 //   smem      SddmmShared::kBytes: 2 or 3 stages of 64 rows of K, and Q, whose place results take
-//   registers accumulators 32, Q fragments D / 2 (S >= 64; less below)
+//   registers accumulators 32, Q fragments D / 2 (S >= 64; less below); at S 64: 72 (D 16), 124
+//             (64), 167 (128), 110 (more), 121 (float32), 132 (TF32)
 //   needs     sm_80; rows of q, k and of every block of out 16-byte aligned, D % 8 == 0, D <= 256
 //
 // Reads K once per chunk through L2 and writes each value once: the floor is the bytes of Q, K and

@@ -7,7 +7,7 @@
 //   grid      (T, F)     a CTA: 64 rows and at most 256 columns of one panel
 //   block     128 threads: 2 x 2 warps of 32 x 32
 //   smem      SddmmShared::kBytes
-//   registers as sddmm_block of size 64
+//   registers accumulators 32, Q fragments D / 2; 115 (D 16), 165 (64), 233 (128), 167 (float32)
 //   needs     sm_80; rows of q and k 16-byte aligned, D % 8 == 0, D <= 256
 //
 // Padding columns of the pitch, and the slots between a panel and the next multiple of 128, are

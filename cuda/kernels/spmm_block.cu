@@ -9,7 +9,8 @@
 //             a CTA: min(S, 64) rows of one block row of the result x WIDE columns
 //   block     128 threads: 2 x 2 warps (S >= 64), 1 x 4 below
 //   smem      SpmmShared::kBytes: 3 stages of (rows + WIDE) x 64 elements (32 of float32)
-//   registers accumulators S / 2 (WIDE 64) or S (WIDE 128), at most 64
+//   registers accumulators S / 2 (WIDE 64) or S (WIDE 128), at most 64; at S 64: 122 (WIDE 64),
+//             168 (128), 128 (float32), 156 (TF32)
 //   needs     sm_80; rows of x and out 16-byte aligned, D % 8 == 0
 //
 // Blocks smaller than a step go through side by side, larger ones in pieces. Sums run over the blocks

@@ -9,7 +9,7 @@
 //   grid      (W, column tiles of x, F)    a CTA: 64 outer positions of a panel x WIDE columns
 //   block     128 threads: 2 x 2 warps
 //   smem      SpmmShared::kBytes
-//   registers as spmm_block of size 64
+//   registers accumulators 32 (WIDE 64) or 64; 140 (WIDE 64), 168 (128), 167 (float32)
 //   needs     sm_80; rows of x 16-byte aligned, D % 8 == 0
 //
 // Outer positions are the panel's rows and inner ones its columns; the other way round for the
