@@ -31,6 +31,7 @@ from mixgrain.formats.cache import LRU
 from mixgrain.formats.entries import pack_bits
 from mixgrain.formats.errors import LayoutError
 from mixgrain.formats.layout import Layout
+from mixgrain.formats.tracing import untraced
 from mixgrain.primitives.plans.plan import validate_once
 
 # Scores of one step: 2 MiB in float32, about the second-level caches of two cores. Measured on
@@ -128,7 +129,7 @@ _plans = _Memo(128)
 
 # Planning reads index tensors on the host, so under torch.compile it breaks the graph the first
 # time; call a function once before compiling it with fullgraph=True.
-_made_outside: Callable[[Hashable, Callable[[], Plan]], Plan] = torch.compiler.disable(_plans.get)
+_made_outside: Callable[[Hashable, Callable[[], Plan]], Plan] = untraced(_plans.get)
 
 
 def plan(layout: Layout, nm: tuple[int, int] = (0, 0)) -> Plan:

@@ -16,7 +16,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 INT32_LIMIT = 2**31
@@ -89,6 +88,8 @@ def transposed_order(
     if columns.device.type == "cpu":
         # A counting sort is linear and several times faster than torch.sort.
         narrow = np.int32 if max(count, distinct * max(cols, rows)) < INT32_LIMIT else np.int64
+        from scipy.sparse import csr_array  # a sixth of a second, only when a layout is made
+
         matrix = csr_array(
             (
                 np.arange(count, dtype=narrow),

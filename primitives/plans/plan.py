@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.layout import Layout
+from mixgrain.formats.tracing import untraced
 
 V = TypeVar("V")
 
@@ -134,6 +135,4 @@ def _planned(key: Hashable, layout: Layout, make: Callable[[], Plan]) -> Plan:
 
 # Planning reads index tensors on the host, so under torch.compile it breaks the graph the first
 # time; call a function once before compiling it with fullgraph=True.
-_planned_outside: Callable[[Hashable, Layout, Callable[[], Plan]], Plan] = torch.compiler.disable(
-    _planned
-)
+_planned_outside: Callable[[Hashable, Layout, Callable[[], Plan]], Plan] = untraced(_planned)
