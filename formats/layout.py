@@ -13,6 +13,7 @@ gradient.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -80,12 +81,15 @@ class Layout(ABC):
         """Where each part's slots start in the last axis of ``values``, and the end."""
         return (0, self.slots)
 
+    @functools.cached_property
+    def home(self) -> torch.device | None:
+        """Device of the index tensors; None for a layout without any, which is at home anywhere."""
+        return next((tensor.device for tensor in self.tensors()), None)
+
     @property
     def device(self) -> torch.device:
-        """Device of the index tensors."""
-        for tensor in self.tensors():
-            return tensor.device
-        return torch.device("cpu")
+        """Device of the index tensors; the CPU when there are none."""
+        return self.home or torch.device("cpu")
 
     def tensors(self) -> list[Tensor]:
         """The index tensors, in field order, those of parts included."""
@@ -114,6 +118,10 @@ class Layout(ABC):
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Fields alone: what was worked out from them belongs to this key and device.
+        return {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickled key may already stand for another layout of this process.

@@ -24,7 +24,8 @@ def untraced(function: Callable[..., T]) -> Callable[..., T]:
     """
 
     def call(*arguments: Any) -> T:
-        return _disabled(function)(*arguments)
+        made: T = _disabled(function)(*arguments)
+        return made
 
     # Tells a tracer to break the graph here, as torch.compiler.disable does.
     call._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -105,9 +105,7 @@ def plan_for(op: str, layout: Layout, *tensors: Tensor | None) -> Plan:
             f"{op}: not for the transpose of an NMLayout, whose rows are not stored together; it "
             "exists for NMLayout itself; spmm and linear take the transpose"
         )
-    # A layout that keeps nothing has no tensors, and is at home everywhere.
-    here = [layout, *tensors] if layout.tensors() else tensors
-    device = next((thing.device for thing in here if thing is not None), layout.device)
+    device = layout.home or next((t.device for t in tensors if t is not None), layout.device)
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ShapeError(

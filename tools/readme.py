@@ -7,6 +7,7 @@ python -m mixgrain.tools.readme --check    only say whether README.md is up to d
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from .demo.report import TABLE, read_table, signed
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- demo table: written by python -m mixgrain.tools.readme from tools/demo/table.json -->"
 END = "<!-- end of demo table -->"
+SPEED = README.parent / "benchmarks" / "h200.json"
+SPEED_BEGIN = (
+    "<!-- benchmarks: written by python -m mixgrain.tools.readme from benchmarks/h200.json -->"
+)
+SPEED_END = "<!-- end of benchmarks -->"
 
 
 def demo_section(table: dict[str, Any] | None) -> str:
@@ -50,17 +56,72 @@ def demo_section(table: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def renewed(text: str, table: dict[str, Any] | None) -> str:
-    """README's text with its generated section written anew.
+def speed_section(measured: dict[str, Any] | None) -> str:
+    """The benchmarks in Markdown: our device time, how close to the floor, and the peers' times."""
+    if measured is None:
+        return "No benchmarks have been run yet."
+    lines = [
+        "| id | work | mixgrain | of the floor | against |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    works: dict[str, list[dict[str, Any]]] = {}
+    for row in measured["rows"]:
+        works.setdefault(row["work"], []).append(row)
+    for name, rows in works.items():
+        ours = next(row for row in rows if row["engine"] == "mixgrain")
+        if "ms" not in ours:
+            lines.append(f"| {name} | {ours.get('shape', '')} | failed | | |")
+            continue
+        peers = ", ".join(
+            f"{row['engine']} {row['ms'] * 1e3:.0f} µs ({row['ms'] / ours['ms']:.1f}×)"
+            for row in rows
+            if row is not ours and "ms" in row
+        )
+        share = ours["floor_ms"] / ours["ms"]
+        lines.append(
+            f"| {name} | {ours['shape']} | {ours['ms'] * 1e3:.0f} µs | {share:.0%} | {peers} |"
+        )
+    lines += [
+        "",
+        f"Device time of CUDA-graph replays with caches flushed, medians; {measured['device']}, "
+        f"torch {measured['torch']}, CUDA {measured['cuda']}, CuPy {measured['cupy']}, mixgrain "
+        f"{measured['mixgrain']}. The floors and errors stand in "
+        "[benchmarks/h200.json](benchmarks/h200.json).",
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, begin: str, end: str, body: str) -> str:
+    """The text with what stands between two marker lines written anew.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the lines {BEGIN!r} and {END!r} must stand once each, in this order")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n\n{demo_section(table)}\n\n{END}{after}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the lines {begin!r} and {end!r} must stand once each, in this order")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}\n\n{body}\n\n{end}{after}"
+
+
+def renewed(text: str, table: dict[str, Any] | None, speed: dict[str, Any] | None = None) -> str:
+    """README's text with its generated sections written anew.
+
+    Raises:
+        ValueError: the markers of a section are not there, once each and in order.
+    """
+    text = replaced(text, BEGIN, END, demo_section(table))
+    if speed is not None:
+        text = replaced(text, SPEED_BEGIN, SPEED_END, speed_section(speed))
+    return text
+
+
+def read_speed() -> dict[str, Any] | None:
+    """The benchmarks of the checkout, or None in an installed package, which has none."""
+    if not SPEED.exists():
+        return None
+    found: dict[str, Any] = json.loads(SPEED.read_text(encoding="utf-8"))
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     options = top.parse_args(argv)
     try:
         old = options.readme.read_text(encoding="utf-8")
-        new = renewed(old, read_table(TABLE))
+        new = renewed(old, read_table(TABLE), read_speed())
     except (MixgrainError, OSError, ValueError) as error:
         print(f"{options.readme}: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -205,6 +206,7 @@ def tile(size: int, width: int) -> Cut:
     return Cut(256, 1, 3, True) if size == 128 else Cut(256, 2, 2, True)
 
 
+@functools.lru_cache(maxsize=256)
 def sddmm_request(size: int, dtype: torch.dtype, panels: int, stages: int) -> Request:
     """The sddmm kernel for D of up to 64 · panels."""
     constants = {"SIZE": size, "DTYPE": CODES[dtype], "PANELS": panels, "STAGES": stages}
@@ -216,6 +218,7 @@ def sddmm_shared(size: int, panels: int, stages: int) -> int:
     return panels * (size + stages * 64) * 128 + size * 128 + 1024
 
 
+@functools.lru_cache(maxsize=256)
 def spmm_request(
     size: int, dtype: torch.dtype, cut: Cut, transposed: bool, partial: bool
 ) -> Request:
