@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from .errors import MissingError
+from .errors import CudaError, MissingError
 
 # Compute capability to the architecture its kernels are compiled for.
 _ARCH = {(8, 0): "80", (8, 6): "86", (8, 9): "89", (9, 0): "90a", (10, 0): "100", (12, 0): "120"}
@@ -64,3 +67,46 @@ def facts(index: int) -> DeviceFacts:
         shared_bytes=int(getattr(properties, "shared_memory_per_block_optin", 101_376)),
         l2_bytes=int(getattr(properties, "L2_cache_size", 0)),
     )
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """NVIDIA's driver library.
+
+    Raises:
+        MissingError: there is none.
+    """
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise MissingError(f"NVIDIA's driver library is missing: {error}") from error
+
+
+@functools.cache
+def _primary(index: int) -> int:
+    """The context that torch uses on a device, held for the life of the process."""
+    context = ctypes.c_void_p()
+    status = driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), ctypes.c_int(index))
+    if status != 0 or not context.value:
+        raise CudaError(f"no context on CUDA device {index} (driver error {status})")
+    return context.value
+
+
+@contextlib.contextmanager
+def using(index: int) -> Iterator[None]:
+    """Make a device current for launches and descriptors, for torch and for the driver.
+
+    Args:
+        index: torch's index of the device.
+
+    A thread that has called no CUDA function yet, autograd's for instance, has no context; the
+    runtime would make one by itself, but launches and descriptors go to the driver.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.cuda.current_device() != index:
+            stack.enter_context(torch.cuda.device(index))
+        context = ctypes.c_void_p()
+        driver().cuCtxGetCurrent(ctypes.byref(context))
+        if not context.value:
+            driver().cuCtxSetCurrent(ctypes.c_void_p(_primary(index)))
+        yield

@@ -13,20 +13,13 @@ import functools
 import numpy as np
 import torch
 
-from .errors import CudaError, MissingError
+from .device import driver
+from .errors import CudaError
 
 _DTYPE = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 # Bytes of the swizzled row to the driver's code: 0 none, then 32, 64, 128.
 _SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
 _L2_PROMOTION_256 = 3
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise MissingError(f"NVIDIA's driver library is missing: {error}") from error
 
 
 @functools.lru_cache(maxsize=4096)
@@ -60,7 +53,7 @@ def descriptor(
     start = -raw.ctypes.data % 128
     place = raw[start : start + 128]
     rank = len(dims)
-    status = _driver().cuTensorMapEncodeTiled(
+    status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(place.ctypes.data),
         ctypes.c_int(_DTYPE[dtype]),
         ctypes.c_uint32(rank),

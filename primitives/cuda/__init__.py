@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from mixgrain.cuda.device import using
 from mixgrain.cuda.errors import CudaError
 from mixgrain.formats.errors import BackendUnavailableError
 
@@ -37,7 +38,8 @@ def operator(name: str) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            with using(arguments[0].device.index):
+                return function(*arguments)
         except CudaError as error:
             raise BackendUnavailableError(f"{name}: {error}") from error
 
