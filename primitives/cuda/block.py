@@ -90,7 +90,7 @@ def sddmm(
     if not chunks.shape[0]:
         return
     if q.shape[3] <= 256 and _hopper(q, size, items, keep, q.dtype, values.dtype):
-        longer = part.tensors[11]
+        longer = part.tensors[10]
         block_sm90.sddmm(values, q, k, part.starts[0], size, items, longer, masks, scale)
         return
     run, shared = _sddmm_kernel(

@@ -83,7 +83,6 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         any_col    uint8 (M, size / 8): columns with a live row
         any_row    uint8 (M, size / 8): rows with a live column
         chunks     int32 (C, 2): first item and items of what one CTA of sddmm takes
-        t_masks    uint8 (M, size, size / 8), every mask transposed
         longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items, sizes 64 and 128 only
 
     Scalars: size.
@@ -119,7 +118,6 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         pack_bits(bits.any(1)),
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
-        pack_bits(bits.transpose(1, 2)),
         chunks_of(row_ptr, WGMMA_BLOCKS) if size >= 64 else row_ptr.new_empty(0, 2),
     ]
     return PartPlan("cblock", tensors, [size], [shift + start for start in layout.entry_slots])
