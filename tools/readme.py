@@ -111,7 +111,7 @@ def renewed(text: str, table: dict[str, Any] | None, speed: dict[str, Any] | Non
         ValueError: the markers of a section are not there, once each and in order.
     """
     text = replaced(text, BEGIN, END, demo_section(table))
-    if speed is not None:
+    if speed is not None and SPEED_BEGIN in text:
         text = replaced(text, SPEED_BEGIN, SPEED_END, speed_section(speed))
     return text
 

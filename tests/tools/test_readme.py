@@ -111,6 +111,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_numbers_are_those_of_the_table() -> None:
+    assert readme.SPEED_BEGIN in TEXT
     new = readme.renewed(TEXT, read_table(TABLE), readme.read_speed())
     assert new == TEXT, "run python -m mixgrain.tools.readme"
 
