@@ -207,15 +207,3 @@ def register_layout(cls: type[Any]) -> type[Any]:
 def entry_slots_of(entry: Sequence[int], slots_of_distinct: Sequence[int]) -> tuple[int, ...]:
     """Where each entry's slots start, from the number of slots of each distinct pattern."""
     return (0, *itertools.accumulate(slots_of_distinct[u] for u in entry))
-
-
-def __getattr__(name: str) -> Any:  # temporary: SparseTensor moved to formats/sparse.py
-    if name in ("SparseTensor", "gather_mask"):
-        from . import sparse
-
-        return getattr(sparse, name)
-    if name in ("LayoutError", "ShapeError", "MixgrainError"):
-        from . import errors
-
-        return getattr(errors, name)
-    raise AttributeError(name)

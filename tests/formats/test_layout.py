@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from mixgrain import patterns as P
 from mixgrain.formats.errors import LayoutError, ShapeError
-from mixgrain.formats.layout import SparseTensor
+from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.split import to_layout
 
 SHARED = P.window(5) | P.global_tokens([2, 40, 41]) | P.random(0.03, 0)
