@@ -26,7 +26,9 @@ from .nm_metadata import (
 from .nm_within import block_masks, block_starts, live_slots, stored_blocks, used_patterns
 
 
-def choose(scores: Tensor, live: Tensor | None, n: int, m: int) -> Tensor:
+def choose(
+    scores: Tensor, live: Tensor | None, n: int, m: int, spare: Tensor | None = None
+) -> Tensor:
     """Which n of every m neighbours to keep: the largest live ones.
 
     Args:
@@ -35,11 +37,14 @@ def choose(scores: Tensor, live: Tensor | None, n: int, m: int) -> Tensor:
         live: bool, broadcastable to scores, False = masked; None = all live.
         n: kept per group.
         m: columns per group; the last group may be short.
+        spare: bool, broadcastable to scores: columns that fill up a group before its others do;
+            those of a static pattern that a run-time mask dropped, so that how many positions of
+            the pattern are stored does not depend on the mask.
 
     Returns:
         uint8 (*lead, ceil(columns / m), n): rising indices within each group. They are the chosen
-        live columns and, where a group has fewer than n, the lowest of its other members; those
-        beyond ``columns`` (short last group) come last of all.
+        live columns and, where a group has fewer than n, the lowest of its other members, spare
+        ones first; those beyond ``columns`` (short last group) come last of all.
     """
     wide = scores if scores.dtype == torch.float64 else scores.float()
     integer, sign = (torch.int64, 63) if wide.dtype == torch.float64 else (torch.int32, 31)
@@ -48,7 +53,8 @@ def choose(scores: Tensor, live: Tensor | None, n: int, m: int) -> Tensor:
     bits = (wide + 0.0).view(integer)
     bits = torch.where(wide.isnan(), limits.max, bits ^ ((bits >> sign) & limits.max))
     if live is not None:
-        bits = torch.where(live, bits, limits.min)
+        rest = limits.min if spare is None else spare.to(integer) + limits.min
+        bits = torch.where(live, bits, rest)
     columns, groups = scores.shape[-1], -(-scores.shape[-1] // m)
     if columns % m:
         bits = torch.nn.functional.pad(bits, (0, groups * m - columns), value=limits.min)

@@ -80,14 +80,18 @@ def _prune_within(
     size = part.size
     for inner in part.block_strips(q.shape[1]):
         scores = inner.scores(q, k, scale)
-        live = torch.ones(scores.shape, dtype=torch.bool)
-        inner.kill(live, False, dropped)
+        inside = torch.ones(scores.shape, dtype=torch.bool)
+        inner.kill_static(inside, False)
+        live = inside
+        if dropped is not None:
+            live = inside.clone()
+            inner.kill(live, False, dropped)
 
         def blocks(m: Tensor, c: int = inner.count) -> Tensor:
             return m.view(-1, size, c, size).transpose(1, 2).reshape(-1, size, size)
 
         apart = blocks(scores)
-        choice = choose(apart, blocks(live), part.n, part.m)
+        choice = choose(apart, blocks(live), part.n, part.m, blocks(inside))
         part.metadata[inner.span or inner.blocks] = pack(choice, part.encoding)
         strip = part.within_strip(inner)
         m = apart.unflatten(-1, (-1, part.m)).gather(-1, strip.choice)

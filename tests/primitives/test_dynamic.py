@@ -125,3 +125,16 @@ def test_errors() -> None:
         sddmm(q, q, P.nm(2, 4))
     with pytest.raises(LayoutError, match="groups of"):
         sddmm(q[0], q[0], P.window(3) & P.nm(1, 3))
+
+
+def test_a_masked_choice_within_a_pattern_counts_what_it_stores():
+    # Keys 2 and 3 of each group are in the window's corner blocks where 0 and 1 are not; dropping
+    # some makes groups store positions outside the window.
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 96, 8), torch.randn(2, 1, 96, 8)
+    keep = torch.rand(2, 96) < 0.5
+    s = sddmm(q, k, P.window(9) & P.nm(2, 4), key_mask=keep)
+    s.layout.validate()
+    live = s.layout.live()
+    assert live is not None
+    assert s.layout.nnz == int(live.sum())
