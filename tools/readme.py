@@ -56,6 +56,19 @@ def demo_section(table: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def training_line() -> str:
+    """How the demo's model was trained and what it reached, from the training run's log."""
+    log = json.loads((Path(__file__).parent / "demo" / "train.json").read_text(encoding="utf-8"))
+    result, versions = log["result"], log["versions"]
+    return (
+        f"The model was trained by `python -m mixgrain.tools.demo.train` in {log['seconds']:.0f} s "
+        f"on one {log['device']} (torch {versions['torch']}). On all {result['contexts']} held-out "
+        f"contexts it costs {result['dense']:.3f} bits per byte; windows of 256 bytes cost "
+        f"{result['cost_of_256']:.3f} more on the same bytes. Held out, and never trained on, are "
+        "files whose path has a SHA-256 divisible by 10, and what repeats them."
+    )
+
+
 def speed_section(measured: dict[str, Any] | None) -> str:
     """The benchmarks in Markdown: our device time, how close to the floor, and the peers' times."""
     if measured is None:
@@ -110,7 +123,8 @@ def renewed(text: str, table: dict[str, Any] | None, speed: dict[str, Any] | Non
     Raises:
         ValueError: the markers of a section are not there, once each and in order.
     """
-    text = replaced(text, BEGIN, END, demo_section(table))
+    body = f"{demo_section(table)}\n\n{training_line()}"
+    text = replaced(text, BEGIN, END, body)
     if speed is not None and SPEED_BEGIN in text:
         text = replaced(text, SPEED_BEGIN, SPEED_END, speed_section(speed))
     return text
