@@ -1,4 +1,4 @@
-"""The command line: `mixgrain demo`, `mixgrain show`, `mixgrain explain`.
+"""The command line: `mixgrain demo`, `show`, `explain` and `bench`.
 
 Nothing heavy is imported before a sub-command runs, so that `--help` answers at once. A user's
 mistake ends with one line and status 2, never with a traceback; an interrupt with status 130.
@@ -106,6 +106,18 @@ def parser() -> argparse.ArgumentParser:
         "--head-dim", type=whole(1, 256), default=64, help="features per head (default: 64)"
     )
     explain.set_defaults(run=_explain)
+
+    bench = verbs.add_parser(
+        "bench",
+        help="measure mixgrain and what people use today on this machine's GPU",
+        description="Device times of CUDA-graph replays, caches flushed, each row checked against"
+        " float64 first.",
+    )
+    bench.add_argument(
+        "ids", nargs="*", metavar="ID", help="benchmarks, e.g. 'spmm-row*' (default: all)"
+    )
+    bench.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
+    bench.set_defaults(run=_bench)
     return top
 
 
@@ -144,6 +156,12 @@ def _explain(options: argparse.Namespace) -> int:
 
     print(explain(parse(options.pattern), options.n, options.n, head_dim=options.head_dim))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench.run import run
+
+    return run(options.ids, options.out)
 
 
 def _can_print(text: str) -> bool:

@@ -127,10 +127,10 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("demo", "show", "explain"):
+    for name in ("demo", "show", "explain", "bench"):
         assert f"    {name} " in text
         assert cli.main([name, "--help"]) == 0
-    assert not any(name in text for name in ("convert", "bench", "warm"))
+    assert not any(name in text for name in ("convert", "warm"))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,3 +264,11 @@ def test_picture_as_image() -> None:
     assert image.shape == (64, 64, 3)
     assert (image[~mask].min(axis=-1) > 0.8).all()  # dropped: white or pale
     assert (image[mask].min(axis=-1) < 0.3).all()
+
+
+def test_bench_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "nothing"]) == 2
+    assert "spmm-row-n64-fp16" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.main(["bench", "spmm-row*"]) == 2
+        assert "CUDA GPU" in capsys.readouterr().err

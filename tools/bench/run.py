@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from mixgrain import __version__
+from mixgrain.formats.errors import BackendUnavailableError
 
 from .measure import device_ms, host_us, relative_error
 from .works import Work, chosen
@@ -67,14 +68,25 @@ def measure(work: Work) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run, print a line a row, and write JSON when asked; 1 when a row of ours failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ids", nargs="*", help="benchmarks; a trailing * is a wildcard")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
+def run(ids: list[str], out: Path | None) -> int:
+    """Measure works, print a line a row, and write JSON when asked.
+
+    Args:
+        ids: benchmarks, a trailing * is a wildcard; all when empty.
+        out: the file to write, or None.
+
+    Returns:
+        1 when a row of ours failed or was wrong, else 0.
+
+    Raises:
+        UnsupportedError: an id that does not exist.
+        BackendUnavailableError: there is no GPU.
+    """
+    works = list(chosen(ids))
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("bench: a CUDA GPU is needed, torch finds none here")
     rows: list[dict[str, Any]] = []
-    for name, make in chosen(options.ids):
+    for name, make in works:
         try:
             rows += measure(make())
         except Exception as error:
@@ -83,21 +95,33 @@ def main(arguments: list[str] | None = None) -> int:
                 {"work": name, "engine": "mixgrain", "ok": False, "failed": repr(error)[:300]}
             )
         torch.cuda.empty_cache()
-        ours = next(
-            (r.get("ms") for r in rows if r["work"] == name and r["engine"] == "mixgrain"), None
-        )
-        for row in (r for r in rows if r["work"] == name):
-            ms = row.get("ms")
-            times = f"{ms * 1e3:9.1f} µs  floor {row['floor_ms'] / ms:4.0%}" if ms else "   failed"
-            ratio = f"  {ms / ours:5.2f}×" if ms and ours else ""
-            print(
-                f"{name:22s} {row['engine']:14s} {times}{ratio}  host {row.get('host_us', '-')} µs",
-                flush=True,
-            )
-    if options.out:
-        head = environment()
-        options.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+        mine = [row for row in rows if row["work"] == name]
+        ours = next((row.get("ms") for row in mine if row["engine"] == "mixgrain"), None)
+        for row in mine:
+            print(line(row, ours), flush=True)
+    if out:
+        out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
     return 0 if all(r["ok"] for r in rows if r["engine"] == "mixgrain") else 1
+
+
+def line(row: dict[str, Any], ours: float | None) -> str:
+    """A row for the terminal; `ours` is mixgrain's time for the same work, milliseconds."""
+    head = f"{row['work']:22s} {row['engine']:14s}"
+    ms = row.get("ms")
+    if not ms:
+        return f"{head}    failed"
+    ratio = f"  {ms / ours:5.2f}×" if ours else ""
+    share = f"floor {row['floor_ms'] / ms:4.0%}"
+    return f"{head} {ms * 1e3:9.1f} µs  {share}{ratio}  host {row['host_us']} µs"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ids", nargs="*", help="benchmarks; a trailing * is a wildcard")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    return run(options.ids, options.out)
 
 
 if __name__ == "__main__":

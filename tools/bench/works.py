@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mixgrain as mg
 from mixgrain import patterns as P
+from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.primitives.softmax import softmax_backward
 
@@ -260,13 +261,13 @@ def chosen(ids: list[str]) -> Iterator[tuple[str, Callable[[], Work]]]:
     """The works asked for, all when none is; a name that ends in * takes all it begins.
 
     Raises:
-        KeyError: an id that does not exist.
+        UnsupportedError: an id that does not exist.
     """
     for asked in ids or ["*"]:
         found = [
             i for i in WORKS if i == asked or (asked.endswith("*") and i.startswith(asked[:-1]))
         ]
         if not found:
-            raise KeyError(f"no benchmark {asked!r}; there are: {', '.join(WORKS)}")
+            raise UnsupportedError(f"no benchmark {asked!r}; there are: {', '.join(WORKS)}")
         for name in found:
             yield name, WORKS[name]
