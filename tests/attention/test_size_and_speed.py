@@ -53,10 +53,11 @@ SIZES = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("impl", ["fused", "composed"])
 @pytest.mark.parametrize("case", SIZES)
-def test_nothing_of_size_n_squared_is_built(case) -> None:
+def test_nothing_of_size_n_squared_is_built(case, impl) -> None:
     kept, nq, nk = SIZES[case]
-    code = CHILD.format(source=SOURCE, kept=kept, nq=nq, nk=nk, impl="fused")
+    code = CHILD.format(source=SOURCE, kept=kept, nq=nq, nk=nk, impl=impl)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -57,15 +57,6 @@ def host_us(call: Callable[[], object], repeats: int = 200) -> float:
     return statistics.median(times) * 1e6
 
 
-def once_ms(call: Callable[[], object]) -> float:
-    """Wall time of one call and the device work it queued, milliseconds."""
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begin) * 1e3
-
-
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """‖out − reference‖ / ‖reference‖ in float64; NaN when anything is not finite."""
     difference = out.double() - reference.double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ class Work:
         oracle: what `ours` should return, float64.
         floor_ms: time that the limit named allows, milliseconds.
         floor: how the floor was reckoned.
-        plan: makes the layout and its plan again, caches cleared; None when there is none.
         tolerance: largest relative error accepted.
+        shape: sizes and dtype, in words.
     """
 
     id: str
@@ -44,10 +44,8 @@ class Work:
     oracle: Callable[[], Tensor]
     floor_ms: float
     floor: str
-    plan: Callable[[], object] | None = None
     tolerance: float = 5e-3
     shape: str = ""
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
