@@ -183,6 +183,7 @@ def spmm(
     items, row_ptr, row_order, t_items, col_ptr, col_order, masks, any_col, any_row = part.tensors[
         :9
     ]
+    table, records = part.tensors[13:15] if transposed else part.tensors[11:13]
     (size,) = part.scalars
     bounds, order, used = row_ptr, row_order, any_col
     if transposed:
@@ -193,9 +194,8 @@ def spmm(
         return
     fitting = out.dtype in (x.dtype, torch.float32)
     if fitting and _hopper(x, size, items, keep, x.dtype, values.dtype):
-        listed = t_items if transposed else None
-        tables = (items, listed, bounds, order, masks, used)
-        block_sm90.spmm(out, values, x, part.starts[0], size, *tables, scale, add)
+        tables = (items.shape[0], table, records, masks, used)
+        block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
         return
     wide = wide_of(width, x.dtype)
     run, shared = _spmm_kernel(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
@@ -102,16 +105,16 @@ def spmm(
     x: Tensor,
     shift: int,
     size: int,
-    items: Tensor,
-    listed: Tensor | None,
-    bounds: Tensor,
-    order: Tensor,
+    items: int,
+    table: Tensor,
+    records: Tensor,
     masks: Tensor,
     used: Tensor,
+    transposed: bool,
     scale: float,
     add: bool = False,
 ) -> None:
-    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when ``listed`` is given.
+    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when transposed.
 
     Args:
         out: (F, E, rows, D), contiguous; x's dtype, or float32 for partial results.
@@ -119,37 +122,35 @@ def spmm(
         x: (F, E, inner, D), rows 16-byte aligned.
         shift: first slot of the part.
         size: side of a block, 64 or 128.
-        items: int32 (n, 4), entry, block row, block column, mask of every block.
-        listed: None, or int32 (n,), items in column-major order for the transpose.
-        bounds: int32, where each block row's (column's) items start.
-        order: int32, block rows by falling number of items.
+        items: blocks of the part.
+        table: int32 (items, 4) of ``plans.cuda_block``, of the columns when transposed.
+        records: int32 (E * block rows or columns, 4) of ``plans.cuda_block``, likewise.
         masks: uint8 (M, size, size // 8).
         used: uint8 (M, size // 8), inner positions with a kept element.
+        transposed: multiply by the transpose.
         scale: multiplies the product.
         add: add to out instead of overwriting it; float32 only.
     """
     free, entries, rows, width = out.shape
-    if 0 in (free, order.shape[0], width):
+    if 0 in (free, records.shape[0], width):
         return
     x = _laid_out(x)
     cut = tile(size, width)
     partial = out.dtype == torch.float32
-    wanted = spmm_request(size, x.dtype, cut, listed is not None, partial)
     device = x.device.index
-    across, lines = -(-width // (cut.wide * cut.groups)), order.shape[0]
+    lines, across = records.shape[0], -(-width // cut.across)
     tiles = free * lines * across
-    kernel(wanted, device)(
-        (min(tiles, facts(device).multiprocessors) if cut.persistent else tiles,),
+    ctas = min(tiles, facts(device).multiprocessors) if cut.alone else tiles
+    walks = schedule(records, across * free, ctas) if ctas < tiles else None
+    kernel(spmm_request(size, x.dtype, cut, transposed, partial), device)(
+        (ctas,),
         cut.threads(size),
         (
-            _values_map(values, shift, size, items.shape[0]),
-            _operand_map(x, 64),
-            # An unused map still has to be one.
-            _operand_map(x, 64) if partial else _operand_map(out, size),
-            items.data_ptr(),
-            0 if listed is None else listed.data_ptr(),
-            bounds.data_ptr(),
-            order.data_ptr(),
+            _values_map(values, shift, size, items),
+            _operand_map(x, cut.depth),
+            table.data_ptr(),
+            records.data_ptr(),
+            0 if walks is None else walks.data_ptr(),
             masks.data_ptr(),
             used.data_ptr(),
             np.int32(lines // entries),
@@ -157,7 +158,7 @@ def spmm(
             np.int32(across),
             np.int32(free),
             np.float32(scale),
-            out.data_ptr() if partial else 0,
+            out.data_ptr(),
             np.int32(rows),
             np.int32(width),
             np.int32(add),
@@ -172,14 +173,23 @@ class Cut(NamedTuple):
     Attributes:
         wide: columns of x that a warpgroup takes.
         groups: warpgroups side by side.
-        stages: TMA stages of 64 inner positions.
-        persistent: one CTA a multiprocessor, else one a tile.
+        depth: inner positions of a stage of x.
+        left: stages of S, of 64 inner positions.
+        right: stages of x.
+        alone: one CTA a multiprocessor, else one a tile.
     """
 
     wide: int
     groups: int
-    stages: int
-    persistent: bool
+    depth: int
+    left: int
+    right: int
+    alone: bool
+
+    @property
+    def across(self) -> int:
+        """Columns of x that a CTA takes."""
+        return self.wide * self.groups
 
     def threads(self, size: int) -> int:
         """Threads of a CTA; a whole warpgroup produces where registers are short."""
@@ -188,9 +198,7 @@ class Cut(NamedTuple):
 
     def shared(self, size: int) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        across = self.wide * self.groups
-        results = 2 * size * across if self.persistent else 0
-        return self.stages * (size + across) * 128 + results + 1024
+        return self.left * size * 128 + self.right * self.across * self.depth * 2 + 1024
 
 
 def tile(size: int, width: int) -> Cut:
@@ -200,10 +208,51 @@ def tile(size: int, width: int) -> Cut:
     room for several CTAs on a multiprocessor, which hide each other's beginnings and ends.
     """
     if width <= 64:
-        return Cut(64, 1, 4, False)
+        return Cut(64, 1, 64, 4, 4, False)
     if width <= 128:
-        return Cut(128, 1, 4 if size == 64 else 3, False)
-    return Cut(256, 1, 3, True) if size == 128 else Cut(256, 2, 2, True)
+        return Cut(128, 1, 64, 4, 4, False) if size == 64 else Cut(128, 1, 64, 3, 3, False)
+    return Cut(256, 1, 32, 4, 9, True) if size == 128 else Cut(256, 2, 32, 4, 6, True)
+
+
+# Beyond this many tiles a CTA the walk by strides is even enough.
+SCHEDULED = 16
+_schedules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def schedule(records: Tensor, repeats: int, ctas: int) -> Tensor | None:
+    """Which tiles each CTA takes, the longest first to whoever is free first; None = by strides.
+
+    Made once for a plan, and read back from the device then.
+
+    Args:
+        records: int32 (lines, 4) of ``plans.cuda_block``.
+        repeats: column tiles times matrices.
+        ctas: CTAs of the launch.
+
+    Returns:
+        int32 (ctas + 1 + lines * repeats,): where each CTA's tiles start, then the tiles,
+        repeat · lines + rank.
+    """
+    lines = records.shape[0]
+    if lines * repeats > SCHEDULED * ctas:
+        return None
+    kept = _schedules.setdefault(records, {})
+    if (repeats, ctas) not in kept:
+        # Half a block is about what a tile costs besides its blocks.
+        costs = [2 * count + 1 for count in records[:, 2].tolist()]
+        free = [(0, cta) for cta in range(ctas)]
+        mine: list[list[int]] = [[] for _ in range(ctas)]
+        for rank, cost in enumerate(costs):
+            for repeat in range(repeats):
+                load, cta = free[0]
+                heapq.heapreplace(free, (load + cost, cta))
+                mine[cta].append(repeat * lines + rank)
+        # Tiles of the same columns of x at about the same time: L2 then holds what they share.
+        flat = [number for own in mine for number in sorted(own)]
+        starts = [0, *itertools.accumulate(map(len, mine))]
+        kept[repeats, ctas] = torch.tensor([*starts, *flat], dtype=torch.int32).to(records.device)
+    made: Tensor = kept[repeats, ctas]
+    return made
 
 
 @functools.lru_cache(maxsize=256)
@@ -228,9 +277,10 @@ def spmm_request(
         "DTYPE": CODES[dtype],
         "WIDE": cut.wide,
         "GROUPS": cut.groups,
-        "STAGES": cut.stages,
+        "DEPTH": cut.depth,
+        "STAGES_A": cut.left,
+        "STAGES_B": cut.right,
         "TRANSPOSED": int(transposed),
-        "PERSISTENT": int(cut.persistent),
         "PARTIAL": int(partial),
     }
     return request("spmm_block_sm90", constants, flush=True)

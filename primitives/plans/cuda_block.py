@@ -67,6 +67,12 @@ def chunks_of(row_ptr: Tensor, most: int) -> Tensor:
     return torch.stack([first[row] + begin, end - begin], 1).to(torch.int32)
 
 
+def records(bounds: Tensor, order: Tensor, lines: int) -> Tensor:
+    """int32 (n, 4): line, first element, elements, entry; lines in the order given."""
+    line = order.long()
+    return torch.stack([line, bounds[line], bounds.diff()[line], line // max(lines, 1)], 1)
+
+
 def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
     """What CUDA kernels need of a BlockLayout whose slots start ``shift`` into the values.
 
@@ -83,7 +89,13 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         any_col    uint8 (M, size / 8): columns with a live row
         any_row    uint8 (M, size / 8): rows with a live column
         chunks     int32 (C, 2): first item and items of what one CTA of sddmm takes
-        longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items, sizes 64 and 128 only
+        longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items
+        table      int32 (NBE, 4): item, block column, mask, 0; in the order of items
+        records    int32 (E * nqb, 4): row, first in table, blocks, entry; in row_order
+        t_table    int32 (NBE, 4): item, block row, mask, 0; in the order of t_items
+        t_records  int32 (E * nkb, 4): column, first in t_table, blocks, entry; in col_order
+
+    The last five are for sizes 64 and 128, and empty for others.
 
     Scalars: size.
     """
@@ -106,19 +118,33 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         ],
         dim=1,
     )
+    items = items.to(torch.int32)
+    t_items = (layout.t_order[index].long() + moved).to(torch.int32)
+    row_order, col_ptr, col_order = longest_first(counts), running(t_counts), longest_first(t_counts)
     bits = unpack_bits(layout.masks)
+    if size >= 64:
+        walks = [
+            torch.stack([torch.arange(len(items), device=device), *items[:, 2:].T, at * 0], 1),
+            records(row_ptr, row_order, nqb),
+            torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, at * 0], 1),
+            records(col_ptr, col_order, nkb),
+        ]
+        walks = [w.to(torch.int32).contiguous() for w in walks]
+    else:
+        walks = [row_ptr.new_empty(0, 4)] * 4
     tensors = [
-        items.to(torch.int32),
+        items,
         row_ptr,
-        longest_first(counts),
-        (layout.t_order[index].long() + moved).to(torch.int32),
-        running(t_counts),
-        longest_first(t_counts),
+        row_order,
+        t_items,
+        col_ptr,
+        col_order,
         layout.masks.contiguous(),
         pack_bits(bits.any(1)),
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
         chunks_of(row_ptr, WGMMA_BLOCKS) if size >= 64 else row_ptr.new_empty(0, 2),
+        *walks,
     ]
     return PartPlan("cblock", tensors, [size], [shift + start for start in layout.entry_slots])
 
