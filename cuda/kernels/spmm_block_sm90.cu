@@ -21,7 +21,8 @@
 #include "types.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
-#include "quad.cuh"
+#include "result.cuh"
+#include "walk.cuh"
 
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kGroupsN = MG_GROUPS, kDepth = MG_DEPTH;
 constexpr int kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
@@ -54,48 +55,6 @@ __device__ __forceinline__ void keep8(u32 address, u32 bits) {
                  : "memory");
 }
 
-// The tiles of a CTA, one after the other; number and record are asked for ahead of their use.
-struct Walk {
-    const int4 *records;
-    const int *sched;
-    int lines, across, tiles, turn, last, base;
-    int upcoming;   // number of the tile after the next, −1 = none
-    int4 record;    // of the next
-    int rest;
-    bool more;
-
-    __device__ __forceinline__ int number(int n) const {
-        if (sched) return n < last ? sched[base + n] : -1;
-        const int t = n * gridDim.x + blockIdx.x;
-        if (t >= tiles) return -1;
-        // Every other round starts from the short end, so that all CTAs end together.
-        const int first = t / lines * lines, middle = (first + lines / 2) / gridDim.x;
-        return middle & 1 ? 2 * first + lines - 1 - t : t;
-    }
-    __device__ __forceinline__ void fetch(int t) {
-        more = t >= 0;
-        if (!more) return;
-        rest = t / lines;
-        record = records[t - rest * lines];
-    }
-    __device__ __forceinline__ Walk(const int4 *records, const int *sched, int lines, int across, int tiles)
-        : records(records), sched(sched), lines(lines), across(across), tiles(tiles), turn(0) {
-        if (sched) base = gridDim.x + 1 + sched[blockIdx.x], last = gridDim.x + 1 + sched[blockIdx.x + 1] - base;
-        fetch(number(0));
-        upcoming = number(1);
-    }
-    // The next tile, if there is one: its record, column tile and matrix.
-    __device__ __forceinline__ bool next(int4 &tile, int &column0, int &matrix) {
-        if (!more) return false;
-        tile = record;
-        column0 = rest % across * kAcross;
-        matrix = rest / across;
-        fetch(upcoming);
-        upcoming = number(++turn + 1);
-        return true;
-    }
-};
-
 extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     spmm_block_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ table, const int4 *__restrict__ records,
@@ -116,9 +75,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     }
     __syncthreads();
 
-    const int tiles = all_lines * across * matrices;
     int4 tile;
-    int column0, matrix;
+    int repeat;  // matrix · across + column tile
 
     if (warp >= kConsumers / 32) {  // producer
         if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -128,8 +86,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         int a = 0, b = 0;
         u32 parity_a = 1, parity_b = 1;
-        Walk walk(records, sched, all_lines, across, tiles);
-        while (walk.next(tile, column0, matrix)) {
+        Walk walk(records, sched, all_lines, across * matrices);
+        while (walk.next(tile, repeat)) {
+            const int column0 = repeat % across * kAcross, matrix = repeat / across;
             int4 item = tile.z > 0 ? table[tile.y] : make_int4(0, 0, 0, 0);
             for (int i = 0; i < tile.z; ++i) {
                 const int n = item.x, inner = item.y * kSize;
@@ -162,13 +121,13 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     }
 
     if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int group = warp / 4 % kGroups, group_n = warp / 4 / kGroups, quad = lane / 4, pair = lane % 4;
+    const int group = warp / 4 % kGroups, group_n = warp / 4 / kGroups;
     const int row16 = (warp % 4) * 16;  // of this warp within its group's 64
     int a = 0, b = 0;
     u32 parity_a = 0, parity_b = 0;
 
-    Walk walk(records, sched, all_lines, across, tiles);
-    while (walk.next(tile, column0, matrix)) {
+    Walk walk(records, sched, all_lines, across * matrices);
+    while (walk.next(tile, repeat)) {
         float acc[kWide / 2];
 #pragma unroll
         for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
@@ -235,41 +194,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
             if (held_a) barrier_arrive(held_a);
         }
 
-        const int row0 = (tile.x % lines) * kSize + 64 * group + row16 + quad, start = column0 + group_n * kWide;
-        const i64 plane = (static_cast<i64>(matrix) * (all_lines / lines) + tile.w) * rows;
-        if constexpr (kPartial) {  // float32 partial results of a mixed layout
-#pragma unroll
-            for (int j = 0; j < kWide / 8; ++j)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int row = row0 + 8 * h, column = start + 8 * j + 2 * pair;
-                    if (row >= rows || column >= width) continue;
-                    float2 *to = reinterpret_cast<float2 *>(static_cast<float *>(out) + (plane + row) * width + column);
-                    float2 v = make_float2(acc[4 * j + 2 * h] * scale, acc[4 * j + 2 * h + 1] * scale);
-                    if (add) {
-                        const float2 old = *to;
-                        v.x += old.x;
-                        v.y += old.y;
-                    }
-                    *to = v;
-                }
-        } else {
-            // A lane of a quad takes 8 neighbouring columns of every 32: full 16-byte stores, no shared
-            // memory, so that the rings go on filling meanwhile.
-#pragma unroll
-            for (int j = 0; j < kWide / 8; j += 4)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    u32 v[4];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        v[i] = pack2<operand_t>(acc[4 * (j + i) + 2 * h] * scale, acc[4 * (j + i) + 2 * h + 1] * scale);
-                    quad_transpose(v, pair);
-                    const int row = row0 + 8 * h, column = start + 8 * (j + pair);
-                    if (row < rows && column < width)
-                        __stcs(reinterpret_cast<uint4 *>(static_cast<operand_t *>(out) + (plane + row) * width + column),
-                               make_uint4(v[0], v[1], v[2], v[3]));
-                }
-        }
+        const int row = (tile.x % lines) * kSize + 64 * group + row16 + lane / 4;
+        const i64 plane = (static_cast<i64>(repeat / across) * (all_lines / lines) + tile.w) * rows * width;
+        void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
+                            : static_cast<void *>(static_cast<operand_t *>(out) + plane);
+        store_result<kWide, kPartial>(acc, scale, to, row, rows, repeat % across * kAcross + group_n * kWide, width, add);
     }
 }

@@ -22,18 +22,17 @@ CODES = {torch.float16: 0, torch.bfloat16: 1}
 SDDMM_STAGES = {1: 3, 2: 3, 3: 2, 4: 2}
 
 
-def runs_here(size: int, width: int, *dtypes: torch.dtype) -> bool:
-    """Whether these kernels take blocks of this size and operands of this width and dtypes."""
-    alike = all(dtype in CODES and dtype == dtypes[0] for dtype in dtypes)
-    return size in (64, 128) and width % 8 == 0 and alike
+def runs_here(width: int, *dtypes: torch.dtype) -> bool:
+    """Whether these kernels take operands of this width and dtypes."""
+    return width % 8 == 0 and all(dtype in CODES and dtype == dtypes[0] for dtype in dtypes)
 
 
-def _laid_out(t: Tensor) -> Tensor:
+def laid_out(t: Tensor) -> Tensor:
     """A copy where a dimension is broadcast: a tensor map has no stride 0."""
     return t.contiguous() if 0 in t.stride() else t
 
 
-def _operand_map(t: Tensor, rows: int) -> np.ndarray:
+def operand_map(t: Tensor, rows: int) -> np.ndarray:
     """(F, E, N, D), any strides but the last, in boxes of 64 columns × rows."""
     free, entries, n, width = t.shape
     size = t.element_size()
@@ -79,7 +78,7 @@ def sddmm(
     """
     if not chunks.shape[0] or not values.shape[0]:
         return
-    q, k = _laid_out(q), _laid_out(k)
+    q, k = laid_out(q), laid_out(k)
     panels = -(-q.shape[-1] // 64)
     stages = SDDMM_STAGES[panels]
     wanted = sddmm_request(size, q.dtype, panels, stages)
@@ -87,8 +86,8 @@ def sddmm(
         (chunks.shape[0], values.shape[0]),
         size * 2 + 32,
         (
-            _operand_map(q, size),
-            _operand_map(k, 64),
+            operand_map(q, size),
+            operand_map(k, 64),
             _values_map(values, shift, size, items.shape[0]),
             items.data_ptr(),
             chunks.data_ptr(),
@@ -134,7 +133,7 @@ def spmm(
     free, entries, rows, width = out.shape
     if 0 in (free, records.shape[0], width):
         return
-    x = _laid_out(x)
+    x = laid_out(x)
     cut = tile(size, width)
     partial = out.dtype == torch.float32
     device = x.device.index
@@ -147,7 +146,7 @@ def spmm(
         cut.threads(size),
         (
             _values_map(values, shift, size, items),
-            _operand_map(x, cut.depth),
+            operand_map(x, cut.depth),
             table.data_ptr(),
             records.data_ptr(),
             0 if walks is None else walks.data_ptr(),

@@ -16,6 +16,8 @@ from .plan import PartPlan, Plan, cached, join
 COLUMNS = 256
 # Blocks that one CTA of sddmm_block_sm90 takes from a block row.
 WGMMA_BLOCKS = 16
+# Rows of a CTA of spmm_union_sm90.
+UNION_ROWS = 256
 
 
 def spread(
@@ -56,7 +58,10 @@ def longest_first(counts: Tensor) -> Tensor:
 
 
 def chunks_of(row_ptr: Tensor, most: int) -> Tensor:
-    """int32 (n, 2): (first item, items) of runs of at most ``most`` inside one row, evenly cut."""
+    """int32 (n, 2): (first item, items) of runs of at most ``most`` in one row, evenly cut.
+
+    The longest come first, so that the last CTAs to start are short.
+    """
     first, counts = row_ptr[:-1].long(), row_ptr.diff().long()
     cuts = (counts + most - 1) // most
     total = int(cuts.sum())
@@ -64,13 +69,49 @@ def chunks_of(row_ptr: Tensor, most: int) -> Tensor:
     at = torch.arange(total, device=cuts.device) - (cuts.cumsum(0) - cuts)[row]
     begin = at * counts[row] // cuts[row]
     end = (at + 1) * counts[row] // cuts[row]
-    return torch.stack([first[row] + begin, end - begin], 1).to(torch.int32)
+    runs = torch.stack([first[row] + begin, end - begin], 1).to(torch.int32)
+    return runs[longest_first(runs[:, 1]).long()]
 
 
 def records(bounds: Tensor, order: Tensor, lines: int) -> Tensor:
     """int32 (n, 4): line, first element, elements, entry; lines in the order given."""
     line = order.long()
     return torch.stack([line, bounds[line], bounds.diff()[line], line // max(lines, 1)], 1)
+
+
+def unions(
+    items: Tensor, side: int, entries: int, lines: tuple[int, int], used: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The inner blocks that groups of UNION_ROWS rows (or columns) have any block at.
+
+    Args:
+        items: int32 (n, 4), entry, block row, block column, mask of every block.
+        side: 1 to group rows, 2 to group columns.
+        entries: number of entries.
+        lines: block lines of an entry, and inner blocks.
+        used: bool (M, size), inner positions with a kept element in each mask.
+
+    Returns:
+        int64 (U, 4): inner block; bits of the group's lines that have a block there; bits of the
+        inner positions in use; 0. By entry, group, inner block. And their ``records``.
+    """
+    size = used.shape[1]
+    each, inner = UNION_ROWS // size, max(lines[1], 1)
+    groups = -(-lines[0] // each)
+    entry, line, column, mask = (items[:, c].long() for c in (0, side, 3 - side, 3))
+    key = (entry * groups + line // each) * inner + column
+    found, which = torch.unique(key, return_inverse=True)
+    bits = torch.zeros_like(found).index_add_(0, which, 1 << line % each)
+    live = torch.zeros(len(found), size, dtype=torch.int32, device=items.device)
+    full = mask < 0
+    live.index_add_(0, which[~full], used[mask[~full]].to(torch.int32))
+    live[which[full]] = 1
+    weights = 1 << torch.arange(size, device=items.device)
+    words = ((live > 0) * weights).sum(1)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words)  # as int32
+    table = torch.stack([found % inner, bits, words, torch.zeros_like(found)], 1)
+    counts = torch.bincount(found // inner, minlength=entries * groups)
+    return table, records(running(counts), longest_first(counts), groups)
 
 
 def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
@@ -90,12 +131,13 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         any_row    uint8 (M, size / 8): rows with a live column
         chunks     int32 (C, 2): first item and items of what one CTA of sddmm takes
         longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items
-        table      int32 (NBE, 4): item, block column, mask, 0; in the order of items
-        records    int32 (E * nqb, 4): row, first in table, blocks, entry; in row_order
-        t_table    int32 (NBE, 4): item, block row, mask, 0; in the order of t_items
-        t_records  int32 (E * nkb, 4): column, first in t_table, blocks, entry; in col_order
-
-    The last five are for sizes 64 and 128, and empty for others.
+        table      sizes 64 and 128: int32 (NBE, 4): item, block column, mask, 0, as items; 16 and
+                   32: int32 (U, 4) of ``unions``
+        records    int32 (n, 4): row, or group of rows, first in table, elements, entry; longest
+                   first
+        t_table    the same of columns, as t_items
+        t_records  the same of columns
+        masks_t    uint8 (M, size, size / 8), the transposed masks
 
     Scalars: size.
     """
@@ -120,18 +162,22 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
     )
     items = items.to(torch.int32)
     t_items = (layout.t_order[index].long() + moved).to(torch.int32)
-    row_order, col_ptr, col_order = longest_first(counts), running(t_counts), longest_first(t_counts)
+    row_order, col_ptr, col_order = (
+        longest_first(counts),
+        running(t_counts),
+        longest_first(t_counts),
+    )
     bits = unpack_bits(layout.masks)
     if size >= 64:
-        walks = [
-            torch.stack([torch.arange(len(items), device=device), *items[:, 2:].T, at * 0], 1),
-            records(row_ptr, row_order, nqb),
-            torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, at * 0], 1),
-            records(col_ptr, col_order, nkb),
-        ]
-        walks = [w.to(torch.int32).contiguous() for w in walks]
+        zero = at * 0
+        table = torch.stack([torch.arange(len(items), device=device), *items[:, 2:].T, zero], 1)
+        t_table = torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, zero], 1)
+        walks = [table, records(row_ptr, row_order, nqb), t_table, records(col_ptr, col_order, nkb)]
     else:
-        walks = [row_ptr.new_empty(0, 4)] * 4
+        walks = [
+            *unions(items, 1, len(entry), (nqb, nkb), bits.any(1)),
+            *unions(items, 2, len(entry), (nkb, nqb), bits.any(2)),
+        ]
     tensors = [
         items,
         row_ptr,
@@ -144,7 +190,8 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
         chunks_of(row_ptr, WGMMA_BLOCKS) if size >= 64 else row_ptr.new_empty(0, 2),
-        *walks,
+        *(walk.to(torch.int32).contiguous() for walk in walks),
+        pack_bits(bits.mT.contiguous()),
     ]
     return PartPlan("cblock", tensors, [size], [shift + start for start in layout.entry_slots])
 

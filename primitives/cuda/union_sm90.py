@@ -1,0 +1,113 @@
+"""SpMM of a BlockLayout of 16 or 32 on sm_90a: wgmma over unions of block rows."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+
+from ..plans.cuda_block import UNION_ROWS
+from .block_sm90 import CODES, laid_out, operand_map, schedule
+
+# TMA stages of 64 rows of x.
+STAGES = 10
+THREADS = 640
+
+
+def spmm(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    shift: int,
+    size: int,
+    table: Tensor,
+    records: Tensor,
+    bounds: Tensor,
+    listed: Tensor | None,
+    items: Tensor,
+    masks: Tensor,
+    scale: float,
+    add: bool = False,
+) -> None:
+    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when ``listed`` is given.
+
+    Args:
+        out: (F, E, rows, D), contiguous; x's dtype, or float32 for partial results.
+        values: (F, slots) of x's dtype, contiguous, rows at multiples of 16 bytes.
+        x: (F, E, inner, D), rows 16-byte aligned.
+        shift: first slot of the part.
+        size: side of a block, 16 or 32.
+        table: int32 (U, 4), the unions of ``plans.cuda_block``, of columns for the transpose.
+        records: int32 (E * groups, 4), likewise.
+        bounds: int32, where each block row's (column's) items start.
+        listed: None, or int32 (n,), items in column-major order for the transpose.
+        items: int32 (n, 4), entry, block row, block column, mask of every block.
+        masks: uint8 (M, size, size // 8), of the transposes for the transpose.
+        scale: multiplies the product.
+        add: add to out instead of overwriting it; float32 only.
+    """
+    free, entries, rows, width = out.shape
+    if 0 in (free, records.shape[0], width):
+        return
+    x = laid_out(x)
+    wide = 64 if width <= 64 else 128
+    partial = out.dtype == torch.float32
+    device = x.device.index
+    groups, across = records.shape[0], -(-width // wide)
+    tiles = free * groups * across
+    ctas = min(tiles, facts(device).multiprocessors)
+    walks = schedule(records, across * free, ctas) if ctas < tiles else None
+    kernel(spmm_request(size, x.dtype, wide, listed is not None, partial), device)(
+        (ctas,),
+        THREADS,
+        (
+            operand_map(x, size),
+            values.data_ptr() + shift * values.element_size(),
+            np.int64(values.stride(0)),
+            table.data_ptr(),
+            records.data_ptr(),
+            0 if walks is None else walks.data_ptr(),
+            bounds.data_ptr(),
+            0 if listed is None else listed.data_ptr(),
+            items.data_ptr(),
+            masks.data_ptr(),
+            np.int32(groups // entries),
+            np.int32(groups),
+            np.int32((bounds.shape[0] - 1) // entries),
+            np.int32(across),
+            np.int32(free),
+            np.float32(scale),
+            out.data_ptr(),
+            np.int32(rows),
+            np.int32(width),
+            np.int32(add),
+        ),
+        spmm_shared(wide),
+    )
+
+
+def spmm_shared(wide: int) -> int:
+    """Dynamic shared memory of a CTA, bytes: stages of x, and the warps' queues of 4 KiB."""
+    return STAGES * 64 * wide * 2 + UNION_ROWS // 16 * 4096 + 1024
+
+
+@functools.lru_cache(maxsize=256)
+def spmm_request(
+    size: int, dtype: torch.dtype, wide: int, transposed: bool, partial: bool
+) -> Request:
+    """The kernel; ``partial`` writes float32."""
+    constants = {
+        "SIZE": size,
+        "DTYPE": CODES[dtype],
+        "WIDE": wide,
+        "STAGES": STAGES,
+        "TRANSPOSED": int(transposed),
+        "PARTIAL": int(partial),
+    }
+    return request("spmm_union_sm90", constants, flush=True)
