@@ -18,7 +18,7 @@
 //
 //   grid   CTAs that walk their tiles of 256 rows × kWide columns
 //   block  512 consumers + a warpgroup of which one thread produces and which gives its registers away
-//   smem   kStages of 64 rows of x, and 16 queues of kAhead blocks (16 rows or columns of a block of 32)
+//   smem   kStages of 32 rows of x, and 16 queues of kAhead blocks (16 rows or columns of a block of 32)
 //   floor  L2: (kWide · 128 B for every 64 positions of the union + blocks) at 8.9 TB/s
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x and blocks, no run-time mask
 #include "types.cuh"
@@ -33,9 +33,9 @@ constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kSize == 16 || kSize == 32, "SIZE must be 16 or 32");
 static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
 constexpr int kRows = 256, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
-constexpr int kSlots = 64 / kSize;                                      // unions of a stage
+constexpr int kSlots = 32 / kSize;                                      // unions of a stage
 constexpr int kConsumers = 512, kPanels = kWide / 64, kSteps = kSize / 16;
-constexpr u32 kPanel = 64 * 128, kStage = kPanels * kPanel, kSlotBytes = kWide * kSize * 2;
+constexpr u32 kPanel = 32 * 128, kStage = kPanels * kPanel, kSlotBytes = kWide * kSize * 2;
 constexpr int kAhead = kSize == 16 ? 8 : 4, kPiece = 16 * kSize * 2;  // bytes of a warp's part of a block
 constexpr u32 kAll = kSize == 32 ? ~0u : (1u << kSize) - 1;
 
@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 120;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     const int group = warp / 4, line16 = group * kEach + warp % 4 / kSteps;  // this warp's line of the 256 rows
     const int half = kSize == 32 ? warp % 2 : 0;                            // its 16 rows of the block
     const u32 queue = queues + warp * kAhead * kPiece;
@@ -142,11 +142,56 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) send(i);
         int mask = mask_at(0);
+        // The oldest block of the queue as the left operand; its place is sent the next block.
+        auto take = [&](u32(&to)[kSteps][4]) {
+                                copy_wait<kAhead - 1>();
+                                __syncwarp();
+                                const u32 piece = queue + position * kPiece;
+            #pragma unroll
+                                for (int k = 0; k < kSteps; ++k) {
+                                    // Matrix l / 8 of the four: rows + 8 (l / 8 % 2) and k + 8 (l / 16), or turned.
+                                    const int m = lane / 8, r = lane % 8;
+                                    const u32 at = kTransposed ? chunk_at(16 * k + 8 * (m / 2) + r, m % 2)
+                                                               : chunk_at(8 * (m % 2) + r, 2 * k + m / 2);
+                                    if constexpr (kTransposed)
+                                        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                                                     : "=r"(to[k][0]), "=r"(to[k][1]), "=r"(to[k][2]), "=r"(to[k][3])
+                                                     : "r"(piece + at)
+                                                     : "memory");
+                                    else
+                                        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                                                     : "=r"(to[k][0]), "=r"(to[k][1]), "=r"(to[k][2]), "=r"(to[k][3])
+                                                     : "r"(piece + at)
+                                                     : "memory");
+                                }
+                                if (mask >= 0) {
+                                    const u8 *bits = masks + (static_cast<i64>(mask) * kSize + 16 * half + lane / 4) * (kSize / 8);
+                                    u32 low, high;
+                                    if constexpr (kSize == 32) {
+                                        low = *reinterpret_cast<const u32 *>(bits), high = *reinterpret_cast<const u32 *>(bits + 32);
+                                    } else {
+                                        low = *reinterpret_cast<const u16 *>(bits), high = *reinterpret_cast<const u16 *>(bits + 16);
+                                    }
+            #pragma unroll
+                                    for (int k = 0; k < kSteps; ++k) {
+                                        const int shift = 16 * k + 2 * (lane % 4);
+                                        to[k][0] &= both(low >> shift);
+                                        to[k][1] &= both(high >> shift);
+                                        to[k][2] &= both(low >> (shift + 8));
+                                        to[k][3] &= both(high >> (shift + 8));
+                                    }
+                                }
+                                mask = mask_at(++taken);
+                                __syncwarp();  // all have read the piece before it is sent over
+                                send(position);
+                                if (++position == kAhead) position = 0;
+        };
 
         float acc[kWide / 2];
 #pragma unroll
         for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
 
+        int held = -1;  // stage that the product in flight reads
 #pragma unroll 1
         for (int i = 0; i < tile.z; i += kSlots) {
             barrier_wait(full + 8 * stage, parity);
@@ -154,75 +199,58 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #pragma unroll
             for (int u = 0; u < kSlots; ++u) {
                 const uint2 note = notes[stage][u];
-                present[u] = __shfl_sync(0xFFFFFFFFu, note.x, 0);
+                present[u] = note.x;
                 used &= note.y | ~kAll;
             }
             if (used != ~0u) {
                 // Rows of x that nothing here keeps are zeroed: 0 · NaN is NaN.
 #pragma unroll 1
-                for (int n = threadIdx.x; n < 64 * kPanels * 8; n += kConsumers) {
-                    const int row = n / 8 % 64;
+                for (int n = threadIdx.x; n < 32 * kPanels * 8; n += kConsumers) {
+                    const int row = n / 8 % 32;
                     if (!((notes[stage][row / kSize].y >> (row % kSize)) & 1))
-                        zero16(ring + stage * kStage + n / 512 * kPanel + row * 128 + n % 8 * 16);
+                        zero16(ring + stage * kStage + n / 256 * kPanel + row * 128 + n % 8 * 16);
                 }
                 proxy_fence();
                 named_barrier(1, kConsumers);
             }
-            u32 a[kSlots][kSteps][4];
+            u32 any = 0;
+#pragma unroll
+            for (int u = 0; u < kSlots; ++u) any |= present[u];
+            if (!((any >> (group * kEach)) & ((1 << kEach) - 1))) {  // nothing for this warpgroup
+                if (held >= 0) {
+                    wgmma_wait<0>();
+                    if (lane == 0) barrier_arrive(empty + 8 * held);
+                    held = -1;
+                }
+                if (lane == 0) barrier_arrive(empty + 8 * stage);
+                if (++stage == kStages) stage = 0, parity ^= 1;
+                continue;
+            }
+            u32 next[kSlots][kSteps][4];
 #pragma unroll
             for (int u = 0; u < kSlots; ++u) {
                 if ((present[u] >> line16) & 1) {
-                    copy_wait<kAhead - 1>();
-                    __syncwarp();
-                    const u32 piece = queue + position * kPiece;
-#pragma unroll
-                    for (int k = 0; k < kSteps; ++k) {
-                        // Matrix l / 8 of the four: rows + 8 (l / 8 % 2) and k + 8 (l / 16), or turned.
-                        const int m = lane / 8, r = lane % 8;
-                        const u32 at = kTransposed ? chunk_at(16 * k + 8 * (m / 2) + r, m % 2)
-                                                   : chunk_at(8 * (m % 2) + r, 2 * k + m / 2);
-                        if constexpr (kTransposed)
-                            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                                         : "=r"(a[u][k][0]), "=r"(a[u][k][1]), "=r"(a[u][k][2]), "=r"(a[u][k][3])
-                                         : "r"(piece + at)
-                                         : "memory");
-                        else
-                            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                                         : "=r"(a[u][k][0]), "=r"(a[u][k][1]), "=r"(a[u][k][2]), "=r"(a[u][k][3])
-                                         : "r"(piece + at)
-                                         : "memory");
-                    }
-                    if (mask >= 0) {
-                        const u8 *bits = masks + (static_cast<i64>(mask) * kSize + 16 * half + lane / 4) * (kSize / 8);
-                        u32 low, high;
-                        if constexpr (kSize == 32) {
-                            low = *reinterpret_cast<const u32 *>(bits), high = *reinterpret_cast<const u32 *>(bits + 32);
-                        } else {
-                            low = *reinterpret_cast<const u16 *>(bits), high = *reinterpret_cast<const u16 *>(bits + 16);
-                        }
-#pragma unroll
-                        for (int k = 0; k < kSteps; ++k) {
-                            const int shift = 16 * k + 2 * (lane % 4);
-                            a[u][k][0] &= both(low >> shift);
-                            a[u][k][1] &= both(high >> shift);
-                            a[u][k][2] &= both(low >> (shift + 8));
-                            a[u][k][3] &= both(high >> (shift + 8));
-                        }
-                    }
-                    mask = mask_at(++taken);
-                    __syncwarp();  // all have read the piece before it is sent over
-                    send(position);
-                    if (++position == kAhead) position = 0;
+                    take(next[u]);
                 } else {
 #pragma unroll
                     for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-                        for (int w = 0; w < 4; ++w) a[u][k][w] = 0;
+                        for (int w = 0; w < 4; ++w) next[u][k][w] = 0;
                 }
             }
+            wgmma_wait<0>();
+            if (held >= 0 && lane == 0) barrier_arrive(empty + 8 * held);
+            // What a product reads must be written after the one before it is done (C7513).
+            u32 a[kSlots][kSteps][4];
 #pragma unroll
             for (int u = 0; u < kSlots; ++u)
-                if ((present[u] >> (group * kEach)) & ((1 << kEach) - 1)) {
+#pragma unroll
+                for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+                    for (int w = 0; w < 4; ++w) asm volatile("mov.b32 %0, %1;" : "=r"(a[u][k][w]) : "r"(next[u][k][w]));
+#pragma unroll
+            for (int u = 0; u < kSlots; ++u)
+                if (kSlots == 1 || ((present[u] >> (group * kEach)) & ((1 << kEach) - 1))) {
                     wgmma_fence();
 #pragma unroll
                     for (int k = 0; k < kSteps; ++k)
@@ -230,10 +258,11 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                             acc, a[u][k], wgmma_descriptor(ring + stage * kStage + (u * kSize + 16 * k) * 128, kPanel));
                     wgmma_commit();
                 }
-            wgmma_wait<0>();
-            if (lane == 0) barrier_arrive(empty + 8 * stage);
+            held = stage;
             if (++stage == kStages) stage = 0, parity ^= 1;
         }
+        wgmma_wait<0>();
+        if (held >= 0 && lane == 0) barrier_arrive(empty + 8 * held);
         copy_wait<0>();
 
         const int row = (tile.x % groups) * kRows + 64 * group + warp % 4 * 16 + lane / 4;

@@ -15,8 +15,8 @@ from mixgrain.cuda.launch import kernel
 from ..plans.cuda_block import UNION_ROWS
 from .block_sm90 import CODES, laid_out, operand_map, schedule
 
-# TMA stages of 64 rows of x.
-STAGES = 10
+# TMA stages of 32 rows of x.
+STAGES = 18
 THREADS = 640
 
 
@@ -93,8 +93,8 @@ def spmm(
 
 
 def spmm_shared(wide: int) -> int:
-    """Dynamic shared memory of a CTA, bytes: stages of x, and the warps' queues of 4 KiB."""
-    return STAGES * 64 * wide * 2 + UNION_ROWS // 16 * 4096 + 1024
+    """Dynamic shared memory of a CTA, bytes: stages of x and the warps' queues of 4 KiB."""
+    return STAGES * 32 * wide * 2 + UNION_ROWS // 16 * 4096 + 1024
 
 
 @functools.lru_cache(maxsize=256)
