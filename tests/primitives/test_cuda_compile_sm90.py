@@ -8,7 +8,7 @@ import torch
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import build
 from mixgrain.cuda.errors import MissingError
-from mixgrain.primitives.cuda import block_sm90
+from mixgrain.primitives.cuda import block_sm90, union_sm90
 
 try:
     nvrtc.library()
@@ -26,6 +26,9 @@ def requests():
         for width, transposed, partial in itertools.product((64, 128, 256), (0, 1), (0, 1)):
             cut = block_sm90.tile(size, width)
             yield block_sm90.spmm_request(size, dtype, cut, bool(transposed), bool(partial))
+    for size, dtype, wide in itertools.product((16, 32), HALVES, (64, 128)):
+        for transposed, partial in itertools.product((False, True), (False, True)):
+            yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
 
 
 @pytest.mark.compile
@@ -48,5 +51,22 @@ def test_no_spills_and_nothing_serialised(wanted, tmp_path, monkeypatch):
 def test_shared_memory_fits_a_multiprocessor(size, width):
     cut = block_sm90.tile(size, width)
     assert cut.shared(size) <= 232_448 - 1024  # the static barriers besides
+    assert union_sm90.spmm_shared(64 if width <= 64 else 128) <= 232_448 - 1024
     panels = -(-min(width, 256) // 64)
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
+
+
+def test_schedule_takes_every_tile_once_and_evenly():
+    counts = torch.tensor([9, 8, 8, 5, 5, 4, 2, 1, 1, 0])
+    records = torch.zeros(10, 4, dtype=torch.int32)
+    records[:, 2] = counts
+    made = block_sm90.schedule(records, 7, 16)
+    starts, tiles = made[:17].tolist(), made[17:].tolist()
+    assert sorted(tiles) == list(range(70)) and starts[0] == 0 and starts[-1] == 70
+    loads = [
+        sum(2 * int(counts[t % 10]) + 1 for t in tiles[a:b]) for a, b in itertools.pairwise(starts)
+    ]
+    # Longest first: within one of the longest of the mean.
+    assert max(loads) <= sum(loads) / 16 + 2 * 9 + 1
+    assert block_sm90.schedule(records, 7, 16) is made
+    assert block_sm90.schedule(records, 17 * block_sm90.SCHEDULED, 17) is None
