@@ -198,9 +198,10 @@ def spmm(
             tables = (items.shape[0], table, records, masks, used)
             block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
         else:
-            found = (table, records, bounds, t_items if transposed else None, items)
+            blocks = part.tensors[17 if transposed else 16]
             bits = part.tensors[15] if transposed else masks
-            union_sm90.spmm(out, values, x, part.starts[0], size, *found, bits, scale, add)
+            found = (table, blocks, records, bits)
+            union_sm90.spmm(out, values, x, part.starts[0], size, *found, transposed, scale, add)
         return
     wide = wide_of(width, x.dtype)
     run, shared = _spmm_kernel(

@@ -40,15 +40,18 @@ def operand_map(t: Tensor, rows: int) -> np.ndarray:
     return descriptor(t.data_ptr(), t.dtype, (width, n, entries, free), strides, (64, rows, 1, 1))
 
 
-def _values_map(values: Tensor, shift: int, size: int, items: int) -> np.ndarray:
-    """The slots of a block part, (F, items · size, size), in boxes of 64 × 64."""
+def values_map(
+    values: Tensor, shift: int, size: int, items: int, box: tuple[int, int] = (64, 64)
+) -> np.ndarray:
+    """The slots of a block part, (F, items · size, size), in boxes of columns × rows."""
     each = values.element_size()
     return descriptor(
         values.data_ptr() + shift * each,
         values.dtype,
         (size, items * size, values.shape[0]),
         (size * each, values.stride(0) * each),
-        (64, 64, 1),
+        (*box, 1),
+        box[0] * each,
     )
 
 
@@ -88,7 +91,7 @@ def sddmm(
         (
             operand_map(q, size),
             operand_map(k, 64),
-            _values_map(values, shift, size, items.shape[0]),
+            values_map(values, shift, size, items.shape[0]),
             items.data_ptr(),
             chunks.data_ptr(),
             masks.data_ptr(),
@@ -145,7 +148,7 @@ def spmm(
         (ctas,),
         cut.threads(size),
         (
-            _values_map(values, shift, size, items),
+            values_map(values, shift, size, items),
             operand_map(x, cut.depth),
             table.data_ptr(),
             records.data_ptr(),

@@ -13,10 +13,10 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from ..plans.cuda_block import UNION_ROWS
-from .block_sm90 import CODES, laid_out, operand_map, schedule
+from .block_sm90 import CODES, laid_out, operand_map, schedule, values_map
 
-# TMA stages of 32 rows of x.
-STAGES = 18
+# TMA stages of 64 rows of x.
+STAGES = {64: 5, 128: 4}
 THREADS = 640
 
 
@@ -27,15 +27,14 @@ def spmm(
     shift: int,
     size: int,
     table: Tensor,
+    blocks: Tensor,
     records: Tensor,
-    bounds: Tensor,
-    listed: Tensor | None,
-    items: Tensor,
     masks: Tensor,
+    transposed: bool,
     scale: float,
     add: bool = False,
 ) -> None:
-    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when ``listed`` is given.
+    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when transposed.
 
     Args:
         out: (F, E, rows, D), contiguous; x's dtype, or float32 for partial results.
@@ -43,12 +42,11 @@ def spmm(
         x: (F, E, inner, D), rows 16-byte aligned.
         shift: first slot of the part.
         size: side of a block, 16 or 32.
-        table: int32 (U, 4), the unions of ``plans.cuda_block``, of columns for the transpose.
+        table: int32 (U, 4), the unions of ``plans.cuda_block``, of columns when transposed.
+        blocks: int32 (items, 2), their blocks, likewise.
         records: int32 (E * groups, 4), likewise.
-        bounds: int32, where each block row's (column's) items start.
-        listed: None, or int32 (n,), items in column-major order for the transpose.
-        items: int32 (n, 4), entry, block row, block column, mask of every block.
-        masks: uint8 (M, size, size // 8), of the transposes for the transpose.
+        masks: uint8 (M, size, size // 8), the transposed ones when transposed.
+        transposed: multiply by the transpose.
         scale: multiplies the product.
         add: add to out instead of overwriting it; float32 only.
     """
@@ -63,23 +61,19 @@ def spmm(
     tiles = free * groups * across
     ctas = min(tiles, facts(device).multiprocessors)
     walks = schedule(records, across * free, ctas) if ctas < tiles else None
-    kernel(spmm_request(size, x.dtype, wide, listed is not None, partial), device)(
+    kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)(
         (ctas,),
         THREADS,
         (
+            values_map(values, shift, size, blocks.shape[0], (size, size)),
             operand_map(x, size),
-            values.data_ptr() + shift * values.element_size(),
-            np.int64(values.stride(0)),
             table.data_ptr(),
+            blocks.data_ptr(),
             records.data_ptr(),
             0 if walks is None else walks.data_ptr(),
-            bounds.data_ptr(),
-            0 if listed is None else listed.data_ptr(),
-            items.data_ptr(),
             masks.data_ptr(),
             np.int32(groups // entries),
             np.int32(groups),
-            np.int32((bounds.shape[0] - 1) // entries),
             np.int32(across),
             np.int32(free),
             np.float32(scale),
@@ -93,8 +87,8 @@ def spmm(
 
 
 def spmm_shared(wide: int) -> int:
-    """Dynamic shared memory of a CTA, bytes: stages of x and the warps' queues of 4 KiB."""
-    return STAGES * 32 * wide * 2 + UNION_ROWS // 16 * 4096 + 1024
+    """Dynamic shared memory of a CTA, bytes: stages of x and of a band of values."""
+    return STAGES[wide] * 128 * (wide + UNION_ROWS) + 1024
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,7 +100,7 @@ def spmm_request(
         "SIZE": size,
         "DTYPE": CODES[dtype],
         "WIDE": wide,
-        "STAGES": STAGES,
+        "STAGES": STAGES[wide],
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }

@@ -81,7 +81,7 @@ def records(bounds: Tensor, order: Tensor, lines: int) -> Tensor:
 
 def unions(
     items: Tensor, side: int, entries: int, lines: tuple[int, int], used: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The inner blocks that groups of UNION_ROWS rows (or columns) have any block at.
 
     Args:
@@ -93,7 +93,8 @@ def unions(
 
     Returns:
         int64 (U, 4): inner block; bits of the group's lines that have a block there; bits of the
-        inner positions in use; 0. By entry, group, inner block. And their ``records``.
+        inner positions in use; where its blocks start. By entry, group, inner block. Their
+        ``records``. And int64 (n, 2): item and mask of the blocks of each, by line.
     """
     size = used.shape[1]
     each, inner = UNION_ROWS // size, max(lines[1], 1)
@@ -109,9 +110,12 @@ def unions(
     weights = 1 << torch.arange(size, device=items.device)
     words = ((live > 0) * weights).sum(1)
     words = torch.where(words >= 1 << 31, words - (1 << 32), words)  # as int32
-    table = torch.stack([found % inner, bits, words, torch.zeros_like(found)], 1)
+    starts = running(torch.bincount(which, minlength=len(found)))[:-1]
+    table = torch.stack([found % inner, bits, words, starts], 1)
     counts = torch.bincount(found // inner, minlength=entries * groups)
-    return table, records(running(counts), longest_first(counts), groups)
+    order = torch.argsort(which * each + line % each)
+    blocks = torch.stack([order, mask[order]], 1)
+    return table, records(running(counts), longest_first(counts), groups), blocks
 
 
 def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
@@ -138,6 +142,8 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         t_table    the same of columns, as t_items
         t_records  the same of columns
         masks_t    uint8 (M, size, size / 8), the transposed masks
+        blocks     int32 (NBE, 2): item, mask, in the order of unions; sizes 16 and 32 only
+        t_blocks   the same of columns
 
     Scalars: size.
     """
@@ -173,11 +179,11 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         table = torch.stack([torch.arange(len(items), device=device), *items[:, 2:].T, zero], 1)
         t_table = torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, zero], 1)
         walks = [table, records(row_ptr, row_order, nqb), t_table, records(col_ptr, col_order, nkb)]
+        blocks = [row_ptr.new_empty(0, 2)] * 2
     else:
-        walks = [
-            *unions(items, 1, len(entry), (nqb, nkb), bits.any(1)),
-            *unions(items, 2, len(entry), (nkb, nqb), bits.any(2)),
-        ]
+        rows = unions(items, 1, len(entry), (nqb, nkb), bits.any(1))
+        columns = unions(items, 2, len(entry), (nkb, nqb), bits.any(2))
+        walks, blocks = [*rows[:2], *columns[:2]], [rows[2], columns[2]]
     tensors = [
         items,
         row_ptr,
@@ -192,6 +198,7 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         chunks_of(row_ptr, WGMMA_BLOCKS) if size >= 64 else row_ptr.new_empty(0, 2),
         *(walk.to(torch.int32).contiguous() for walk in walks),
         pack_bits(bits.mT.contiguous()),
+        *(block.to(torch.int32) for block in blocks),
     ]
     return PartPlan("cblock", tensors, [size], [shift + start for start in layout.entry_slots])
 
