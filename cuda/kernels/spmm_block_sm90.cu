@@ -4,13 +4,11 @@
 //   x       (F, E, inner, D)  by a 4-D tensor map, any strides
 //   values  (F, slots)        blocks of S × S elements, by a 3-D tensor map (S, items · S, F)
 //   table   (n) int4          blocks in the order of the lines: item, inner block, mask (−1 = full)
-//   records (E · lines) int4  line, first in the table, blocks, entry; the long ones first
 //   masks   (M, S, S / 8)     bits of partial blocks
 //   any     (M, S / 8)        inner positions with a kept element in the mask
-//   sched   or null           gridDim.x + 1 ints, where each CTA's tiles start, then the tiles
+//   tiles   (n) int4          see walk.cuh; line = entry · lines + block row or column
 //
-//   tiles  one line × kAcross columns of one matrix; number = (matrix · across + column) · lines + rank
-//   grid   CTAs that walk their tiles: those of `sched`, else every gridDim-th
+//   grid   CTAs that walk their tiles of one line × kAcross columns
 //   block  128 · S / 64 · kGroupsN consumers + a producer warp (a warpgroup where registers are short)
 //   smem   two rings: kStagesA of 64 inner positions of S, kStagesB of kDepth of x
 //   floor  2 · nnz · D FLOP at 800 TFLOP/s; L2: (S + kAcross) · 128 B a tile's 64 positions, 8.9 TB/s
@@ -57,10 +55,9 @@ __device__ __forceinline__ void keep8(u32 address, u32 bits) {
 
 extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     spmm_block_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
-                    const int4 *__restrict__ table, const int4 *__restrict__ records,
-                    const int *__restrict__ sched, const u8 *__restrict__ masks,
-                    const u8 *__restrict__ any, int lines, int all_lines, int across, int matrices,
-                    float scale, void *__restrict__ out, int rows, int width, int add) {
+                    const int4 *__restrict__ table, const int *__restrict__ starts,
+                    const int4 *__restrict__ tiles, const u8 *__restrict__ masks,
+                    const u8 *__restrict__ any, int lines, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
     __shared__ alignas(8) u64 barriers[2 * (kStagesA + kStagesB)];
@@ -76,7 +73,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     __syncthreads();
 
     int4 tile;
-    int repeat;  // matrix · across + column tile
 
     if (warp >= kConsumers / 32) {  // producer
         if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -86,9 +82,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         int a = 0, b = 0;
         u32 parity_a = 1, parity_b = 1;
-        Walk walk(records, sched, all_lines, across * matrices);
-        while (walk.next(tile, repeat)) {
-            const int column0 = repeat % across * kAcross, matrix = repeat / across;
+        Walk walk(starts, tiles);
+        while (walk.next(tile)) {
+            const int column0 = tile.w % across * kAcross, matrix = tile.w / across, entry = tile.x / lines;
             int4 item = tile.z > 0 ? table[tile.y] : make_int4(0, 0, 0, 0);
             for (int i = 0; i < tile.z; ++i) {
                 const int n = item.x, inner = item.y * kSize;
@@ -111,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
 #pragma unroll
                         for (int p = 0; p < kPanels; ++p)
                             tma_load(ring_b + b * kStageB + p * kPanelB, x_map, full_b + 8 * b,
-                                     column0 + 64 * p, inner + 64 * half + kDepth * sub, tile.w, matrix);
+                                     column0 + 64 * p, inner + 64 * half + kDepth * sub, entry, matrix);
                         if (++b == kStagesB) b = 0, parity_b ^= 1;
                     }
                 }
@@ -126,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     int a = 0, b = 0;
     u32 parity_a = 0, parity_b = 0;
 
-    Walk walk(records, sched, all_lines, across * matrices);
-    while (walk.next(tile, repeat)) {
+    Walk walk(starts, tiles);
+    while (walk.next(tile)) {
         float acc[kWide / 2];
 #pragma unroll
         for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
@@ -195,9 +191,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         }
 
         const int row = (tile.x % lines) * kSize + 64 * group + row16 + lane / 4;
-        const i64 plane = (static_cast<i64>(repeat / across) * (all_lines / lines) + tile.w) * rows * width;
+        const i64 plane = (static_cast<i64>(tile.w / across) * entries + tile.x / lines) * rows * width;
         void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
                             : static_cast<void *>(static_cast<operand_t *>(out) + plane);
-        store_result<kWide, kPartial>(acc, scale, to, row, rows, repeat % across * kAcross + group_n * kWide, width, add);
+        store_result<kWide, kPartial>(acc, scale, to, row, rows, tile.w % across * kAcross + group_n * kWide, width, add);
     }
 }

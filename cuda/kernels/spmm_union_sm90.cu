@@ -9,9 +9,8 @@
 //   values  (F, slots)        blocks by a 3-D tensor map (S, items · S, F), boxes of S × S
 //   unions  (n) int4          inner block; bits: lines with a block there; bits: rows of x in use; first
 //   blocks  (items) int2      of each union, line by line: item, mask (−1 = full)
-//   records (E · groups) int4 group of lines, first in unions, unions, entry; the long ones first
 //   masks   (M, S, S / 8)     bits of partial blocks, of their transposes when transposed
-//   sched   or null           see walk.cuh
+//   tiles   (n) int4          see walk.cuh; line = entry · groups + group of lines
 //
 //   grid   CTAs that walk their tiles of 256 rows × kWide columns
 //   block  512 consumers + a warpgroup whose first warps produce and which gives its registers away
@@ -32,12 +31,11 @@ static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
 constexpr int kRows = 256, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
 constexpr int kSlots = 64 / kSize, kSteps = kSize / 16;                 // unions of a stage
 constexpr int kConsumers = 512, kPanels = kWide / 64;
-constexpr int kProducers = kLines * kSlots / 32 > 1 ? kLines * kSlots / 32 : 1;  // warps
-constexpr int kTurns = 32 / kLines < kSlots ? 32 / kLines : kSlots;              // unions of a warp
+constexpr int kTurns = 32 / kLines < kSlots ? 32 / kLines : kSlots;     // unions whose blocks a warp gets
+constexpr int kProducers = 1 + kSlots / kTurns;                         // warps: one for x
 constexpr u32 kPanel = 64 * 128, kBlock = kSize * kSize * 2, kRight = kPanels * kPanel;
 constexpr u32 kStage = kRight + kSlots * kLines * kBlock;
 constexpr u32 kAll = kSize == 32 ? ~0u : (1u << kSize) - 1;
-static_assert(kTurns * kProducers == kSlots, "every union has a warp");
 
 // A 16-byte chunk of a block as TMA's swizzle of a row's bytes puts it.
 __device__ __forceinline__ u32 chunk_at(int row, int chunk) {
@@ -50,9 +48,8 @@ __device__ __forceinline__ u32 both(u32 bits) {
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     spmm_union_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ unions, const int2 *__restrict__ blocks,
-                    const int4 *__restrict__ records, const int *__restrict__ sched,
-                    const u8 *__restrict__ masks, int groups, int all_groups, int across, int matrices,
-                    float scale, void *__restrict__ out, int rows, int width, int add) {
+                    const int *__restrict__ starts, const int4 *__restrict__ tiles,
+                    const u8 *__restrict__ masks, int groups, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
@@ -69,54 +66,69 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     __syncthreads();
 
     int4 tile;
-    int repeat, stage = 0;  // repeat: matrix · across + column tile
-    Walk walk(records, sched, all_groups, across * matrices);
+    int stage = 0;
+    Walk walk(starts, tiles);
 
-    if (warp >= kConsumers / 32) {  // producers: a lane looks after one line of one union of each stage
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (warp >= kConsumers / 32 + kProducers) return;
-        const int slot = (warp - kConsumers / 32) * kTurns + lane / kLines, line = lane % kLines;
-        const bool here = lane < kTurns * kLines;
-        if (lane == 0) tma_prefetch(values_map), tma_prefetch(x_map);
+    if (warp >= kConsumers / 32) {  // producers
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWide == 64 ? 48 : 32));
+        const int role = warp - kConsumers / 32;
         u32 parity = 1;
-        while (walk.next(tile, repeat)) {
-            const int column0 = repeat % across * kWide, matrix = repeat / across;
-            auto entry_at = [&](int n) { return here && n < tile.z ? unions[tile.y + n] : make_int4(-1, 0, kAll, 0); };
-            auto block_at = [&](int4 e) {
-                return e.y >> line & 1 ? blocks[e.w + __popc(e.y & ((1 << line) - 1))] : make_int2(0, -1);
-            };
-            // What describes a stage is asked for one and two stages ahead.
-            int4 soon = entry_at(slot), later = entry_at(kSlots + slot);
-            int2 block_soon = block_at(soon);
-            for (int i = 0; i < tile.z; i += kSlots) {
-                const int4 now = soon;
-                const int2 block = block_soon;
-                soon = later;
-                block_soon = block_at(soon);
-                later = entry_at(i + 2 * kSlots + slot);
-                barrier_wait(empty + 8 * stage, parity);
-                const bool present = now.y >> line & 1, panel = line < kPanels && now.x >= 0;
-                if (here) {
-                    if (line == 0) notes[stage][slot] = make_uint2(now.y, now.z);
-                    mask_of[stage][slot][line] = block.y;
+        if (role == 0) {  // x: a lane looks after one panel of one union of each stage
+            if (lane == 0) tma_prefetch(x_map);
+            const int slot = lane / kPanels, panel = lane % kPanels;
+            while (walk.next(tile)) {
+                const int column = tile.w % across * kWide + 64 * panel, matrix = tile.w / across, entry = tile.x / groups;
+                for (int i = 0; i < tile.z; i += kSlots) {
+                    // Asked for before the wait, which mostly takes longer.
+                    const bool there = slot < kSlots && i + slot < tile.z;
+                    const int4 now = there ? unions[tile.y + i + slot] : make_int4(0, 0, kAll, 0);
+                    barrier_wait(empty + 8 * stage, parity);
+                    if (slot < kSlots) notes[stage][slot] = make_uint2(now.y, now.z);
+                    __syncwarp();
+                    if (lane == 0) barrier_expect(full + 8 * stage, kPanels * kSize * 128 * min(kSlots, tile.z - i));
+                    __syncwarp();
+                    if (there)
+                        tma_load(ring + stage * kStage + panel * kPanel + slot * kSize * 128, x_map, full + 8 * stage,
+                                 column, now.x * kSize, entry, matrix);
+                    if (++stage == kStages) stage = 0, parity ^= 1;
                 }
-                const u32 bytes = __reduce_add_sync(0xFFFFFFFFu, (present ? kBlock : 0) + (panel ? kSize * 128 : 0));
-                if (lane == 0) barrier_expect(full + 8 * stage, bytes);
-                __syncwarp();
-                const u32 at = ring + stage * kStage;
-                if (panel)
-                    tma_load(at + line * kPanel + slot * kSize * 128, x_map, full + 8 * stage, column0 + 64 * line,
-                             now.x * kSize, tile.w, matrix);
-                if (present)
-                    tma_load(at + kRight + (slot * kLines + line) * kBlock, values_map, full + 8 * stage, 0,
-                             block.x * kSize, matrix);
-                if (++stage == kStages) stage = 0, parity ^= 1;
+            }
+        } else if (role < kProducers) {  // blocks: a lane looks after one line of one union
+            const int slot = (role - 1) * kTurns + lane / kLines, line = lane % kLines;
+            const bool here = lane < kTurns * kLines;
+            if (lane == 0) tma_prefetch(values_map);
+            while (walk.next(tile)) {
+                const int matrix = tile.w / across;
+                // Lines of a union and where its blocks start; asked for two stages ahead, the block one.
+                auto entry_at = [&](int n) {
+                    const int4 e = here && n < tile.z ? unions[tile.y + n] : make_int4(0, 0, 0, 0);
+                    return make_int2(e.y, e.w);
+                };
+                auto block_at = [&](int2 e) {
+                    return e.x >> line & 1 ? blocks[e.y + __popc(e.x & ((1 << line) - 1))] : make_int2(-1, -1);
+                };
+                int2 later = entry_at(slot), soon = block_at(later);
+                later = entry_at(kSlots + slot);
+                for (int i = 0; i < tile.z; i += kSlots) {
+                    const int2 block = soon;
+                    soon = block_at(later);
+                    later = entry_at(i + 2 * kSlots + slot);
+                    barrier_wait(empty + 8 * stage, parity);
+                    if (here) mask_of[stage][slot][line] = block.y;
+                    const u32 count = __popc(__ballot_sync(0xFFFFFFFFu, block.x >= 0));
+                    if (lane == 0) barrier_expect(full + 8 * stage, kBlock * count);
+                    __syncwarp();
+                    if (block.x >= 0)
+                        tma_load(ring + stage * kStage + kRight + (slot * kLines + line) * kBlock, values_map,
+                                 full + 8 * stage, 0, block.x * kSize, matrix);
+                    if (++stage == kStages) stage = 0, parity ^= 1;
+                }
             }
         }
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWide == 64 ? 104 : 112));
     const int group = warp / 4, line = group * kEach + warp % 4 / kSteps;  // this warp's line of the 256 rows
     const int half = kSize == 32 ? warp % 2 : 0;                          // its 16 rows of the block
     // Of ldmatrix: lane l gives row l % 8 of matrix l / 8: rows + 8 (m % 2) and k + 8 (m / 2), or turned.
@@ -129,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                                 : chunk_at(16 * half + 8 * (m % 2) + lane % 8, 2 * k + m / 2));
     u32 parity = 0;
 
-    while (walk.next(tile, repeat)) {
+    while (walk.next(tile)) {
         float acc[kWide / 2];
 #pragma unroll
         for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
@@ -219,9 +231,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         }
 
         const int row = (tile.x % groups) * kRows + 64 * group + warp % 4 * 16 + lane / 4;
-        const i64 plane = (static_cast<i64>(repeat / across) * (all_groups / groups) + tile.w) * rows * width;
+        const i64 plane = (static_cast<i64>(tile.w / across) * entries + tile.x / groups) * rows * width;
         void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
                             : static_cast<void *>(static_cast<operand_t *>(out) + plane);
-        store_result<kWide, kPartial>(acc, scale, to, row, rows, repeat % across * kWide, width, add);
+        store_result<kWide, kPartial>(acc, scale, to, row, rows, tile.w % across * kWide, width, add);
     }
 }

@@ -141,32 +141,34 @@ def spmm(
     partial = out.dtype == torch.float32
     device = x.device.index
     lines, across = records.shape[0], -(-width // cut.across)
-    tiles = free * lines * across
-    ctas = min(tiles, facts(device).multiprocessors) if cut.alone else tiles
-    walks = schedule(records, across * free, ctas) if ctas < tiles else None
-    kernel(spmm_request(size, x.dtype, cut, transposed, partial), device)(
-        (ctas,),
-        cut.threads(size),
-        (
-            values_map(values, shift, size, items),
-            operand_map(x, cut.depth),
-            table.data_ptr(),
-            records.data_ptr(),
-            0 if walks is None else walks.data_ptr(),
-            masks.data_ptr(),
-            used.data_ptr(),
-            np.int32(lines // entries),
-            np.int32(lines),
-            np.int32(across),
-            np.int32(free),
-            np.float32(scale),
-            out.data_ptr(),
-            np.int32(rows),
-            np.int32(width),
-            np.int32(add),
-        ),
-        cut.shared(size),
-    )
+    several = facts(device).multiprocessors if cut.alone else 0
+    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial), device)
+    shared = cut.shared(size)
+    for start in range(0, free, step := max(1, TILES // (lines * across))):
+        to, weights, right = (t[start : start + step] for t in (out, values, x))
+        starts, tiles = walks(records, across, to.shape[0], several)
+        run(
+            (starts.shape[0] - 1,),
+            cut.threads(size),
+            (
+                values_map(weights, shift, size, items),
+                operand_map(right, cut.depth),
+                table.data_ptr(),
+                starts.data_ptr(),
+                tiles.data_ptr(),
+                masks.data_ptr(),
+                used.data_ptr(),
+                np.int32(lines // entries),
+                np.int32(entries),
+                np.int32(across),
+                np.float32(scale),
+                to.data_ptr(),
+                np.int32(rows),
+                np.int32(width),
+                np.int32(add),
+            ),
+            shared,
+        )
 
 
 class Cut(NamedTuple):
@@ -216,45 +218,69 @@ def tile(size: int, width: int) -> Cut:
     return Cut(256, 1, 32, 4, 9, True) if size == 128 else Cut(256, 2, 32, 4, 6, True)
 
 
-# Beyond this many tiles a CTA the walk by strides is even enough.
+# Beyond this many tiles a CTA, a walk by strides is even enough.
 SCHEDULED = 16
-_schedules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Tiles of one launch, whose lists take 16 bytes each.
+TILES = 1 << 20
+_walks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def schedule(records: Tensor, repeats: int, ctas: int) -> Tensor | None:
-    """Which tiles each CTA takes, the longest first to whoever is free first; None = by strides.
-
-    Made once for a plan, and read back from the device then.
+def walks(records: Tensor, across: int, matrices: int, several: int) -> tuple[Tensor, Tensor]:
+    """Which tiles each CTA takes, in which order; kept with the records.
 
     Args:
-        records: int32 (lines, 4) of ``plans.cuda_block``.
-        repeats: column tiles times matrices.
-        ctas: CTAs of the launch.
+        records: int32 (lines, 4) of ``plans.cuda_block``, the longest first.
+        across: column tiles.
+        matrices: matrices that share the records.
+        several: CTAs that share the tiles; 0 = a CTA for each.
 
     Returns:
-        int32 (ctas + 1 + lines * repeats,): where each CTA's tiles start, then the tiles,
-        repeat · lines + rank.
+        int32 (ctas + 1,), where each CTA's tiles start, and int32 (tiles, 4): line, first element
+        in its table, elements, matrix * across + column tile. Few tiles are dealt out by their
+        length, the longest first to whoever is free first (which reads the records back from the
+        device), many by strides that turn round.
     """
-    lines = records.shape[0]
-    if lines * repeats > SCHEDULED * ctas:
-        return None
-    kept = _schedules.setdefault(records, {})
-    if (repeats, ctas) not in kept:
-        # Half a block is about what a tile costs besides its blocks.
-        costs = [2 * count + 1 for count in records[:, 2].tolist()]
-        free = [(0, cta) for cta in range(ctas)]
-        mine: list[list[int]] = [[] for _ in range(ctas)]
-        for rank, cost in enumerate(costs):
-            for repeat in range(repeats):
-                load, cta = free[0]
-                heapq.heapreplace(free, (load + cost, cta))
-                mine[cta].append(repeat * lines + rank)
-        # Tiles of the same columns of x at about the same time: L2 then holds what they share.
-        flat = [number for own in mine for number in sorted(own)]
-        starts = [0, *itertools.accumulate(map(len, mine))]
-        kept[repeats, ctas] = torch.tensor([*starts, *flat], dtype=torch.int32).to(records.device)
-    made: Tensor = kept[repeats, ctas]
+    kept = _walks.setdefault(records, {})
+    key = (across, matrices, several)
+    if key not in kept:
+        lines, repeats = records.shape[0], across * matrices
+        ctas = min(several, lines * repeats) or lines * repeats
+        if ctas < lines * repeats <= SCHEDULED * ctas:
+            starts, order = _dealt(records[:, 2].tolist(), repeats, ctas)
+        else:
+            starts, order = _strided(lines, repeats, ctas)
+        order = order.to(records.device)
+        rank, repeat = order % lines, order // lines
+        tiles = torch.cat([records[rank, :3], repeat[:, None].to(torch.int32)], 1)
+        kept[key] = (starts.to(torch.int32).to(records.device), tiles.contiguous())
+    made: tuple[Tensor, Tensor] = kept[key]
     return made
+
+
+def _dealt(counts: list[int], repeats: int, ctas: int) -> tuple[Tensor, Tensor]:
+    """Starts, and tiles repeat * lines + rank, longest first to the CTA with the least."""
+    free = [(0, cta) for cta in range(ctas)]
+    mine: list[list[int]] = [[] for _ in range(ctas)]
+    for rank, count in enumerate(counts):
+        for repeat in range(repeats):
+            load, cta = free[0]
+            # Half an element is about what a tile costs besides its elements.
+            heapq.heapreplace(free, (load + 2 * count + 1, cta))
+            mine[cta].append(repeat * len(counts) + rank)
+    # Tiles of the same columns at about the same time: L2 then holds what they share.
+    flat = [number for own in mine for number in sorted(own)]
+    return torch.tensor([0, *itertools.accumulate(map(len, mine))]), torch.tensor(flat)
+
+
+def _strided(lines: int, repeats: int, ctas: int) -> tuple[Tensor, Tensor]:
+    """Starts, and tiles in turn; every other turn goes backwards, so that all end together."""
+    total = lines * repeats
+    turns = -(-total // ctas)
+    tile = torch.arange(turns * ctas).view(turns, ctas)
+    tile[1::2] = tile[1::2].flip(1)
+    tile = tile.T
+    kept = tile < total
+    return torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)]), tile[kept]
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from ..plans.cuda_block import UNION_ROWS
-from .block_sm90 import CODES, laid_out, operand_map, schedule, values_map
+from .block_sm90 import CODES, TILES, laid_out, operand_map, values_map, walks
 
 # TMA stages of 64 rows of x.
 STAGES = {64: 5, 128: 4}
@@ -58,32 +58,33 @@ def spmm(
     partial = out.dtype == torch.float32
     device = x.device.index
     groups, across = records.shape[0], -(-width // wide)
-    tiles = free * groups * across
-    ctas = min(tiles, facts(device).multiprocessors)
-    walks = schedule(records, across * free, ctas) if ctas < tiles else None
-    kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)(
-        (ctas,),
-        THREADS,
-        (
-            values_map(values, shift, size, blocks.shape[0], (size, size)),
-            operand_map(x, size),
-            table.data_ptr(),
-            blocks.data_ptr(),
-            records.data_ptr(),
-            0 if walks is None else walks.data_ptr(),
-            masks.data_ptr(),
-            np.int32(groups // entries),
-            np.int32(groups),
-            np.int32(across),
-            np.int32(free),
-            np.float32(scale),
-            out.data_ptr(),
-            np.int32(rows),
-            np.int32(width),
-            np.int32(add),
-        ),
-        spmm_shared(wide),
-    )
+    several = facts(device).multiprocessors
+    run = kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)
+    for start in range(0, free, step := max(1, TILES // (groups * across))):
+        to, weights, right = (t[start : start + step] for t in (out, values, x))
+        starts, tiles = walks(records, across, to.shape[0], several)
+        run(
+            (starts.shape[0] - 1,),
+            THREADS,
+            (
+                values_map(weights, shift, size, blocks.shape[0], (size, size)),
+                operand_map(right, size),
+                table.data_ptr(),
+                blocks.data_ptr(),
+                starts.data_ptr(),
+                tiles.data_ptr(),
+                masks.data_ptr(),
+                np.int32(groups // entries),
+                np.int32(entries),
+                np.int32(across),
+                np.float32(scale),
+                to.data_ptr(),
+                np.int32(rows),
+                np.int32(width),
+                np.int32(add),
+            ),
+            spmm_shared(wide),
+        )
 
 
 def spmm_shared(wide: int) -> int:

@@ -56,17 +56,20 @@ def test_shared_memory_fits_a_multiprocessor(size, width):
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
 
 
-def test_schedule_takes_every_tile_once_and_evenly():
+@pytest.mark.parametrize("several", [0, 16, 1000])
+@pytest.mark.parametrize("matrices", [1, 3, 500])
+def test_walks_take_every_tile_once_and_evenly(matrices, several):
     counts = torch.tensor([9, 8, 8, 5, 5, 4, 2, 1, 1, 0])
-    records = torch.zeros(10, 4, dtype=torch.int32)
-    records[:, 2] = counts
-    made = block_sm90.schedule(records, 7, 16)
-    starts, tiles = made[:17].tolist(), made[17:].tolist()
-    assert sorted(tiles) == list(range(70)) and starts[0] == 0 and starts[-1] == 70
-    loads = [
-        sum(2 * int(counts[t % 10]) + 1 for t in tiles[a:b]) for a, b in itertools.pairwise(starts)
-    ]
-    # Longest first: within one of the longest of the mean.
-    assert max(loads) <= sum(loads) / 16 + 2 * 9 + 1
-    assert block_sm90.schedule(records, 7, 16) is made
-    assert block_sm90.schedule(records, 17 * block_sm90.SCHEDULED, 17) is None
+    records = torch.stack([counts.argsort(), counts.cumsum(0), counts, counts], 1).int()
+    starts, tiles = block_sm90.walks(records, 7, matrices, several)
+    total = 70 * matrices
+    assert starts[0] == 0 and starts[-1] == len(tiles) == total
+    assert len(starts) == 1 + (min(several, total) or total)
+    assert {(*tile[:3], tile[3]) for tile in tiles.tolist()} == {
+        (*record[:3], repeat) for record in records.tolist() for repeat in range(7 * matrices)
+    }
+    loads = [sum(2 * n + 1 for n in tiles[a:b, 2].tolist()) for a, b in itertools.pairwise(starts)]
+    # Dealt by length: within one of the longest of the mean. By strides: lengths even out.
+    few = total <= block_sm90.SCHEDULED * len(loads)
+    assert max(loads) <= sum(loads) / len(loads) * (1 if few else 1.1) + 2 * 9 + 1
+    assert block_sm90.walks(records, 7, matrices, several)[1] is tiles
