@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             if (lane == 0) tma_prefetch(values_map);
             while (walk.next(tile)) {
                 const int matrix = tile.w / across;
-                // Lines of a union and where its blocks start; asked for two stages ahead, the block one.
+                // Lines of a union and where its blocks start; the block is asked for a stage ahead.
                 auto entry_at = [&](int n) {
                     const int4 e = here && n < tile.z ? unions[tile.y + n] : make_int4(0, 0, 0, 0);
                     return make_int2(e.y, e.w);
@@ -107,12 +107,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                 auto block_at = [&](int2 e) {
                     return e.x >> line & 1 ? blocks[e.y + __popc(e.x & ((1 << line) - 1))] : make_int2(-1, -1);
                 };
-                int2 later = entry_at(slot), soon = block_at(later);
-                later = entry_at(kSlots + slot);
+                int2 soon = block_at(entry_at(slot));
                 for (int i = 0; i < tile.z; i += kSlots) {
-                    const int2 block = soon;
-                    soon = block_at(later);
-                    later = entry_at(i + 2 * kSlots + slot);
+                    const int2 block = soon, later = entry_at(i + kSlots + slot);
                     barrier_wait(empty + 8 * stage, parity);
                     if (here) mask_of[stage][slot][line] = block.y;
                     const u32 count = __popc(__ballot_sync(0xFFFFFFFFu, block.x >= 0));
@@ -122,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                         tma_load(ring + stage * kStage + kRight + (slot * kLines + line) * kBlock, values_map,
                                  full + 8 * stage, 0, block.x * kSize, matrix);
                     if (++stage == kStages) stage = 0, parity ^= 1;
+                    soon = block_at(later);
                 }
             }
         }
