@@ -51,7 +51,8 @@ def choose(
     limits = torch.iinfo(integer)
     # Floats as integers of the same order: one compare then decides, whatever is masked or NaN.
     bits = (wide + 0.0).view(integer)
-    bits = torch.where(wide.isnan(), limits.max, bits ^ ((bits >> sign) & limits.max))
+    infinite = torch.tensor(torch.inf, dtype=wide.dtype, device=wide.device).view(integer)
+    bits = torch.where(wide.isnan(), infinite, bits ^ ((bits >> sign) & limits.max))
     if live is not None:
         rest = limits.min if spare is None else spare.to(integer) + limits.min
         bits = torch.where(live, bits, rest)

@@ -126,7 +126,8 @@ class SparseTensor:
             f: called once per part as ``f(v, i, j)`` or, if it takes four arguments,
                 ``f(v, i, j, h)``: v (*free, slots), i row, j column and h head, int64
                 (slots,). h is the head of the layout's entry; where heads are free, it has shape
-                (H, 1) and broadcasts against v. Returns a tensor of v's shape.
+                (H, 1), or (1,) if v has no leading dimensions, and broadcasts against v. Returns a
+                tensor of v's shape.
 
         What f returns at dead slots is discarded (NaN included): they hold exact zeros.
         """
@@ -165,8 +166,9 @@ class SparseTensor:
         h = self.layout.lead[1]
         if h > 1:
             return self.layout.slot_entry() % h
-        heads = self.values.shape[-2] if self.values.dim() > 1 else 1
-        return torch.arange(heads, device=self.device)[:, None].expand(heads, 1)
+        if self.values.dim() == 1:  # nothing is free: one head
+            return torch.zeros(1, dtype=torch.int64, device=self.device)
+        return torch.arange(self.values.shape[-2], device=self.device)[:, None]
 
     def to_dense(self) -> Tensor:
         """(*leading, nq, nk): values at live slots, +0 elsewhere. Differentiable."""
