@@ -9,11 +9,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout", "Costs", "LayoutError", "MixedLayout", "MixgrainError", "NMLayout", "RowLayout",
-    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "linear", "load", "merge",
-    "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
+    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "huggingface", "linear",
+    "load", "merge", "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from mixgrain.attention import huggingface
     from mixgrain.attention.attend import attend
     from mixgrain.attention.explain import explain
     from mixgrain.attention.merge import merge
@@ -42,8 +43,8 @@ else:
         "LayoutError": "formats.errors", "MixgrainError": "formats.errors",
         "Costs": "formats.costs", "clear_caches": "formats.cache", "load": "formats.files",
         "patterns": "formats.patterns", "save": "formats.files", "sparsify": "formats.sparsify",
-        "linear": "primitives.linear", "sddmm": "primitives.sddmm",
-        "softmax": "primitives.softmax", "spmm": "primitives.spmm",
+        "huggingface": "attention.huggingface", "linear": "primitives.linear",
+        "sddmm": "primitives.sddmm", "softmax": "primitives.softmax", "spmm": "primitives.spmm",
         "attend": "attention.attend", "explain": "attention.explain", "merge": "attention.merge",
     }  # fmt: skip
 
@@ -51,7 +52,7 @@ else:
         if name not in _HOMES:
             raise AttributeError(f"module 'mixgrain' has no attribute {name!r}")
         module = import_module(f"mixgrain.{_HOMES[name]}")
-        value = globals()[name] = module if name == "patterns" else getattr(module, name)
+        value = globals()[name] = getattr(module, name, module)  # patterns are a module
         return value
 
 
