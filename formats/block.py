@@ -29,9 +29,9 @@ from .checks import (
     check_offsets,
     check_range,
     check_rising,
-    check_same,
     check_slots,
     check_tensor,
+    check_transposed,
     fail,
 )
 from .entries import (
@@ -248,9 +248,9 @@ class BlockLayout(Layout):
             raise fail(self, "size", f"{self.size}", f"one of {SIZES}")
         nqb, nkb = self.block_shape
         u, int32 = self.distinct, torch.int32
-        count = self.block_columns.numel()
         offsets = check_tensor(self, "block_offsets", (u * nqb + 1,), int32)
         columns = check_tensor(self, "block_columns", (None,), int32)
+        count = columns.numel()
         mask_index = check_tensor(self, "mask_index", (count,), int32)
         masks = check_tensor(self, "masks", (None, self.size, self.size // 8), torch.uint8)
         check_offsets(self, "block_offsets", offsets, count)
@@ -258,19 +258,8 @@ class BlockLayout(Layout):
         check_rising(self, "block_columns", offsets, columns, "block row")
         check_range(self, "mask_index", mask_index, -1, masks.shape[0])
         self._check_edges()
-        t_offsets, t_rows, t_order = transposed_order(offsets, columns, nqb, nkb, u)
-        check_same(
-            self, "t_offsets", check_tensor(self, "t_offsets", (u * nkb + 1,), int32), t_offsets,
-            "where this block column starts in column-major order",
-        )  # fmt: skip
-        check_same(
-            self, "t_rows", check_tensor(self, "t_rows", (count,), int32), t_rows,
-            "the block row at this place of the column-major order",
-        )  # fmt: skip
-        check_same(
-            self, "t_order", check_tensor(self, "t_order", (count,), int32), t_order,
-            "the block at this place of the column-major order",
-        )  # fmt: skip
+        what = ("block row", "block column", "block")
+        check_transposed(self, offsets, columns, (nqb, nkb, u), (int32, int32, int32), what)
         blocks, live = self._counts()
         check_slots(self, [n * self.size**2 for n in blocks])
         check_nnz(self, sum(live[i] for i in self.entry))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .block import BlockLayout
-from .checks import check_nnz, check_tensor, fail
+from .checks import check_lead, check_nnz, check_shape, check_tensor, fail
 from .errors import LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
 from .nm_metadata import (
@@ -308,6 +308,9 @@ class NMLayout(Layout):
 
     def indices(self) -> tuple[Tensor, Tensor]:
         """(row, column) of every slot, int64 (slots,); dead ones are moved inside the shape."""
+        if not self.slots:  # however many rows there are of nothing
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            return nothing, nothing
         grid = self.grid
         row = torch.arange(grid[1], device=self.device)[:, None, None]
         if self.within is not None:
@@ -333,13 +336,9 @@ class NMLayout(Layout):
             LayoutError: the first field at fault, what it holds and what is expected.
         """
         check_encoding(self.n, self.m, self.encoding)
+        check_shape(self)
+        check_lead(self)
         shape = self.stored_shape
-        if len(shape) != 2 or min(shape) < 0:
-            raise fail(self, "shape", f"{shape}", "(nq, nk), both at least 0")
-        if len(self.lead) != 2 or min(self.lead) < 1:
-            raise fail(self, "lead", f"{self.lead}", "(b, h), both at least 1")
-        if len(self.entry) != self.lead[0] * self.lead[1]:
-            raise fail(self, "entry", f"{len(self.entry)} entries", f"b * h for lead {self.lead}")
         if self.within is not None:
             self.within.validate()
         expected = NMLayout.from_metadata(

@@ -28,9 +28,9 @@ from .checks import (
     check_offsets,
     check_range,
     check_rising,
-    check_same,
     check_slots,
     check_tensor,
+    check_transposed,
 )
 from .entries import INT32_LIMIT, default_entry, over_entries, transposed_order
 from .layout import Layout, entry_slots_of, next_key, register_layout
@@ -172,20 +172,8 @@ class RowLayout(Layout):
         check_offsets(self, "row_offsets", offsets, count)
         check_range(self, "columns", columns, 0, nk)
         check_rising(self, "columns", offsets, columns, "row")
-        t_offsets, t_rows, t_order = transposed_order(offsets, columns, nq, nk, u)
-        check_same(
-            self, "t_offsets", check_tensor(self, "t_offsets", (u * nk + 1,), int64), t_offsets,
-            "where this column starts in column-major order",
-        )  # fmt: skip
-        check_same(
-            self, "t_rows", check_tensor(self, "t_rows", (count,), int32), t_rows,
-            "the row at this place of the column-major order",
-        )  # fmt: skip
-        order_type = int32 if count < INT32_LIMIT else int64
-        check_same(
-            self, "t_order", check_tensor(self, "t_order", (count,), order_type), t_order,
-            "the position at this place of the column-major order",
-        )  # fmt: skip
+        types = (int64, int32, int32 if count < INT32_LIMIT else int64)
+        check_transposed(self, offsets, columns, (nq, nk, u), types, ("row", "column", "position"))
         counts = offsets[::nq].diff().tolist() if nq else [0] * u
         check_slots(self, counts)
         check_nnz(self, self.entry_slots[-1])
