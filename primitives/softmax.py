@@ -13,7 +13,7 @@ from mixgrain.formats.sparse import SparseTensor
 from . import ops
 from .checks import check_dtype, check_sparse
 from .dispatch import plan_for
-from .fold import fold_mask, fold_values, fold_vector, free_shape, unfold_vector
+from .fold import fold_mask, fold_values, fold_vector, unfold_vector
 
 
 @overload
@@ -62,7 +62,7 @@ def softmax(
         dtype,
         return_lse,
     )
-    made = s.with_values(p.reshape(*free_shape(layout.lead, lead), layout.slots))
+    made = s.with_values(p.reshape(s.values.shape))
     return (made, unfold_vector(lse, layout.lead, lead)) if return_lse else made
 
 
