@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {
     "vocab_size": 99,
