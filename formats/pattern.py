@@ -265,6 +265,10 @@ class Pattern:
             LayoutError: an unknown kind, another shape than a fixed one, or a miss during graph
                 capture.
         """
+        if torch.compiler.is_dynamo_compiling():
+            from .pattern_traced import traced_layout
+
+            return traced_layout(self, kind, nq, nk, size, device, costs)
         # Imported here: the split is written in terms of this class.
         from .split import to_layout
 

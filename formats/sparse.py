@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .costs import Costs
 from .errors import LayoutError, ShapeError
-from .layout import Layout
+from .layout import Layout, fact, same_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,38 @@ class SparseTensor:
             self, layout=self.layout.to(target), values=self.values.to(target), keep=keep
         )
 
+    def to_layout(
+        self,
+        target: str | Layout,
+        size: int = 64,
+        n: int = 2,
+        m: int = 4,
+        costs: Costs | None = None,
+    ) -> SparseTensor:
+        """The same positions and values in another layout, bit for bit.
+
+        ``to_dense`` gives the same before and after. A run-time mask is kept; batch and head
+        dimensions stay shared where they were. Positions that only the new layout keeps (the rest
+        of a tile, what fills up a group) hold +0.
+
+        Args:
+            target: "row", "block" or "mixed", which keep exactly the same positions; "tile" or
+                "nm", which keep whole units; or a layout of the same shape and lead.
+            size: side of the blocks: 16, 32, 64 or 128 (block, mixed).
+            n: elements kept of each group (nm).
+            m: columns of a group (nm).
+            costs: rates that "mixed" minimises; the device's defaults if None.
+
+        Returns:
+            A SparseTensor whose values are differentiable with respect to these.
+
+        Raises:
+            LayoutError: an unknown kind, or positions that the target cannot hold.
+        """
+        from .relayout import to_layout  # written in terms of this class
+
+        return to_layout(self, target, size, n, m, costs)
+
     def with_values(self, values: Tensor) -> SparseTensor:
         """The same positions holding other values, shape (*free, slots)."""
         return replace(self, values=values)
@@ -113,7 +146,7 @@ class SparseTensor:
 
         The layout's own dead slots and those a run-time mask drops, together.
         """
-        static = self.layout.live()
+        static: Tensor | None = fact(self.layout, "live")
         if self.keep is None:
             return static
         kept = gather_mask(self.layout, self.keep, self.keep_rows, self.values.dim() - 1)
@@ -137,7 +170,7 @@ class SparseTensor:
         offsets = self.layout.part_offsets
         for n, part in enumerate(self.layout.parts):
             piece = self.part(n)
-            row, column = part.indices()
+            row, column = fact(part, "indices")
             arguments = [piece.values, row, column]
             if wants_head:
                 arguments.append(piece._heads())
@@ -165,7 +198,8 @@ class SparseTensor:
     def _heads(self) -> Tensor:
         h = self.layout.lead[1]
         if h > 1:
-            return self.layout.slot_entry() % h
+            entry: Tensor = fact(self.layout, "slot_entry")
+            return entry % h
         if self.values.dim() == 1:  # nothing is free: one head
             return torch.zeros(1, dtype=torch.int64, device=self.device)
         return torch.arange(self.values.shape[-2], device=self.device)[:, None]
@@ -174,9 +208,9 @@ class SparseTensor:
         """(*leading, nq, nk): values at live slots, +0 elsewhere. Differentiable."""
         layout = self.layout
         nq, nk = layout.shape
-        row, column = layout.indices()
-        flat = (layout.slot_entry() * nq + row) * nk + column
-        values, static = self.values, layout.live()
+        row, column = fact(layout, "indices")
+        flat = (fact(layout, "slot_entry") * nq + row) * nk + column
+        values, static = self.values, fact(layout, "live")
         if self.keep is not None:  # dropped slots write +0 at their own position
             values = torch.where(cast(Tensor, self.live()), values, values.new_zeros(()))
         if static is not None:
@@ -194,12 +228,12 @@ class SparseTensor:
     @property
     def T(self) -> SparseTensor:
         """The transposed matrix in canonical order; values permuted once, differentiably."""
-        order = self.layout.transpose_slots()
+        order = fact(self.layout, "transpose_slots")
         values = self.values[..., order.clamp(min=0)]
         padding = order < 0
         if bool(padding.any()):
             values = torch.where(padding, values.new_zeros(()), values)
-        return SparseTensor(self.layout.T, values, self.keep, not self.keep_rows)
+        return SparseTensor(fact(self.layout, "T"), values, self.keep, not self.keep_rows)
 
     def __mul__(self, scalar: float | Tensor) -> SparseTensor:
         """Scale every value; a tensor must broadcast over (*free, 1)."""
@@ -219,7 +253,7 @@ class SparseTensor:
         """Sum of two tensors with the same layout key; a run-time mask of either is kept."""
         if not isinstance(other, SparseTensor):
             return NotImplemented
-        if other.layout.key != self.layout.key:
+        if not same_positions(other.layout, self.layout):
             raise LayoutError(
                 f"+: the layouts differ ({self.layout!r} and {other.layout!r}); add tensors made "
                 "with one layout object, e.g. sparsify(x, …, layout=s.layout)"
@@ -255,7 +289,7 @@ def gather_mask(layout: Layout, keep: Tensor, over_rows: bool, free: int) -> Ten
         free: number of free dimensions of the values.
     """
     b, h = layout.lead
-    index = layout.indices()[0 if over_rows else 1]
+    index = fact(layout, "indices")[0 if over_rows else 1]
     if keep.dim() == 1:
         return keep[index]
     if b > 1:

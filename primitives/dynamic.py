@@ -9,15 +9,14 @@ from torch import Tensor
 
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.errors import ShapeError, UnsupportedError
-from mixgrain.formats.layout import next_key
-from mixgrain.formats.nm import NMLayout
+from mixgrain.formats.layout import TRACED, next_key
 from mixgrain.formats.nm_metadata import encoding_for
 from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops
+from .blank import nm_layout, nm_plan
 from .fold import expand, fold, fold_mask, free_shape, join_lead
-from .plans import nm
 from .plans.plan import trust
 
 
@@ -67,17 +66,19 @@ def sddmm_nm(
         )
     b, h = (1, 1, *lead)[-2:]
     encoding = encoding_for(pattern.n, pattern.m, dtype)
-    blank = NMLayout.from_metadata(
-        torch.empty(0), shape, pattern.n, pattern.m, encoding=encoding, lead=(b, h), within=within
-    )
+    blank = nm_layout(shape, pattern.n, pattern.m, encoding, (b, h), within)
+    plan = nm_plan(shape, pattern.n, pattern.m, encoding, (b, h), within)
     values, metadata = ops.prune(
         fold(expand(q, lead), (b, h)),
         fold(expand(k, lead), (b, h)),
         fold_mask(key_mask, (b, h), lead),
-        nm.plan_of(blank),
+        plan,
         float(scale),
         dtype,
     )
-    layout = replace(blank, metadata=metadata, key=next_key())
-    trust(layout)
+    if torch.compiler.is_dynamo_compiling():
+        layout = replace(blank, metadata=metadata, key=TRACED)
+    else:
+        layout = replace(blank, metadata=metadata, key=next_key())
+        trust(layout)
     return SparseTensor(layout, values.reshape(*free_shape((b, h), lead), layout.slots), key_mask)
