@@ -26,7 +26,7 @@ from .pattern_static import (
     Sinks,
     Window,
 )
-from .patterns_given import blocks, from_block_mask, from_csr, from_dense
+from .patterns_given import blocks, from_block_mask, from_csr, from_dense, from_layout
 from .source import integers, positions
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "from_block_mask",
     "from_csr",
     "from_dense",
+    "from_layout",
     "full",
     "global_keys",
     "global_queries",

@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout", "Costs", "LayoutError", "MixedLayout", "MixgrainError", "NMLayout", "RowLayout",
-    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "huggingface", "linear",
-    "load", "merge", "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
+    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "huggingface", "interchange",
+    "linear", "load", "merge", "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mixgrain.attention.attend import attend
     from mixgrain.attention.explain import explain
     from mixgrain.attention.merge import merge
-    from mixgrain.formats import patterns
+    from mixgrain.formats import interchange, patterns
     from mixgrain.formats.block import BlockLayout
     from mixgrain.formats.cache import clear_caches
     from mixgrain.formats.costs import Costs
@@ -40,12 +40,12 @@ else:
     _HOMES = {
         "BlockLayout": "formats.block", "MixedLayout": "formats.mixed", "NMLayout": "formats.nm",
         "RowLayout": "formats.row", "TileLayout": "formats.tile", "SparseTensor": "formats.sparse",
-        "LayoutError": "formats.errors", "MixgrainError": "formats.errors",
-        "Costs": "formats.costs", "clear_caches": "formats.cache", "load": "formats.files",
-        "patterns": "formats.patterns", "save": "formats.files", "sparsify": "formats.sparsify",
-        "huggingface": "attention.huggingface", "linear": "primitives.linear",
-        "sddmm": "primitives.sddmm", "softmax": "primitives.softmax", "spmm": "primitives.spmm",
-        "attend": "attention.attend", "explain": "attention.explain", "merge": "attention.merge",
+        "LayoutError": "formats.errors", "MixgrainError": "formats.errors", "load": "formats.files",
+        "Costs": "formats.costs", "clear_caches": "formats.cache", "sparsify": "formats.sparsify",
+        "interchange": "formats.interchange", "patterns": "formats.patterns",
+        "save": "formats.files", "huggingface": "attention.huggingface", "merge": "attention.merge",
+        "linear": "primitives.linear", "sddmm": "primitives.sddmm", "softmax": "primitives.softmax",
+        "spmm": "primitives.spmm", "attend": "attention.attend", "explain": "attention.explain",
     }  # fmt: skip
 
     def __getattr__(name):
