@@ -112,3 +112,18 @@ def on(model: Any, implementation: str) -> Any:
 def outputs(model: Any, **given: Any) -> Tensor:
     """The first output: hidden states or logits."""
     return model(**given)[0]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest value of b."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradient of each module, weight and bias together: that of a key's bias alone is 0."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts.setdefault(name.rpartition(".")[0], []).append(parameter.grad.flatten())
+    return {name: torch.cat(grads) for name, grads in parts.items()}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hf_models import MODELS, batch, on, outputs, transformers
+from hf_models import MODELS, batch, distance, gradients, on, outputs, transformers
 
 import mixgrain as mg
 from mixgrain.attention.hf import requirement
@@ -35,12 +35,6 @@ def models():
         return made[name]
 
     return model
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference in units of the largest value of b."""
-    assert a.shape == b.shape and a.dtype == b.dtype
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def with_positions(given: dict) -> dict:
@@ -141,15 +135,6 @@ def test_packed_sequences(name, models) -> None:
     assert distance(ours, outputs(on(model, "eager"), **packed, use_cache=False)) < CLOSE
     alone = torch.cat([outputs(model, input_ids=piece) for piece in pieces], 1)
     assert distance(ours, alone) < CLOSE
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    """The gradient of each module, weight and bias together: that of a key's bias alone is 0."""
-    parts: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            parts.setdefault(name.rpartition(".")[0], []).append(parameter.grad.flatten())
-    return {name: torch.cat(grads) for name, grads in parts.items()}
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "mistral", "gpt-oss"])
