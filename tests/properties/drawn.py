@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
+from mixgrain.primitives.plans.plan import trust
 
 KINDS = ("row", "block", "nm", "panel", "mixed", "nm within")
 #: Kinds that hold any mask to the element.
@@ -127,9 +128,11 @@ class Example:
         return torch.stack([make(*self.shape, g) for _ in range(max(self.entry) + 1)])
 
     def layout(self, masks: Tensor | None = None) -> Layout:
-        """The layout of its masks, or of others."""
+        """The layout of its masks, or of others; a law of its own says that it validates."""
         masks = self.masks() if masks is None else masks
-        return BUILDERS[self.kind](self.case, masks, self.entry)
+        made = BUILDERS[self.kind](self.case, masks, self.entry)
+        trust(made)
+        return made
 
     def full_mask(self, masks: Tensor | None = None) -> Tensor:
         """bool (b or 1, h or 1, nq, nk): what exact kinds keep."""

@@ -26,13 +26,14 @@ class Law:
 
 
 def law(share: float = 1.0, /, **strategies: SearchStrategy[Any]) -> Callable[..., Any]:
-    """``given`` and a number of examples: the profile's, less for dear laws.
+    """``given`` and a number of examples: twice the profile's, since a law covers every kind of
+    layout at once, and less for dear laws.
 
     run_long.py takes the law apart again and runs its body in pieces with seeds of their own.
     """
 
     def decorate(body: Callable[..., None]) -> Any:
-        examples = max(5, round(settings.default.max_examples * min(share, 1.0)))
+        examples = max(5, round(2 * settings.default.max_examples * min(share, 1.0)))
         test = settings(max_examples=examples)(given(**strategies)(body))
         test.law = Law(body, strategies, share)
         return test

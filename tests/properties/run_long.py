@@ -184,7 +184,9 @@ def done_before(path: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             if lines and json.loads(lines[0]) == run:
                 # A process that was killed may have left half a line.
-                return [json.loads(line) for line in lines[1:] if line.endswith("}")]
+                whole = [line for line in lines if line.endswith("}")]
+                path.write_text("\n".join(whole) + "\n")
+                return [json.loads(line) for line in whole[1:]]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run) + "\n")
     return []
@@ -228,6 +230,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression over the names of laws")
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--progress", type=Path, default=PROGRESS)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--rates", action="store_true", help="print examples per second at the end")
     args = parser.parse_args()
     if args.only and args.record == RECORD:
@@ -262,6 +265,9 @@ def main() -> int:
             if now - said > 10 or n == len(todo):
                 said = now
                 print(f"{n}/{len(todo)} pieces, {ran:,} examples, {now - began:.0f} s", flush=True)
+            if now - began > 60 * args.minutes and n < len(todo):
+                print("time is up: no record yet; the same command goes on from here")
+                return 2
     made = summary(results)
     failures = [result["failure"] for result in results if result["failure"]]
     record = {

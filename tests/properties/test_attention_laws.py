@@ -108,13 +108,13 @@ _merge = {"seed": seeds, "rows": st.sampled_from((3, 0, 1, 7)),
           "dtype": st.sampled_from((torch.float64, torch.float32))}  # fmt: skip
 
 
-@law(4, **_merge)
+@law(8, **_merge)
 def test_merge_commutes(seed: int, rows: int, dtype: torch.dtype) -> None:
     a, b = partials(seed, 2, rows, dtype)
     assert all(map(same_bits, mg.merge(*a, *b), mg.merge(*b, *a)))
 
 
-@law(4, **_merge)
+@law(8, **_merge)
 def test_merge_is_associative(seed: int, rows: int, dtype: torch.dtype) -> None:
     a, b, c = partials(seed, 3, rows, dtype)
     left = mg.merge(*mg.merge(*a, *b), *c)
@@ -124,7 +124,7 @@ def test_merge_is_associative(seed: int, rows: int, dtype: torch.dtype) -> None:
         close(one, other, tolerance)
 
 
-@law(4, junk=st.sampled_from((0.0, torch.nan, torch.inf)), **_merge)
+@law(8, junk=st.sampled_from((0.0, torch.nan, torch.inf)), **_merge)
 def test_a_partial_without_keys_is_the_identity_of_merge(
     seed: int, rows: int, dtype: torch.dtype, junk: float
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_partial_without_keys_is_the_identity_of_merge(
     assert all(map(same_bits, mg.merge(*nothing, o, lse), (o, lse)))
 
 
-@law(3, **_merge, by=st.sampled_from((3.0, -100.0, 1e4)))
+@law(6, **_merge, by=st.sampled_from((3.0, -100.0, 1e4)))
 def test_merge_follows_a_shift_of_both(seed: int, rows: int, dtype: torch.dtype, by: float) -> None:
     """Scores enter by their differences; the merged output is a mean of the two."""
     a, b = partials(seed, 2, rows, torch.float64)
@@ -225,7 +225,8 @@ def test_a_row_does_not_depend_on_its_batch(
     rest = {"return_lse": True, "impl": impl}
     o, lse = mg.attend(q, k, v, p, enable_gqa=True, **rest)
     at, of = (slice(b, b + 1), slice(h, h + 1)), (slice(b, b + 1), slice(h // 2, h // 2 + 1))
-    alone, alone_lse = mg.attend(q[at], k[of], v[of], p, **rest)
+    one = q[at].clone(), k[of].clone(), v[of].clone()  # at another place in memory
+    alone, alone_lse = mg.attend(*one, p, **rest)
     assert same_bits(alone, o[at]) and same_bits(alone_lse, lse[at])
     mg.clear_caches()
     again = mg.attend(q, k, v, p, enable_gqa=True, **rest)

@@ -18,6 +18,7 @@ from drawn import (
     spread,
     whole,
 )
+from hypothesis import example
 from hypothesis import strategies as st
 from laws import law
 from torch import Tensor
@@ -69,6 +70,7 @@ def test_the_gradient_of_spmm_is_sddmm_and_spmm(x: Example, turned: bool) -> Non
 
 
 @law(1, x=examples((*OFTEN, "tile"), leads=LEADS[:1], free=((),)), biased=st.booleans())
+@example(x=Example("row", (5, 0)), biased=False)
 def test_the_gradient_of_linear(x: Example, biased: bool) -> None:
     g, layout = x.generator(1), x.layout()
     w, t = leaf(x.sparse(layout, g).values), leaf(whole(g, 3, x.shape[1]))
@@ -85,6 +87,7 @@ def test_the_gradient_of_linear(x: Example, biased: bool) -> None:
 
 
 @law(1, x=examples(OFTEN), masked=st.booleans())
+@example(x=Example("row", (5, 5), lead=(2, 1), entry=(0, 1)), masked=False)
 def test_the_gradient_of_softmax_is_softmax_backward(x: Example, masked: bool) -> None:
     g, layout = x.generator(1), x.layout()
     values = leaf(real(g, *x.free, layout.slots))

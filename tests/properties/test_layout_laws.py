@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("hypothesis")
 from drawn import EXACT, KINDS, LEADS, NM, Example, examples, real, same_bits, seeds, whole
+from hypothesis import example
 from hypothesis import strategies as st
 from laws import law
 from torch import Tensor
@@ -30,7 +31,7 @@ OUTER = st.sampled_from(((), (2,), (2, 2), (1, 3), (0,), (2, 0)))
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@law(2, x=examples(EXACT))
+@law(3, x=examples(EXACT))
 def test_a_layout_keeps_its_masks(x: Example) -> None:
     layout, expected = x.layout(), x.full_mask()
     layout.validate()
@@ -40,7 +41,7 @@ def test_a_layout_keeps_its_masks(x: Example) -> None:
     assert layout.lead == x.lead and layout.entry_slots[-1] == layout.slots
 
 
-@law(2, x=examples(ALL))
+@law(3, x=examples(ALL))
 def test_live_slots_are_the_kept_positions_each_once(x: Example) -> None:
     layout = x.layout()
     (row, column), live = layout.indices(), layout.live()
@@ -114,7 +115,7 @@ def stored(
     return dense, mg.sparsify(dense, kind, **options)
 
 
-@law(2, **_bits)
+@law(3, **_bits)
 def test_dense_to_sparse_to_dense_keeps_every_bit(
     outer: tuple[int, ...], shape: tuple[int, int], kind: str, seed: int, dtype: torch.dtype,
     zeros: float,
@@ -128,7 +129,7 @@ def test_dense_to_sparse_to_dense_keeps_every_bit(
         assert s.nnz == int((dense.view(INTEGER[dtype.itemsize]) != 0).sum())
 
 
-@law(0.5, **_bits)
+@law(0.7, **_bits)
 def test_files_keep_every_bit(
     outer: tuple[int, ...], shape: tuple[int, int], kind: str, seed: int, dtype: torch.dtype,
     zeros: float,
@@ -169,7 +170,7 @@ def test_copies_stand_for_the_same_matrix(x: Example, how: str) -> None:
     assert repr(again) == repr(s)
 
 
-@law(0.5, x=examples(("row", "block"), leads=LEADS[:1], free=((),)))
+@law(0.7, x=examples(("row", "block"), leads=LEADS[:1], free=((),)))
 def test_scipy_and_torch_hold_the_same_matrix(x: Example) -> None:
     if x.kind == "block":  # their blocks do not hang over the edge
         whole_blocks = tuple(-(-n // x.size) * x.size for n in x.shape)
@@ -185,7 +186,7 @@ def test_scipy_and_torch_hold_the_same_matrix(x: Example) -> None:
         assert back.layout.shape == s.layout.shape
 
 
-@law(1, x=examples(ALL))
+@law(2, x=examples(ALL))
 def test_parts_are_disjoint_and_make_the_whole(x: Example) -> None:
     s = x.sparse(x.layout(), x.generator())
     parts = [s.part(i) for i in range(len(s.layout.parts))]
@@ -195,7 +196,7 @@ def test_parts_are_disjoint_and_make_the_whole(x: Example) -> None:
     assert torch.equal(held.expand_as(s.layout.mask()), s.layout.mask().long())
 
 
-@law(2, x=examples(ALL), a=st.integers(-4, 4))
+@law(1, x=examples(ALL), a=st.integers(-4, 4))
 def test_arithmetic_is_that_of_matrices(x: Example, a: int) -> None:
     layout, g = x.layout(), x.generator()
     s, t = x.sparse(layout, g), x.sparse(layout, g)
@@ -212,7 +213,8 @@ def test_arithmetic_is_that_of_matrices(x: Example, a: int) -> None:
                        s.with_values(s.values + 1).to_dense())  # fmt: skip
 
 
-@law(1.5, x=examples(ALL), masked=st.booleans())
+@law(1, x=examples(ALL), masked=st.booleans())
+@example(x=Example("row", (2, 2)), masked=False)
 def test_map_knows_where_it_is(x: Example, masked: bool) -> None:
     """Map sees each kept value with its own row, column and head; elsewhere it leaves zeros."""
     layout, g = x.layout(), x.generator()
@@ -243,7 +245,7 @@ def test_map_knows_where_it_is(x: Example, masked: bool) -> None:
         assert torch.equal(spoilt.map(lambda v, i, j: v + 1).to_dense(), (dense + 1) * kept)
 
 
-@law(1.5, x=examples(ALL))
+@law(2, x=examples(ALL))
 def test_sampling_at_a_layout_is_masking(x: Example) -> None:
     layout = x.layout()
     b, h = x.lead
@@ -264,8 +266,9 @@ def literal_choice(scores: list[float], live: list[bool], n: int) -> list[int]:
     return sorted(ranked + rest[: n - len(ranked)])
 
 
-@law(1.5, nm=st.sampled_from((*NM, (2, 3), (5, 7))), columns=st.integers(0, 20), seed=seeds,
+@law(5, nm=st.sampled_from((*NM, (2, 3), (5, 7))), columns=st.integers(0, 20), seed=seeds,
      few=st.booleans(), share=st.sampled_from((1.0, 0.5, 0.0)))  # fmt: skip
+@example(nm=(1, 4), columns=13, seed=0, few=False, share=1.0)  # NaN beside infinity
 def test_choose_is_a_literal_top_n(
     nm: tuple[int, int], columns: int, seed: int, few: bool, share: float
 ) -> None:
@@ -290,7 +293,7 @@ def test_choose_is_a_literal_top_n(
             assert choice[i, group].tolist() == literal_choice(values, alive, n)
 
 
-@law(1, shape=SHAPES, outer=st.sampled_from(((), (2,), (2, 2))), seed=seeds, nm=st.sampled_from(NM))
+@law(3, shape=SHAPES, outer=st.sampled_from(((), (2,), (2, 2))), seed=seeds, nm=st.sampled_from(NM))
 def test_pruning_to_nm_keeps_the_largest_of_each_group(
     shape: tuple[int, int], outer: tuple[int, ...], seed: int, nm: tuple[int, int]
 ) -> None:
@@ -306,7 +309,7 @@ def test_pruning_to_nm_keeps_the_largest_of_each_group(
             assert kept[at : at + m] == [v if j in order else 0 for j, v in enumerate(part)]
 
 
-@law(1, shape=SHAPES, outer=st.sampled_from(((), (2,), (2, 2))), seed=seeds,
+@law(2, shape=SHAPES, outer=st.sampled_from(((), (2,), (2, 2))), seed=seeds,
      kind=st.sampled_from(("row", "mixed", "block", "tile")),
      percent=st.integers(0, 100), zeros=st.booleans())  # fmt: skip
 def test_pruning_to_a_density_keeps_the_largest_units(
