@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Literal, overload
 
 import torch
@@ -173,7 +174,7 @@ def plan_for(kept: Pattern | Layout, nq: int, nk: int) -> Plan:
     if not isinstance(kept, NM):
         return _plan(static_layout(kept, nq, nk, torch.device("cpu")))
     if kept.within is None:
-        return _plan_nm(nq, nk, kept.n, kept.m)
+        return _plan_nm(operator.index(nq), operator.index(nk), kept.n, kept.m)
     blocks = kept.within.to_layout("block", nq, nk, 64, device="cpu")
     _trust(blocks)
     return _plan(blocks, (kept.n, kept.m))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .arguments import as_device
 from .tracing import constant, keep, kept
 
 _keys = itertools.count(1)
@@ -109,7 +110,8 @@ class Layout(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """The same positions with index tensors on ``device``; the same object if already there."""
-        if self.device == torch.device(device):
+        device = as_device(f"{type(self).__name__}.to", device)
+        if self.device == device:
             return self
         changed: dict[str, Any] = {}
         for field in fields(cast(Any, self)):
@@ -190,16 +192,16 @@ def fact(layout: Layout, name: str) -> Any:
     facts follow from index tensors, whose contents a tracer does not know.
     """
     if torch.compiler.is_dynamo_compiling() and layout.key != TRACED:
-        known = _known(layout, name)
+        (known,) = _known(layout, name)
         return take(known) if isinstance(known, str) else known
     found = getattr(layout, name)
     return found() if callable(found) else found
 
 
 @constant
-def _known(layout: Layout, name: str) -> Any:
+def _known(layout: Layout, name: str) -> tuple[Any]:
     found = fact(layout, name)
-    return put(found) if isinstance(found, Layout) else found
+    return (put(found) if isinstance(found, Layout) else found,)
 
 
 def put(layout: Layout) -> str:

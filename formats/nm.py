@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from .arguments import as_lead, as_shape, check_dense, check_index, check_inside, kind_of
 from .block import BlockLayout
 from .checks import check_lead, check_nnz, check_shape, check_tensor, fail
 from .errors import LayoutError
@@ -70,6 +71,11 @@ def choose(
     # The p-th kept index is the number of members at which no more than p are kept.
     chosen = [(kept <= p).sum(0, dtype=torch.uint8) for p in range(n)]
     return torch.stack(chosen, dim=-1)
+
+
+def _check_within(op: str, within: object) -> None:
+    if within is not None and not isinstance(within, BlockLayout):
+        raise LayoutError(f"{op}: within is a {kind_of(within)}; expected a BlockLayout or None")
 
 
 @register_layout
@@ -150,12 +156,21 @@ class NMLayout(Layout):
             within: a BlockLayout of the same shape whose lead broadcasts to ``lead``.
 
         Raises:
-            LayoutError: n:m, encoding, block size or lead that cannot be. The choice itself is not
-                read; ``validate`` does that.
+            LayoutError: n:m, encoding, block size or lead that cannot be. Of the choice only what a
+                byte cannot hold is refused here; ``validate`` reads it.
+            DtypeError: a choice that is no tensor of integers.
+            ShapeError: a shape or lead that cannot be.
         """
+        op = "NMLayout.from_choice"
+        shape, lead = as_shape(op, shape), as_lead(op, lead)
+        check_dense(op, "choice", choice)
+        check_index(op, "choice", choice, choice.dim())
         if encoding is None:
             encoding = encoding_for(n, m, dtype)
         check_encoding(n, m, encoding)
+        _check_within(op, within)
+        if choice.dtype != torch.uint8:  # a wider number would be cut to a byte
+            check_inside(op, "choice", choice, 0, m)
         if within is None:
             expected = (lead[0] * lead[1], shape[0], -(-shape[1] // m), n)
         else:
@@ -193,7 +208,33 @@ class NMLayout(Layout):
         encoding: str | None = None,
         within: BlockLayout | None = None,
     ) -> NMLayout:
-        """As ``from_choice``, from absolute column numbers: index within the group = column % m."""
+        """As ``from_choice``, from absolute column numbers: index within the group = column % m.
+
+        Raises:
+            LayoutError: as ``from_choice``; a column that is not of its group.
+        """
+        op = "NMLayout.from_columns"
+        check_dense(op, "columns", columns)
+        check_index(op, "columns", columns, columns.dim())
+        check_encoding(n, m, "bytes")
+        if columns.dim() > 1 and columns.numel():
+            _check_within(op, within)
+            group = torch.arange(columns.shape[-2], device=columns.device)
+            if within is not None:
+                used = used_patterns(within, as_shape(op, shape), as_lead(op, lead), m)
+                block = within.block_columns[stored_blocks(within, used)].long()
+                if block.numel() != columns.shape[0]:
+                    raise LayoutError(
+                        f"{op}: columns of {columns.shape[0]} blocks; expected {block.numel()}"
+                    )
+                group = (block[:, None] * (within.size // m) + group)[:, None]
+            bad = columns.div(m, rounding_mode="floor") != group[..., None]
+            if bool(bad.any()):
+                at = tuple(bad.nonzero()[0].tolist())
+                raise LayoutError(
+                    f"{op}: column {int(columns[at])} at {at} is not in its group of {m}; expected "
+                    "n columns of each group, group after group"
+                )
         return cls.from_choice(
             columns % m, shape, n, m, lead=lead, dtype=dtype, encoding=encoding, within=within
         )
@@ -215,6 +256,10 @@ class NMLayout(Layout):
         Reads no device memory, except for the first count of live positions in a new ``within``.
         """
         check_encoding(n, m, encoding)
+        op = "NMLayout.from_metadata"
+        check_dense(op, "metadata", metadata)
+        shape, lead = as_shape(op, shape), as_lead(op, lead)
+        _check_within(op, within)
         entries = lead[0] * lead[1]
         if within is None:
             rows, groups = padded(*shape, m, encoding)
@@ -323,6 +368,10 @@ class NMLayout(Layout):
     @cached_property
     def T(self) -> NMLayout:
         """A view of the transposed matrix: the same slots, a flag set."""
+        return self.turned()
+
+    def turned(self) -> NMLayout:
+        """What ``T`` remembers, made anew; torch.compile can trace this."""
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed, key=-self.key)
 
     def transpose_slots(self) -> Tensor:

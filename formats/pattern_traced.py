@@ -5,6 +5,7 @@ way the tracer can read its fields: classes and numbers, which it guards by valu
 by a `Source`, which it guards by identity. So an equal pattern compiles nothing anew.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, cast
@@ -46,6 +47,8 @@ def traced_layout(
     pattern: Pattern, kind: str, nq: int, nk: int, size: int, device: Any, costs: Any
 ) -> Layout:
     """``pattern.to_layout`` in traced code: made or remembered while the call is being traced."""
+    # A layout is of one shape: index makes a dynamic size the number that it is now.
+    nq, nk, size = operator.index(nq), operator.index(nk), operator.index(size)
     made: Layout = take(_layout(kind, nq, nk, size, device, costs, *parts(pattern)))
     return made
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cache import Reference
 from .errors import DtypeError, LayoutError, ShapeError
-from .tracing import concretely, constant
+from .tracing import concretely, constant, keep, kept
 
 T = TypeVar("T")
 
@@ -108,7 +108,8 @@ def integers(data: object, who: str, ndim: tuple[int, ...] = (1,)) -> Source:
         ShapeError: another number of dimensions.
     """
     if torch.compiler.is_dynamo_compiling() and not isinstance(data, Tensor):
-        return _listed(data, who, ndim)
+        listed: Source = getattr(kept, _listed(data, who, ndim))
+        return listed
     tensor = as_tensor(data, who)
     if tensor.dtype not in INTEGERS:
         raise DtypeError(f"{who}: {tensor.dtype} given, integers expected; convert with .long()")
@@ -119,9 +120,9 @@ def integers(data: object, who: str, ndim: tuple[int, ...] = (1,)) -> Source:
 
 
 @constant
-def _listed(data: object, who: str, ndim: tuple[int, ...]) -> Source:
-    """Numbers written out in code that is being traced."""
-    return integers(data, who, ndim)
+def _listed(data: object, who: str, ndim: tuple[int, ...]) -> str:
+    """Keep the source of numbers that are written out in code being traced."""
+    return keep(f"{who} {data!r}", integers(data, who, ndim))
 
 
 def positions(data: object, who: str) -> Source:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .arguments import as_device, as_flag, as_index, as_number, check_dense, kind_of
 from .costs import Costs
-from .errors import LayoutError, ShapeError
-from .layout import Layout, fact, same_positions
+from .errors import DtypeError, LayoutError, ShapeError
+from .layout import TRACED, Layout, fact, same_positions
+from .tracing import constant
+
+if TYPE_CHECKING:
+    from .nm import NMLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +42,22 @@ class SparseTensor:
     keep_rows: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.values, Tensor) and (
-            self.values.dim() < 1 or self.values.shape[-1] != self.layout.slots
-        ):
+        if not isinstance(self.layout, Layout):
+            raise LayoutError(
+                f"SparseTensor: layout is a {kind_of(self.layout)}; expected a layout, e.g. of "
+                "pattern.to_layout(kind, nq, nk)"
+            )
+        check_dense("SparseTensor", "values", self.values)
+        if self.keep is not None:
+            _check_keep(self.layout, self.keep, self.keep_rows)
+        if self.values.dim() < 1 or self.values.shape[-1] != self.layout.slots:
             raise ShapeError(
                 f"SparseTensor: values {tuple(self.values.shape)} do not fit {self.layout!r}; "
                 f"the last dimension must be its {self.layout.slots} slots"
             )
+
+    # numpy arrays would otherwise multiply element by element, each with the whole matrix.
+    __array_ufunc__ = None
 
     @property
     def lead_shape(self) -> tuple[int, ...]:
@@ -88,6 +103,7 @@ class SparseTensor:
         """Values cast to a dtype, or values and positions moved to a device."""
         if isinstance(target, torch.dtype):
             return replace(self, values=self.values.to(target))
+        target = as_device("SparseTensor.to", target)
         keep = None if self.keep is None else self.keep.to(target)
         return replace(
             self, layout=self.layout.to(target), values=self.values.to(target), keep=keep
@@ -132,6 +148,7 @@ class SparseTensor:
     def part(self, i: int) -> SparseTensor:
         """The i-th disjoint part (blocks, panels, rest), a view of the last axis."""
         parts, offsets = self.layout.parts, self.layout.part_offsets
+        i = as_index(i, "part(i)")
         if not -len(parts) <= i < len(parts):
             raise LayoutError(
                 f"part({i}): {type(self.layout).__name__} has {len(parts)} parts; "
@@ -164,7 +181,7 @@ class SparseTensor:
 
         What f returns at dead slots is discarded (NaN included): they hold exact zeros.
         """
-        wants_head = len(inspect.signature(f).parameters) >= 4
+        wants_head = _arguments(f) >= 4
         pieces: list[Tensor] = []
         position = 0
         offsets = self.layout.part_offsets
@@ -228,22 +245,50 @@ class SparseTensor:
     @property
     def T(self) -> SparseTensor:
         """The transposed matrix in canonical order; values permuted once, differentiably."""
-        order = fact(self.layout, "transpose_slots")
-        values = self.values[..., order.clamp(min=0)]
-        padding = order < 0
-        if bool(padding.any()):
-            values = torch.where(padding, values.new_zeros(()), values)
-        return SparseTensor(fact(self.layout, "T"), values, self.keep, not self.keep_rows)
+        layout, values = self.layout, self.values
+        if layout.key == TRACED:  # an NMLayout, whose transpose is a view
+            turned = cast("NMLayout", layout).turned()
+        else:
+            turned = fact(layout, "T")
+            order, padding = _order(layout)
+            values = values[..., order]
+            if padding is not None:
+                values = torch.where(padding, values.new_zeros(()), values)
+        return SparseTensor(turned, values, self.keep, not self.keep_rows)
 
     def __mul__(self, scalar: float | Tensor) -> SparseTensor:
         """Scale every value; a tensor must broadcast over (*free, 1)."""
-        return self.with_values(self.values * scalar)
+        if not _is_factor(scalar):
+            return NotImplemented
+        return self.with_values(self.values * self._factor("*", scalar))
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: float | Tensor) -> SparseTensor:
         """Divide every value."""
-        return self.with_values(self.values / scalar)
+        if not _is_factor(scalar):
+            return NotImplemented
+        return self.with_values(self.values / self._factor("/", scalar))
+
+    def _factor(self, sign: str, factor: float | Tensor) -> float | Tensor:
+        if not isinstance(factor, Tensor):
+            return as_number(sign, "the factor", factor)
+        check_dense(sign, "the factor", factor)
+        values = tuple(self.values.shape)
+        try:
+            if factor.dim() and factor.shape[-1] != 1:
+                raise RuntimeError
+            torch.broadcast_shapes(values, factor.shape)
+        except RuntimeError:
+            raise ShapeError(
+                f"{sign}: a factor of shape {tuple(factor.shape)} for values {values}; give a "
+                f"number, or a tensor that broadcasts to {(*values[:-1], 1)}; map works by position"
+            ) from None
+        if factor.dim() and factor.device != self.values.device:
+            raise ShapeError(
+                f"{sign}: the factor is on {factor.device}, the values on {self.values.device}"
+            )
+        return factor
 
     def __neg__(self) -> SparseTensor:
         """Change every sign."""
@@ -268,7 +313,7 @@ class SparseTensor:
 
     def __sub__(self, other: SparseTensor) -> SparseTensor:
         """Difference of two tensors with the same layout key."""
-        return self + (-other)
+        return self + (-other) if isinstance(other, SparseTensor) else NotImplemented
 
     def __repr__(self) -> str:
         extra = "" if self.keep is None else (", row mask" if self.keep_rows else ", key mask")
@@ -276,6 +321,48 @@ class SparseTensor:
             f"SparseTensor({'×'.join(map(str, self.shape))}, {type(self.layout).__name__}, "
             f"{str(self.dtype).removeprefix('torch.')}, nnz={self.nnz}, "
             f"density={self.density:.4g}{extra})"
+        )
+
+
+@constant
+def _order(layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The slot each slot of the transpose takes its value from, and which of those are padding."""
+    order = layout.transpose_slots()
+    padding = order < 0
+    return order.clamp(min=0), padding if bool(padding.any()) else None
+
+
+def _arguments(f: Callable[..., Any]) -> int:
+    """How many arguments a function takes."""
+    if torch.compiler.is_dynamo_compiling():
+        return int(f.__code__.co_argcount)  # inspect.signature cannot be traced
+    try:
+        signature = inspect.signature(f)
+        found = len(signature.parameters)
+        signature.bind(*range(4 if found >= 4 else 3))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"map: f is {f!r:.80}; expected a Python function f(v, i, j) or f(v, i, j, h), e.g. "
+            "lambda v, i, j: v.tanh()"
+        ) from None
+    return found
+
+
+def _is_factor(value: object) -> bool:
+    return isinstance(value, Tensor | numbers.Real | torch.SymFloat | torch.SymInt)
+
+
+def _check_keep(layout: Layout, keep: object, rows: object) -> None:
+    """Raise unless keep is bool (n,) or (B, n) for the rows or columns of the layout."""
+    check_dense("SparseTensor", "keep", keep)
+    assert isinstance(keep, Tensor)
+    if keep.dtype != torch.bool:
+        raise DtypeError(f"SparseTensor: keep is {keep.dtype}; expected bool, True = kept")
+    n = layout.shape[0 if as_flag("SparseTensor", "keep_rows", rows) else 1]
+    if keep.dim() not in (1, 2) or keep.shape[-1] != n:
+        raise ShapeError(
+            f"SparseTensor: keep has shape {tuple(keep.shape)}; expected (B, {n}) or ({n},) for "
+            f"the {'rows' if rows else 'columns'} of {layout!r}"
         )
 
 

@@ -39,8 +39,8 @@ def constant(function: F) -> F:
 
     torch.compile runs the function when it traces a call and makes what it returns part of the
     graph. Numbers and strings among its arguments are guarded by value, other objects by identity;
-    a tensor would be read once and never again, so none may be handed in. Numbers, strings, tensors
-    and tuples of them can be returned; for other objects, ``keep`` them and return their name.
+    a tensor would be read once and never again, so none may be handed in. Numbers and strings can
+    be returned, and tuples that hold such or tensors; ``keep`` other objects and return the name.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 import torch
@@ -49,7 +50,8 @@ def sddmm_nm(
             f"sddmm with P.nm: no {q.device.type} kernels in this version; move q and k with "
             '.cpu(), or use mixgrain.primitives.reference (impl="reference" in attend)'
         )
-    shape = (q.shape[-2], k.shape[-2])
+    # A layout is of one shape: index makes a size that torch.compile left open what it is now.
+    shape = (operator.index(q.shape[-2]), operator.index(k.shape[-2]))
     within: BlockLayout | None = None
     if pattern.within is not None:
         made = pattern.within.to_layout("block", *shape, size=64, device=q.device)
@@ -64,7 +66,7 @@ def sddmm_nm(
             f"sddmm: leading dimensions {lead} for dynamic N:M, whose positions differ between all "
             "of them; expected at most (batch, heads); flatten the batch dimensions"
         )
-    b, h = (1, 1, *lead)[-2:]
+    b, h = map(operator.index, (1, 1, *lead)[-2:])
     encoding = encoding_for(pattern.n, pattern.m, dtype)
     blank = nm_layout(shape, pattern.n, pattern.m, encoding, (b, h), within)
     plan = nm_plan(shape, pattern.n, pattern.m, encoding, (b, h), within)
