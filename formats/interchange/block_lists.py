@@ -73,7 +73,7 @@ def listed(chosen: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     counts = chosen.sum(-1)
     if width is None:
         width = max(int(counts.max()) if counts.numel() else 0, 1)
-    lines = chosen.reshape(-1, chosen.shape[-1])
+    lines = chosen.flatten(0, -2)
     line, column = lines.nonzero(as_tuple=True)
     starts = counts.flatten().cumsum(0) - counts.flatten()
     out = torch.zeros(lines.shape[0], width, dtype=torch.int32, device=chosen.device)

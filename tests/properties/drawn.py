@@ -41,6 +41,9 @@ LEADS = (
 FREE: tuple[tuple[int, ...], ...] = ((), (2,), (1, 2))
 NM = ((2, 4), (1, 2), (1, 4), (4, 8), (3, 4), (1, 16), (4, 4), (1, 1))
 
+#: Integers as wide as a float, to see its bits.
+INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 Mask = Callable[[int, int, torch.Generator], Tensor]
 
 
@@ -163,6 +166,24 @@ def real(g: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) ->
     return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
 
+def hostile(dtype: torch.dtype, shape: tuple[int, ...], seed: int, zeros: float) -> Tensor:
+    """Random bits, with special values among them and a share of +0."""
+    g = torch.Generator().manual_seed(seed)
+    integer = INTEGER[dtype.itemsize]
+    limits = torch.iinfo(integer)
+    bits = torch.randint(limits.min, limits.max, shape, generator=g, dtype=integer)
+    tiny = torch.finfo(dtype).smallest_normal / 2
+    special = torch.tensor(
+        [-0.0, torch.inf, -torch.inf, torch.nan, tiny, torch.finfo(dtype).max], dtype=dtype
+    ).view(integer)
+    # NaN with payloads, quiet and signalling, of both signs.
+    infinite = torch.tensor([torch.inf], dtype=dtype).view(integer)
+    special = torch.cat([special, infinite + 1, (infinite + 3) ^ limits.min, infinite | 5])
+    which = torch.randint(0, 2 * len(special), shape, generator=g)
+    bits = torch.where(which < len(special), special[which % len(special)], bits)
+    return torch.where(torch.rand(shape, generator=g) < zeros, bits.new_zeros(()), bits).view(dtype)
+
+
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -207,7 +228,7 @@ def spread(mask: Tensor, example: Example) -> Tensor:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal shapes, dtypes and bits; NaN payloads and signs of zero count."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integer = INTEGER[a.element_size()]
     return (
         a.dtype == b.dtype
         and a.shape == b.shape

@@ -11,7 +11,20 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-from drawn import EXACT, KINDS, LEADS, NM, Example, examples, real, same_bits, seeds, whole
+from drawn import (
+    EXACT,
+    INTEGER,
+    KINDS,
+    LEADS,
+    NM,
+    Example,
+    examples,
+    hostile,
+    real,
+    same_bits,
+    seeds,
+    whole,
+)
 from hypothesis import example
 from hypothesis import strategies as st
 from laws import law
@@ -19,7 +32,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import mixgrain as mg
-from mixgrain.formats.convert import from_scipy, from_torch, to_scipy, to_torch
+from mixgrain.formats.interchange import from_scipy, from_torch, to_scipy, to_torch
 from mixgrain.formats.nm import choose
 from mixgrain.formats.sparse import SparseTensor
 
@@ -28,7 +41,6 @@ STORED = ("row", "block", "nm", "tile", "mixed")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = st.tuples(*[st.sampled_from((5, 0, 1, 2, 16, 17, 24, 33))] * 2)
 OUTER = st.sampled_from(((), (2,), (2, 2), (1, 3), (0,), (2, 0)))
-INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @law(3, x=examples(EXACT))
@@ -80,24 +92,6 @@ def test_conversions_commute_with_to_dense(x: Example, kind: str) -> None:
     if kind != "tile":
         back = mg.sparsify(other.to_dense(), layout=s.layout)
         assert same_bits(back.to_dense(), dense)
-
-
-def hostile(dtype: torch.dtype, shape: tuple[int, ...], seed: int, zeros: float) -> Tensor:
-    """Random bits, with special values among them and a share of +0."""
-    g = torch.Generator().manual_seed(seed)
-    integer = INTEGER[dtype.itemsize]
-    limits = torch.iinfo(integer)
-    bits = torch.randint(limits.min, limits.max, shape, generator=g, dtype=integer)
-    tiny = torch.finfo(dtype).smallest_normal / 2
-    special = torch.tensor(
-        [-0.0, torch.inf, -torch.inf, torch.nan, tiny, torch.finfo(dtype).max], dtype=dtype
-    ).view(integer)
-    # NaN with payloads, quiet and signalling, of both signs.
-    infinite = torch.tensor([torch.inf], dtype=dtype).view(integer)
-    special = torch.cat([special, infinite + 1, (infinite + 3) ^ limits.min, infinite | 5])
-    which = torch.randint(0, 2 * len(special), shape, generator=g)
-    bits = torch.where(which < len(special), special[which % len(special)], bits)
-    return torch.where(torch.rand(shape, generator=g) < zeros, bits.new_zeros(()), bits).view(dtype)
 
 
 _bits = {
