@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlockLayout", "Costs", "LayoutError", "MixedLayout", "MixgrainError", "NMLayout", "RowLayout",
-    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "huggingface", "interchange",
-    "linear", "load", "merge", "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
+    "BlockLayout", "Costs", "LayoutError", "LayoutModule", "MixedLayout", "MixgrainError",
+    "NMLayout", "RowLayout", "SparseAttention", "SparseLinear", "SparseTensor", "TileLayout",
+    "attend", "clear_caches", "explain", "huggingface", "interchange", "linear", "load", "merge",
+    "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mixgrain.attention.attend import attend
     from mixgrain.attention.explain import explain
     from mixgrain.attention.merge import merge
+    from mixgrain.attention.modules import SparseAttention
     from mixgrain.formats import interchange, patterns
     from mixgrain.formats.block import BlockLayout
     from mixgrain.formats.cache import clear_caches
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from mixgrain.formats.sparse import SparseTensor
     from mixgrain.formats.sparsify import sparsify
     from mixgrain.formats.tile import TileLayout
+    from mixgrain.primitives.layout_module import LayoutModule
     from mixgrain.primitives.linear import linear
     from mixgrain.primitives.sddmm import sddmm
     from mixgrain.primitives.softmax import softmax
+    from mixgrain.primitives.sparse_linear import SparseLinear
     from mixgrain.primitives.spmm import spmm
 else:
     from importlib import import_module
@@ -46,6 +50,8 @@ else:
         "save": "formats.files", "huggingface": "attention.huggingface", "merge": "attention.merge",
         "linear": "primitives.linear", "sddmm": "primitives.sddmm", "softmax": "primitives.softmax",
         "spmm": "primitives.spmm", "attend": "attention.attend", "explain": "attention.explain",
+        "LayoutModule": "primitives.layout_module", "SparseAttention": "attention.modules",
+        "SparseLinear": "primitives.sparse_linear",
     }  # fmt: skip
 
     def __getattr__(name):
