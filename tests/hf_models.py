@@ -61,6 +61,24 @@ MODELS = {
     "llama": Model("LlamaConfig", GROUPED),  # grouped queries
     "qwen3": Model("Qwen3Config", GROUPED, extra={"head_dim": 16}),  # D other than E / H
     "mistral": Model("MistralConfig", GROUPED, extra={"sliding_window": 6}),  # window in each layer
+    "deepseek": Model(  # D other than Dv
+        "DeepseekV3Config",
+        SMALL,
+        extra={
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+        },
+    ),
     "gpt-oss": Model(  # sinks; full and sliding layers
         "GptOssConfig",
         GROUPED,

@@ -47,6 +47,8 @@ DROPPED = -65504.0
 _dense: LRU[Pattern] = LRU(16)
 
 
+# Compiled models call it as it is, between their graphs: masks are no tensors that can be traced.
+@torch.compiler.disable
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import resource
 import sys
+import warnings
 
 import pytest
 import torch
@@ -135,6 +137,77 @@ def test_packed_sequences(name, models) -> None:
     assert distance(ours, outputs(on(model, "eager"), **packed, use_cache=False)) < CLOSE
     alone = torch.cat([outputs(model, input_ids=piece) for piece in pieces], 1)
     assert distance(ours, alone) < CLOSE
+
+
+@torch.no_grad()
+def test_encoder_and_decoder() -> None:
+    """Self attention on both sides and cross attention, with their caches."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=0.0,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration._from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    given = batch(23, (0, 9), "right")
+    start = torch.randint(3, 99, (2, 7), generator=torch.Generator().manual_seed(4))
+    more = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = outputs(model, **given, decoder_input_ids=start)
+    tokens = model.generate(**given, **more)
+    on(model, "mixgrain")
+    assert distance(outputs(model, **given, decoder_input_ids=start), expected) < CLOSE
+    assert torch.equal(model.generate(**given, **more), tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "mistral"])
+def test_a_compiled_model(name, models) -> None:
+    model, given = on(models(name), "mixgrain"), batch(21, (0, 6), "right")
+    expected = outputs(model, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(model, backend="eager")
+        assert torch.equal(outputs(compiled, **given), expected)
+    torch._dynamo.reset()
+
+
+def test_gradient_checkpointing(models) -> None:
+    model, given = copy.deepcopy(models("mistral")).train(), batch(21, (0, 6), "right")
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        outputs(on(model, "mixgrain"), **given, use_cache=False).square().sum().backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@torch.no_grad()
+def test_long_sequences_stay_small() -> None:
+    """32,768 tokens in a window of 64: a mask of them all would be 1 GiB, and scores 4 GiB."""
+    model = (
+        MODELS["mistral"]
+        .make(sliding_window=64, num_hidden_layers=1, max_position_embeddings=40_000)
+        .model
+    )
+    given = batch(1 << 15, (100,), "left")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = outputs(on(model, "mixgrain"), **given, use_cache=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB
+    last = outputs(
+        on(model, "eager"),
+        input_ids=given["input_ids"][:, -128:],
+        position_ids=torch.arange((1 << 15) - 128, 1 << 15)[None],
+        use_cache=False,
+    )
+    assert distance(made[:, -64:], last[:, -64:]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "mistral", "gpt-oss"])
