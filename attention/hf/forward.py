@@ -48,7 +48,7 @@ _dense: LRU[Pattern] = LRU(16)
 
 
 # Compiled models call it as it is, between their graphs: masks are no tensors that can be traced.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,

@@ -182,7 +182,7 @@ def test_gradient_checkpointing(models) -> None:
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.zero_grad()
         outputs(on(model, "mixgrain"), **given, use_cache=False).square().sum().backward()
         found.append(gradients(model))
