@@ -76,18 +76,21 @@ def test_implementations_agree(
 
 
 @law(0.5, a=st.lists(expressions(fixed=False, most=2), min_size=2, max_size=3), nq=SIDES, nk=SIDES,
-     batch=st.booleans(), seed=seeds, impl=IMPLS)  # fmt: skip
+     batch=st.booleans(), shared=st.booleans(), seed=seeds, impl=IMPLS)  # fmt: skip
 def test_tables_attend_entry_by_entry(
-    a: list[Expression], nq: int, nk: int, batch: bool, seed: int, impl: str
+    a: list[Expression], nq: int, nk: int, batch: bool, shared: bool, seed: int, impl: str
 ) -> None:
+    """One pattern for each batch entry or query head, key heads shared or not."""
     patterns = [pattern_of(e, nq, nk) for e in a]
     b, h = (len(a), 2) if batch else (2, len(a))
-    q, k, v = tensors(seed, b, (h, h), nq, nk, 3)
+    q, k, v = tensors(seed, b, (h, 1 if shared else h), nq, nk, 3)
     table = (P.per_batch if batch else P.per_head)(patterns)
-    o, lse = mg.attend(q, k, v, table, return_lse=True, impl=impl)
+    rest = {"return_lse": True, "enable_gqa": shared}
+    o, lse = mg.attend(q, k, v, table, impl=impl, **rest)
     for n, one in enumerate(patterns):
         at = (slice(n, n + 1),) if batch else (slice(None), slice(n, n + 1))
-        alone, alone_lse = mg.attend(q[at], k[at], v[at], one, return_lse=True, impl="reference")
+        of = at if batch or not shared else (slice(None),)
+        alone, alone_lse = mg.attend(q[at], k[of], v[of], one, impl="reference", **rest)
         close(o[at], alone)
         close(lse[at], alone_lse)
 

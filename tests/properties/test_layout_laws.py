@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -121,32 +119,6 @@ def test_dense_to_sparse_to_dense_keeps_every_bit(
     assert same_bits(s.T.to_dense().mT.contiguous(), dense)
     if kind in ("row", "mixed") and 0 not in outer:
         assert s.nnz == int((dense.view(INTEGER[dtype.itemsize]) != 0).sum())
-
-
-@law(0.7, **_bits)
-def test_files_keep_every_bit(
-    outer: tuple[int, ...], shape: tuple[int, int], kind: str, seed: int, dtype: torch.dtype,
-    zeros: float,
-) -> None:  # fmt: skip
-    _, s = stored(outer, shape, kind, seed, dtype, zeros)
-    if kind != "nm":
-        s = s.T if seed % 2 else s
-    if seed % 3 == 0:
-        g = torch.Generator().manual_seed(seed)
-        keep = torch.rand(s.layout.shape[0 if s.keep_rows else 1], generator=g) < 0.5
-        s = SparseTensor(s.layout, s.values, keep, s.keep_rows)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "x.safetensors"
-        mg.save(path, s)
-        back = mg.load(path)
-    assert same_bits(back.values, s.values) and back.keep_rows == s.keep_rows
-    assert (back.keep is None) == (s.keep is None)
-    assert s.keep is None or torch.equal(back.keep, s.keep)
-    assert type(back.layout) is type(s.layout) and back.layout.key != s.layout.key
-    assert all(map(torch.equal, back.layout.tensors(), s.layout.tensors()))
-    assert (back.shape, back.nnz, back.layout.lead, back.layout.entry_slots) == (
-        s.shape, s.nnz, s.layout.lead, s.layout.entry_slots
-    )  # fmt: skip
 
 
 @law(1, x=examples(ALL), how=st.sampled_from(("pickle", "deepcopy", "pytree")))

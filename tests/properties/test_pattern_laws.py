@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -77,6 +80,20 @@ def test_the_laws_of_boolean_algebra(a: Expression, b: Expression, nq: int, nk: 
     assert count(~(p | q)) == count(~p & ~q) == total - count(p | q)
     assert count(p - q) == count(p) - count(p & q)
     assert count(~~p) == count(p) == total - count(~p)
+
+
+@law(1, e=expressions(), nq=sides, nk=sides, how=st.sampled_from(("pickle", "deepcopy", "again")))
+def test_copies_of_a_pattern_are_the_pattern(e: Expression, nq: int, nk: int, how: str) -> None:
+    """The same mask, and, since an expression is remembered by what it says, the same layout."""
+    p = pattern_of(e, nq, nk)
+    copied = {
+        "pickle": lambda: pickle.loads(pickle.dumps(p)),
+        "deepcopy": lambda: copy.deepcopy(p),
+        "again": lambda: pattern_of(e, nq, nk),
+    }[how]()
+    assert torch.equal(copied.dense(nq, nk), mask_of(e, nq, nk))
+    assert copied.expression_key() == p.expression_key() and repr(copied) == repr(p)
+    assert copied.to_layout("row", nq, nk) is p.to_layout("row", nq, nk)
 
 
 @law(1, a=tables, b=expressions(fixed=False, most=2), nq=sides, nk=sides, batch=st.booleans())

@@ -26,6 +26,7 @@ from drawn import (
     spread,
     whole,
 )
+from expressions import Expression, expressions, pattern_of
 from hypothesis import example
 from hypothesis import strategies as st
 from laws import law
@@ -42,6 +43,7 @@ from mixgrain.primitives.spmm import spmm
 ALL = (*KINDS, "tile")
 #: Twice as often what most people use.
 OFTEN = ("row", "block", "row", "block", "nm", "panel", "mixed", "nm within")
+LARGER = st.sampled_from((65, 1, 64, 100, 127, 128, 130, 200))
 FLOATS = st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
@@ -188,6 +190,22 @@ def test_what_is_not_kept_reaches_nothing(x: Example, free: tuple[int, ...]) -> 
     blind = torch.where(mask.any(-1)[..., None], q, torch.nan)
     assert torch.equal(sddmm(blind, k, layout).values, s.values)
     assert torch.equal(spmm(s.T, blind), spmm(s.T, q))
+
+
+@law(0.15, nq=LARGER, nk=LARGER, size=st.sampled_from((16, 32, 64, 128)), seed=seeds,
+     kind=st.sampled_from(("row", "block", "mixed")), e=expressions(most=2))  # fmt: skip
+def test_larger_matrices_are_exact_too(
+    nq: int, nk: int, size: int, seed: int, kind: str, e: Expression
+) -> None:
+    """Every size of block, several of them, and patterns that the library splits itself."""
+    g, p = torch.Generator().manual_seed(seed), pattern_of(e, nq, nk)
+    layout, mask = p.to_layout(kind, nq, nk, size=size), p.dense(nq, nk)
+    q, k = whole(g, 2, nq, 5), whole(g, 2, nk, 5)
+    s = sddmm(q, k, layout)
+    dense = torch.where(mask, q @ k.mT, 0.0)
+    assert torch.equal(s.to_dense(), dense)
+    assert torch.equal(spmm(s, k), dense @ k)
+    assert torch.equal(spmm(s.T, q), dense.mT @ q)
 
 
 @law(0.2, x=examples(("row",)))
