@@ -10,11 +10,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from .arguments import as_lead, as_shape, check_dense, check_index, check_inside, kind_of
+from .arguments import as_lead, as_shape, check_dense, check_index, check_inside
 from .block import BlockLayout
 from .checks import check_lead, check_nnz, check_shape, check_tensor, fail
 from .errors import LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
+from .nm_arguments import check_columns, check_within
 from .nm_metadata import (
     check_encoding,
     check_metadata,
@@ -71,11 +72,6 @@ def choose(
     # The p-th kept index is the number of members at which no more than p are kept.
     chosen = [(kept <= p).sum(0, dtype=torch.uint8) for p in range(n)]
     return torch.stack(chosen, dim=-1)
-
-
-def _check_within(op: str, within: object) -> None:
-    if within is not None and not isinstance(within, BlockLayout):
-        raise LayoutError(f"{op}: within is a {kind_of(within)}; expected a BlockLayout or None")
 
 
 @register_layout
@@ -168,7 +164,7 @@ class NMLayout(Layout):
         if encoding is None:
             encoding = encoding_for(n, m, dtype)
         check_encoding(n, m, encoding)
-        _check_within(op, within)
+        check_within(op, within)
         if choice.dtype != torch.uint8:  # a wider number would be cut to a byte
             check_inside(op, "choice", choice, 0, m)
         if within is None:
@@ -213,28 +209,7 @@ class NMLayout(Layout):
         Raises:
             LayoutError: as ``from_choice``; a column that is not of its group.
         """
-        op = "NMLayout.from_columns"
-        check_dense(op, "columns", columns)
-        check_index(op, "columns", columns, columns.dim())
-        check_encoding(n, m, "bytes")
-        if columns.dim() > 1 and columns.numel():
-            _check_within(op, within)
-            group = torch.arange(columns.shape[-2], device=columns.device)
-            if within is not None:
-                used = used_patterns(within, as_shape(op, shape), as_lead(op, lead), m)
-                block = within.block_columns[stored_blocks(within, used)].long()
-                if block.numel() != columns.shape[0]:
-                    raise LayoutError(
-                        f"{op}: columns of {columns.shape[0]} blocks; expected {block.numel()}"
-                    )
-                group = (block[:, None] * (within.size // m) + group)[:, None]
-            bad = columns.div(m, rounding_mode="floor") != group[..., None]
-            if bool(bad.any()):
-                at = tuple(bad.nonzero()[0].tolist())
-                raise LayoutError(
-                    f"{op}: column {int(columns[at])} at {at} is not in its group of {m}; expected "
-                    "n columns of each group, group after group"
-                )
+        check_columns("NMLayout.from_columns", columns, shape, n, m, lead, within)
         return cls.from_choice(
             columns % m, shape, n, m, lead=lead, dtype=dtype, encoding=encoding, within=within
         )
@@ -259,7 +234,7 @@ class NMLayout(Layout):
         op = "NMLayout.from_metadata"
         check_dense(op, "metadata", metadata)
         shape, lead = as_shape(op, shape), as_lead(op, lead)
-        _check_within(op, within)
+        check_within(op, within)
         entries = lead[0] * lead[1]
         if within is None:
             rows, groups = padded(*shape, m, encoding)

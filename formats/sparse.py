@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -12,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .arguments import as_device, as_flag, as_index, as_number, check_dense, kind_of
+from .arguments import as_device, as_index, check_dense, kind_of
 from .costs import Costs
-from .errors import DtypeError, LayoutError, ShapeError
+from .errors import LayoutError, ShapeError
 from .layout import TRACED, Layout, fact, same_positions
+from .sparse_arguments import arguments_of, check_keep, factor_of, is_factor
 from .tracing import constant
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class SparseTensor:
             )
         check_dense("SparseTensor", "values", self.values)
         if self.keep is not None:
-            _check_keep(self.layout, self.keep, self.keep_rows)
+            check_keep(self.layout, self.keep, self.keep_rows)
         if self.values.dim() < 1 or self.values.shape[-1] != self.layout.slots:
             raise ShapeError(
                 f"SparseTensor: values {tuple(self.values.shape)} do not fit {self.layout!r}; "
@@ -181,7 +180,7 @@ class SparseTensor:
 
         What f returns at dead slots is discarded (NaN included): they hold exact zeros.
         """
-        wants_head = _arguments(f) >= 4
+        wants_head = arguments_of(f) >= 4
         pieces: list[Tensor] = []
         position = 0
         offsets = self.layout.part_offsets
@@ -258,37 +257,17 @@ class SparseTensor:
 
     def __mul__(self, scalar: float | Tensor) -> SparseTensor:
         """Scale every value; a tensor must broadcast over (*free, 1)."""
-        if not _is_factor(scalar):
+        if not is_factor(scalar):
             return NotImplemented
-        return self.with_values(self.values * self._factor("*", scalar))
+        return self.with_values(self.values * factor_of("*", scalar, self.values))
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: float | Tensor) -> SparseTensor:
         """Divide every value."""
-        if not _is_factor(scalar):
+        if not is_factor(scalar):
             return NotImplemented
-        return self.with_values(self.values / self._factor("/", scalar))
-
-    def _factor(self, sign: str, factor: float | Tensor) -> float | Tensor:
-        if not isinstance(factor, Tensor):
-            return as_number(sign, "the factor", factor)
-        check_dense(sign, "the factor", factor)
-        values = tuple(self.values.shape)
-        try:
-            if factor.dim() and factor.shape[-1] != 1:
-                raise RuntimeError
-            torch.broadcast_shapes(values, factor.shape)
-        except RuntimeError:
-            raise ShapeError(
-                f"{sign}: a factor of shape {tuple(factor.shape)} for values {values}; give a "
-                f"number, or a tensor that broadcasts to {(*values[:-1], 1)}; map works by position"
-            ) from None
-        if factor.dim() and factor.device != self.values.device:
-            raise ShapeError(
-                f"{sign}: the factor is on {factor.device}, the values on {self.values.device}"
-            )
-        return factor
+        return self.with_values(self.values / factor_of("/", scalar, self.values))
 
     def __neg__(self) -> SparseTensor:
         """Change every sign."""
@@ -330,40 +309,6 @@ def _order(layout: Layout) -> tuple[Tensor, Tensor | None]:
     order = layout.transpose_slots()
     padding = order < 0
     return order.clamp(min=0), padding if bool(padding.any()) else None
-
-
-def _arguments(f: Callable[..., Any]) -> int:
-    """How many arguments a function takes."""
-    if torch.compiler.is_dynamo_compiling():
-        return int(f.__code__.co_argcount)  # inspect.signature cannot be traced
-    try:
-        signature = inspect.signature(f)
-        found = len(signature.parameters)
-        signature.bind(*range(4 if found >= 4 else 3))
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"map: f is {f!r:.80}; expected a Python function f(v, i, j) or f(v, i, j, h), e.g. "
-            "lambda v, i, j: v.tanh()"
-        ) from None
-    return found
-
-
-def _is_factor(value: object) -> bool:
-    return isinstance(value, Tensor | numbers.Real | torch.SymFloat | torch.SymInt)
-
-
-def _check_keep(layout: Layout, keep: object, rows: object) -> None:
-    """Raise unless keep is bool (n,) or (B, n) for the rows or columns of the layout."""
-    check_dense("SparseTensor", "keep", keep)
-    assert isinstance(keep, Tensor)
-    if keep.dtype != torch.bool:
-        raise DtypeError(f"SparseTensor: keep is {keep.dtype}; expected bool, True = kept")
-    n = layout.shape[0 if as_flag("SparseTensor", "keep_rows", rows) else 1]
-    if keep.dim() not in (1, 2) or keep.shape[-1] != n:
-        raise ShapeError(
-            f"SparseTensor: keep has shape {tuple(keep.shape)}; expected (B, {n}) or ({n},) for "
-            f"the {'rows' if rows else 'columns'} of {layout!r}"
-        )
 
 
 def gather_mask(layout: Layout, keep: Tensor, over_rows: bool, free: int) -> Tensor:

@@ -100,6 +100,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     All floats but float64 become the dtype of the autocast of the first one's device.
     """
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors  # the checks say what is wrong
     device = tensors[0].device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors

@@ -8,7 +8,7 @@ from mixgrain.formats.errors import ShapeError
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops
-from .checks import accumulation, autocast, check_matrix, check_same_dtype, check_sparse
+from .checks import accumulation, autocast, check_floats, check_same_dtype, check_sparse
 from .dispatch import plan_for
 from .fold import fold_mask
 
@@ -33,7 +33,9 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     for tiles; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, for 2:4.
     """
     check_sparse("linear", w)
-    check_matrix("linear", "x", x if x.dim() > 1 else x[None])
+    check_floats("linear", "x", x)
+    if not x.dim():
+        raise ShapeError(f"linear: x is a single number; expected (..., {w.layout.shape[1]})")
     x, values = autocast(x, w.values)
     check_same_dtype("linear", "x", "w", x, values)
     layout = w.layout
@@ -46,6 +48,7 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[-1] != n_in:
         raise ShapeError(f"linear: x has {x.shape[-1]} columns; expected {n_in}, those of w")
     if bias is not None:
+        check_floats("linear", "bias", bias)
         (bias,) = autocast(bias)
         check_same_dtype("linear", "x", "bias", x, bias)
         if tuple(bias.shape) != (n_out,):
