@@ -21,6 +21,8 @@ from mixgrain.formats.pattern import Pattern
 from mixgrain.tools import cli, plot
 from mixgrain.tools.picture import subject
 
+# Between neighbouring units of a picture.
+BORDER = "#9aa3ad"
 # Columns of the command line's help, and of nothing else.
 HELP_WIDTH = 92
 
@@ -185,11 +187,12 @@ def draw_grain(path: Path, layout: Layout, unit: tuple[int, int], words: str) ->
         row, column = (x.numpy() for x in part.indices())
         live = part.live()
         kept = np.ones(len(row), bool) if live is None else live.numpy()
-        image[row[~kept], column[~kept]] = 1 - plot.PADDING * (1 - plot.rgb(plot.COLOURS[kind]))
+        if kind == "block":  # elsewhere a dead slot names a position that is not its own
+            image[row[~kept], column[~kept]] = 1 - plot.PADDING * (1 - plot.rgb(plot.COLOURS[kind]))
         image[row[kept], column[kept]] = plot.rgb(plot.COLOURS[kind])
     axes.imshow(image, extent=(0, columns, rows, 0), interpolation="nearest")
     axes.hlines(range(0, rows, unit[0]), 0, columns, color=plot.GRID, linewidth=0.7)
-    axes.vlines(range(0, columns, unit[1]), 0, rows, color=plot.GRID, linewidth=0.7)
+    axes.vlines(range(0, columns, unit[1]), 0, rows, color=BORDER, linewidth=0.9)
     plot.frame(axes, words)
     figure.savefig(path, format="png")
 

@@ -144,7 +144,7 @@ def sampled_cells(
 def strata_for(nq: int, runs: float) -> int:
     """Rows of a cell such that one row of each costs no more than a few times MOST_SAMPLED."""
     per_row = max(1.0, runs / max(1, nq))
-    strata = max(16, int(16 * MOST_SAMPLED / per_row))
+    strata = max(16, int(4 * MOST_SAMPLED / per_row))
     return 1 << (max(1, -(-nq // strata)) - 1).bit_length()
 
 
