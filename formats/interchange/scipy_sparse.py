@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -41,6 +40,8 @@ def from_scipy(matrix: Any) -> SparseTensor:
         LayoutError: another format or block size, a position given twice, indices out of range.
         DtypeError: another dtype.
     """
+    import scipy.sparse  # here: import mixgrain loads no scipy
+
     if not scipy.sparse.issparse(matrix) or matrix.format not in _FORMATS or matrix.ndim != 2:
         given = getattr(matrix, "format", type(matrix).__name__)
         raise LayoutError(
@@ -87,6 +88,8 @@ def to_scipy(s: SparseTensor, format: str | None = None) -> Any:
         LayoutError: leading dimensions, or a layout that bsr cannot hold.
         DtypeError: another dtype.
     """
+    import scipy.sparse
+
     check_sparse("to_scipy", s)
     if s.dtype not in (torch.float32, torch.float64):
         raise DtypeError(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import resource
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -414,3 +417,15 @@ def test_without_transformers(monkeypatch) -> None:
             call()
     monkeypatch.undo()
     assert requirement.transformers_module() is sys.modules["transformers"]
+
+
+def test_transformers_is_loaded_when_it_is_needed() -> None:
+    code = (
+        "import sys, mixgrain as mg; mg.huggingface.adapt; "
+        "assert 'transformers' not in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    path = str(Path(mg.__file__).parents[1])
+    child = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True
+    )
+    assert child.returncode == 0, child.stderr.decode()
