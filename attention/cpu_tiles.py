@@ -181,7 +181,7 @@ def mask_bias(step: Step, work: Work) -> Tensor | None:
 def choose(s: Tensor, n: int, m: int, exact: bool) -> None:
     """Put all but the n largest of every m members out of the running, in place.
 
-    Ties go to the lower index.
+    Ties go to the lower index; a NaN counts as infinite.
 
     Args:
         s: (tiles, rows, m * groups), member by member.
@@ -191,12 +191,13 @@ def choose(s: Tensor, n: int, m: int, exact: bool) -> None:
             because a member is dropped for a larger one only, and costs a third of a select.
     """
     member = s.unflatten(-1, (m, -1))
+    score = torch.where(member.isnan(), torch.inf, member) if exact else member
     rank = torch.empty(member.shape, dtype=torch.uint8)
     for i in range(m):
         rank[:, :, i] = m - 1 - i
     for i in range(m):
         for j in range(i + 1, m):
-            first = (member[:, :, i] >= member[:, :, j]).view(torch.uint8)
+            first = (score[:, :, i] >= score[:, :, j]).view(torch.uint8)
             rank[:, :, j] += first
             rank[:, :, i] -= first
     drop = rank >= n

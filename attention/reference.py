@@ -61,7 +61,7 @@ def attend_reference(
     top = torch.where(top == -torch.inf, 0.0, top)
     weight = torch.where(mask, torch.exp(torch.where(mask, s - top, 0.0)), 0.0)
     total = weight.sum(-1, keepdim=True)
-    empty = ~mask.any(-1, keepdim=True)
+    empty = total == 0  # no key, or none with a score above −inf
     safe = torch.where(empty, 1.0, total)
     o = apply(weight / safe, v, mask)
     lse = torch.where(empty, -torch.inf, top + torch.log(safe))[..., 0]
@@ -83,11 +83,12 @@ def static_mask(kept: Pattern | Layout, nq: int, nk: int, device: torch.device) 
 def largest(s: Tensor, n: int, m: int) -> Tensor:
     """Bool, shape of s: the n largest of every m neighbours along the last dimension.
 
-    Ties go to the lower index; the last group may be short.
+    Ties go to the lower index, a NaN counts as infinite; the last group may be short.
     """
     columns = s.shape[-1]
     padded = torch.nn.functional.pad(s, (0, -columns % m), value=-torch.inf)
     groups = padded.unflatten(-1, (-1, m))
+    groups = torch.where(groups.isnan(), torch.inf, groups)
     order = torch.sort(groups, dim=-1, descending=True, stable=True).indices
     chosen = torch.zeros_like(groups, dtype=torch.bool)
     chosen.scatter_(-1, order[..., :n], torch.ones_like(chosen[..., :n]))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .entries import INT32_LIMIT, transposed_order
 from .errors import LayoutError
 from .layout import Layout
 
@@ -15,21 +16,41 @@ from .layout import Layout
 def fail(layout: Layout, field: str, given: str, expected: str, remedy: str = "") -> LayoutError:
     """The error for one field: what was given, what is expected, what to do."""
     todo = remedy or f"build the layout with {type(layout).__name__}'s own constructors"
-    return LayoutError(f"{type(layout).__name__}.{field}: {given}; expected {expected}; {todo}")
+    # Fields of many entries would make messages of megabytes.
+    return LayoutError(
+        f"{type(layout).__name__}.{field}: {given:.400}; expected {expected:.400}; {todo}"
+    )
+
+
+def check_shape(layout: Layout) -> None:
+    """Two sides that int32 indices can count."""
+    shape = layout.shape
+    whole = isinstance(shape, tuple) and all(isinstance(n, int) for n in shape)
+    if not whole or len(shape) != 2 or min(shape) < 0 or max(shape) >= INT32_LIMIT:
+        raise fail(layout, "shape", f"{shape}", "(nq, nk), two ints, at least 0 and below 2**31")
+
+
+def check_lead(layout: Layout) -> None:
+    """Lead and entry fit each other."""
+    lead, entry = layout.lead, layout.entry
+    whole = isinstance(lead, tuple) and all(isinstance(n, int) for n in lead)
+    if not whole or len(lead) != 2 or min(lead) < 1:
+        raise fail(layout, "lead", f"{lead}", "(b, h), two ints, both at least 1")
+    b, h = lead
+    whole = isinstance(entry, tuple) and all(isinstance(n, int) for n in entry)
+    if not whole or len(entry) != b * h:
+        raise fail(
+            layout, "entry", f"{len(entry)} entries" if whole else f"{entry}",
+            f"b * h = {b * h} ints for lead ({b}, {h})",
+        )  # fmt: skip
 
 
 def check_common(layout: Layout) -> None:
-    """Shape, lead, entry and entry_slots fit each other."""
-    if len(layout.shape) != 2 or min(layout.shape) < 0:
-        raise fail(layout, "shape", f"{layout.shape}", "(nq, nk), both at least 0")
-    if len(layout.lead) != 2 or min(layout.lead) < 1:
-        raise fail(layout, "lead", f"{layout.lead}", "(b, h), both at least 1")
-    b, h = layout.lead
-    if len(layout.entry) != b * h:
-        raise fail(
-            layout, "entry", f"{len(layout.entry)} entries", f"b * h = {b * h} for lead ({b}, {h})"
-        )
-    if set(layout.entry) != set(range(max(layout.entry) + 1)):
+    """Shape, lead and entry are what they should be and fit each other."""
+    check_shape(layout)
+    check_lead(layout)
+    used = set(layout.entry)
+    if min(used) < 0 or max(used) != len(used) - 1:
         raise fail(
             layout, "entry", f"{layout.entry}", "every distinct pattern from 0 on used somewhere"
         )
@@ -114,6 +135,42 @@ def check_rising(layout: Layout, field: str, offsets: Tensor, values: Tensor, wh
             layout, field, f"{int(values[at])} then {int(values[at + 1])} at {at}",
             f"strictly rising values inside a {what}",
         )  # fmt: skip
+
+
+def check_transposed(
+    layout: Layout,
+    offsets: Tensor,
+    columns: Tensor,
+    grid: tuple[int, int, int],
+    types: tuple[torch.dtype, torch.dtype, torch.dtype],
+    what: tuple[str, str, str],
+) -> None:
+    """t_offsets, t_rows and t_order are the column-major order of CSR elements.
+
+    Args:
+        layout: where they are fields.
+        offsets: where each row starts, checked.
+        columns: of each element, checked.
+        grid: rows and columns of one distinct pattern, and how many there are.
+        types: dtypes of the three.
+        what: a row, a column and an element, for messages.
+    """
+    rows, cols, distinct = grid
+    count, (row, column, item) = columns.numel(), what
+    sizes = {"t_offsets": distinct * cols + 1, "t_rows": count, "t_order": count}
+    # Before anything of the size that the shape claims is allocated.
+    given = [
+        check_tensor(layout, name, (size,), dtype)
+        for (name, size), dtype in zip(sizes.items(), types, strict=True)
+    ]
+    texts = (
+        f"where this {column} starts in column-major order",
+        f"the {row} at this place of the column-major order",
+        f"the {item} at this place of the column-major order",
+    )
+    expected = transposed_order(offsets, columns, rows, cols, distinct)
+    for name, mine, theirs, text in zip(sizes, given, expected, texts, strict=True):
+        check_same(layout, name, mine, theirs, text)
 
 
 def check_same(layout: Layout, field: str, given: Tensor, expected: Tensor, what: str) -> None:

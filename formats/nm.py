@@ -10,10 +10,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from .arguments import as_lead, as_shape, check_dense, check_index, check_inside
 from .block import BlockLayout
-from .checks import check_nnz, check_tensor, fail
+from .checks import check_lead, check_nnz, check_shape, check_tensor, fail
 from .errors import LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
+from .nm_arguments import check_columns, check_within
 from .nm_metadata import (
     check_encoding,
     check_metadata,
@@ -51,7 +53,8 @@ def choose(
     limits = torch.iinfo(integer)
     # Floats as integers of the same order: one compare then decides, whatever is masked or NaN.
     bits = (wide + 0.0).view(integer)
-    bits = torch.where(wide.isnan(), limits.max, bits ^ ((bits >> sign) & limits.max))
+    infinite = torch.tensor(torch.inf, dtype=wide.dtype, device=wide.device).view(integer)
+    bits = torch.where(wide.isnan(), infinite, bits ^ ((bits >> sign) & limits.max))
     if live is not None:
         rest = limits.min if spare is None else spare.to(integer) + limits.min
         bits = torch.where(live, bits, rest)
@@ -149,12 +152,21 @@ class NMLayout(Layout):
             within: a BlockLayout of the same shape whose lead broadcasts to ``lead``.
 
         Raises:
-            LayoutError: n:m, encoding, block size or lead that cannot be. The choice itself is not
-                read; ``validate`` does that.
+            LayoutError: n:m, encoding, block size or lead that cannot be. Of the choice only what a
+                byte cannot hold is refused here; ``validate`` reads it.
+            DtypeError: a choice that is no tensor of integers.
+            ShapeError: a shape or lead that cannot be.
         """
+        op = "NMLayout.from_choice"
+        shape, lead = as_shape(op, shape), as_lead(op, lead)
+        check_dense(op, "choice", choice)
+        check_index(op, "choice", choice, choice.dim())
         if encoding is None:
             encoding = encoding_for(n, m, dtype)
         check_encoding(n, m, encoding)
+        check_within(op, within)
+        if choice.dtype != torch.uint8:  # a wider number would be cut to a byte
+            check_inside(op, "choice", choice, 0, m)
         if within is None:
             expected = (lead[0] * lead[1], shape[0], -(-shape[1] // m), n)
         else:
@@ -192,7 +204,12 @@ class NMLayout(Layout):
         encoding: str | None = None,
         within: BlockLayout | None = None,
     ) -> NMLayout:
-        """As ``from_choice``, from absolute column numbers: index within the group = column % m."""
+        """As ``from_choice``, from absolute column numbers: index within the group = column % m.
+
+        Raises:
+            LayoutError: as ``from_choice``; a column that is not of its group.
+        """
+        check_columns("NMLayout.from_columns", columns, shape, n, m, lead, within)
         return cls.from_choice(
             columns % m, shape, n, m, lead=lead, dtype=dtype, encoding=encoding, within=within
         )
@@ -214,6 +231,10 @@ class NMLayout(Layout):
         Reads no device memory, except for the first count of live positions in a new ``within``.
         """
         check_encoding(n, m, encoding)
+        op = "NMLayout.from_metadata"
+        check_dense(op, "metadata", metadata)
+        shape, lead = as_shape(op, shape), as_lead(op, lead)
+        check_within(op, within)
         entries = lead[0] * lead[1]
         if within is None:
             rows, groups = padded(*shape, m, encoding)
@@ -307,6 +328,9 @@ class NMLayout(Layout):
 
     def indices(self) -> tuple[Tensor, Tensor]:
         """(row, column) of every slot, int64 (slots,); dead ones are moved inside the shape."""
+        if not self.slots:  # however many rows there are of nothing
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            return nothing, nothing
         grid = self.grid
         row = torch.arange(grid[1], device=self.device)[:, None, None]
         if self.within is not None:
@@ -319,6 +343,10 @@ class NMLayout(Layout):
     @cached_property
     def T(self) -> NMLayout:
         """A view of the transposed matrix: the same slots, a flag set."""
+        return self.turned()
+
+    def turned(self) -> NMLayout:
+        """What ``T`` remembers, made anew; torch.compile can trace this."""
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed, key=-self.key)
 
     def transpose_slots(self) -> Tensor:
@@ -332,13 +360,9 @@ class NMLayout(Layout):
             LayoutError: the first field at fault, what it holds and what is expected.
         """
         check_encoding(self.n, self.m, self.encoding)
+        check_shape(self)
+        check_lead(self)
         shape = self.stored_shape
-        if len(shape) != 2 or min(shape) < 0:
-            raise fail(self, "shape", f"{shape}", "(nq, nk), both at least 0")
-        if len(self.lead) != 2 or min(self.lead) < 1:
-            raise fail(self, "lead", f"{self.lead}", "(b, h), both at least 1")
-        if len(self.entry) != self.lead[0] * self.lead[1]:
-            raise fail(self, "entry", f"{len(self.entry)} entries", f"b * h for lead {self.lead}")
         if self.within is not None:
             self.within.validate()
         expected = NMLayout.from_metadata(

@@ -35,13 +35,25 @@ def validate_panels(layout: PanelLayout, alone: bool = True) -> None:
     for axis, extent in (("row", layout.shape[0]), ("col", layout.shape[1])):
         for name in ("start", "count", "list_offset"):
             check_tensor(layout, f"{axis}_{name}", (count,), int64)
+        _check_ranges(layout, axis, extent)
+    # Sides are below 2**31, so that one panel's slots do not overflow; all of them together might.
+    if float((layout.row_count.double() * layout.pitch.double()).sum()) > 2.0**62:
+        raise fail(layout, "row_count", "more than 2**62 slots", "panels that memory can hold")
+    offsets, slots = slot_table(of, layout.row_count, layout.col_count, layout.distinct)
+    check_same(
+        layout, "slot_offsets", check_tensor(layout, "slot_offsets", (count + 1,), int64), offsets,
+        "rows × pitch of the panels before it, each rounded up to 128",
+    )  # fmt: skip
+    check_slots(layout, slots)
+    # What follows takes memory by the number of slots, which is known to be right by now.
+    for axis, extent in (("row", layout.shape[0]), ("col", layout.shape[1])):
         check_tensor(layout, f"{axis}_list", (None,), int32)
-        _check_axis(layout, axis, extent)
+        _check_lists(layout, axis, extent)
     check_tensor(layout, "mask_offset", (count,), int64)
     bits = check_tensor(layout, "mask_bits", (None,), torch.uint8)
     size = layout.row_count * layout.pitch // 8
     bad = (layout.mask_offset < -1) | (
-        (layout.mask_offset >= 0) & (layout.mask_offset + size > bits.numel())
+        (layout.mask_offset >= 0) & (layout.mask_offset > bits.numel() - size)
     )
     if bool(bad.any()):
         p = _first(bad)
@@ -49,12 +61,6 @@ def validate_panels(layout: PanelLayout, alone: bool = True) -> None:
             layout, "mask_offset", f"{int(layout.mask_offset[p])} for panel {p}",
             f"−1, or {int(size[p])} bytes inside the {bits.numel()} of mask_bits",
         )  # fmt: skip
-    offsets, slots = slot_table(of, layout.row_count, layout.col_count, layout.distinct)
-    check_same(
-        layout, "slot_offsets", check_tensor(layout, "slot_offsets", (count + 1,), int64), offsets,
-        "rows × pitch of the panels before it, each rounded up to 128",
-    )  # fmt: skip
-    check_slots(layout, slots)
     _check_padding(layout)
     live = count_live(layout)
     check_nnz(layout, sum(live[u] for u in layout.entry))
@@ -74,22 +80,33 @@ def _first(bad: Tensor) -> int:
     return int(bad.nonzero()[0, 0])
 
 
-def _check_axis(layout: PanelLayout, axis: str, extent: int) -> None:
-    """Ranges and lists lie inside the shape, lists rise, none is empty."""
+def _check_ranges(layout: PanelLayout, axis: str, extent: int) -> None:
+    """Ranges lie inside the shape, no panel is empty or larger than the shape."""
     start, count = getattr(layout, f"{axis}_start"), getattr(layout, f"{axis}_count")
-    offset, listed = getattr(layout, f"{axis}_list_offset"), getattr(layout, f"{axis}_list")
-    if bool((count < 1).any()):
-        p = _first(count < 1)
-        raise fail(layout, f"{axis}_count", f"{int(count[p])} for panel {p}", "at least 1")
-    bad = (start < -1) | (start + count > extent)
+    bad = (count < 1) | (count > extent)
+    if bool(bad.any()):
+        p = _first(bad)
+        raise fail(
+            layout,
+            f"{axis}_count",
+            f"{int(count[p])} for panel {p}",
+            f"at least 1, at most {extent}",
+        )
+    bad = (start < -1) | (start > extent - count)  # a sum could overflow
     if bool(bad.any()):
         p = _first(bad)
         raise fail(
             layout, f"{axis}_start", f"{int(start[p])} + {int(count[p])} for panel {p}",
             f"−1 for a list, or a range inside 0 … {extent - 1}",
         )  # fmt: skip
+
+
+def _check_lists(layout: PanelLayout, axis: str, extent: int) -> None:
+    """Lists lie inside the stored members, which lie inside the shape and rise."""
+    start, count = getattr(layout, f"{axis}_start"), getattr(layout, f"{axis}_count")
+    offset, listed = getattr(layout, f"{axis}_list_offset"), getattr(layout, f"{axis}_list")
     lists = start < 0
-    bad = lists & ((offset < 0) | (offset + count > listed.numel()))
+    bad = lists & ((offset < 0) | (offset > listed.numel() - count))
     if bool(bad.any()):
         p = _first(bad)
         raise fail(

@@ -15,6 +15,8 @@ from .source import Source, booleans, integers
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from .layout import Layout
+
 
 def blocks(block_mask: Any, size: int) -> Pattern:
     """The blocks of size × size pairs that a mask of blocks keeps, counted from row 0 and key 0.
@@ -85,6 +87,21 @@ def from_block_mask(bm: "BlockMask") -> Pattern:
     from .pattern_flex import from_flex
 
     return from_flex(bm)
+
+
+def from_layout(layout: "Layout") -> Pattern:
+    """The pattern of the positions that a layout keeps; its shape is fixed.
+
+    Args:
+        layout: any layout; one that differs between heads or batch entries gives a pattern that
+            does, with equal entries stored once.
+
+    Raises:
+        LayoutError: no layout.
+    """
+    from . import pattern_ragged  # layouts are not needed by patterns otherwise
+
+    return pattern_ragged.from_layout(layout)
 
 
 def _by_lead(source: Source, make: Callable[[Source], Pattern]) -> Pattern:

@@ -22,15 +22,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import as_shape, check_csr
 from .checks import (
     check_common,
     check_nnz,
     check_offsets,
     check_range,
     check_rising,
-    check_same,
     check_slots,
     check_tensor,
+    check_transposed,
 )
 from .entries import INT32_LIMIT, default_entry, over_entries, transposed_order
 from .layout import Layout, entry_slots_of, next_key, register_layout
@@ -83,9 +84,18 @@ class RowLayout(Layout):
             columns: int (NNZ,), rising inside a row.
             lead: (b, h).
             entry: the distinct pattern of each of the b * h entries; None = one for all.
+
+        Raises:
+            LayoutError: offsets that do not run up to the number of columns, or a column outside
+                the shape. That columns rise is for ``validate``.
+            DtypeError: no tensors of integers.
+            ShapeError: a shape, lead or length that cannot be.
         """
-        lead, entry, distinct = default_entry(lead, entry)
-        nq, nk = int(shape[0]), int(shape[1])
+        op = "RowLayout.from_csr"
+        nq, nk = as_shape(op, shape)
+        lead, entry, distinct = default_entry(op, lead, entry)
+        arrays = (row_offsets, columns)
+        check_csr(op, ("row_offsets", "columns"), arrays, distinct * nq, nk)
         t_offsets, t_rows, t_order = transposed_order(row_offsets, columns, nq, nk, distinct)
         counts = row_offsets[::nq].long().diff().tolist() if nq else [0] * distinct
         slots = entry_slots_of(entry, counts)
@@ -172,20 +182,8 @@ class RowLayout(Layout):
         check_offsets(self, "row_offsets", offsets, count)
         check_range(self, "columns", columns, 0, nk)
         check_rising(self, "columns", offsets, columns, "row")
-        t_offsets, t_rows, t_order = transposed_order(offsets, columns, nq, nk, u)
-        check_same(
-            self, "t_offsets", check_tensor(self, "t_offsets", (u * nk + 1,), int64), t_offsets,
-            "where this column starts in column-major order",
-        )  # fmt: skip
-        check_same(
-            self, "t_rows", check_tensor(self, "t_rows", (count,), int32), t_rows,
-            "the row at this place of the column-major order",
-        )  # fmt: skip
-        order_type = int32 if count < INT32_LIMIT else int64
-        check_same(
-            self, "t_order", check_tensor(self, "t_order", (count,), order_type), t_order,
-            "the position at this place of the column-major order",
-        )  # fmt: skip
+        types = (int64, int32, int32 if count < INT32_LIMIT else int64)
+        check_transposed(self, offsets, columns, (nq, nk, u), types, ("row", "column", "position"))
         counts = offsets[::nq].diff().tolist() if nq else [0] * u
         check_slots(self, counts)
         check_nnz(self, self.entry_slots[-1])

@@ -9,18 +9,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import as_shape, check_dense, check_index, check_inside
 from .checks import (
     check_nnz,
     check_offsets,
     check_range,
     check_rising,
-    check_same,
+    check_shape,
     check_slots,
     check_tensor,
+    check_transposed,
     fail,
 )
 from .entries import transposed_order
-from .errors import LayoutError
+from .errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from .layout import Layout, next_key, register_layout
 
 SIZE = 16  # rows and columns of a tile
@@ -41,6 +43,13 @@ def _fragment() -> Tensor:
 
 #: int64 (256,): slot p of a tile holds element divmod(FRAGMENT[p], 16).
 FRAGMENT = _fragment()
+
+
+def _count_live(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> int:
+    """Elements of these tiles inside the shape: those at its lower and right edge may hang over."""
+    height = (shape[0] - SIZE * rows).clamp(max=SIZE)
+    width = (shape[1] - SIZE * columns).clamp(max=SIZE)
+    return int((height * width).sum())
 
 
 @register_layout
@@ -94,18 +103,32 @@ class TileLayout(Layout):
             columns: int (tiles,), tile columns; in row order, each tile once.
             shape: (n_out, n_in), need not be multiples of 16.
 
-        Nothing is checked here; ``validate`` does.
+        Only what lies outside of the shape is refused here; ``validate`` looks at the order.
+
+        Raises:
+            LayoutError: a tile outside the shape.
+            DtypeError: no tensors of integers.
+            ShapeError: a shape that cannot be, or two lengths.
         """
+        op = "TileLayout.from_tiles"
+        shape = as_shape(op, shape)
         tile_rows, tile_columns = (-(-n // SIZE) for n in shape)
+        check_index(op, "rows", rows)
+        check_index(op, "columns", columns)
+        if rows.shape != columns.shape or rows.device != columns.device:
+            raise ShapeError(
+                f"{op}: rows {tuple(rows.shape)} on {rows.device}, columns {tuple(columns.shape)} "
+                f"on {columns.device}; expected one of each for a tile, on one device"
+            )
+        check_inside(op, "rows", rows, 0, tile_rows)
+        check_inside(op, "columns", columns, 0, tile_columns)
+        rows, columns = rows.long(), columns.long()
         offsets = torch.zeros(tile_rows + 1, dtype=torch.int32, device=rows.device)
         torch.cumsum(torch.bincount(rows, minlength=tile_rows), 0, out=offsets[1:])
         t_offsets, t_rows, t_order = transposed_order(offsets, columns, tile_rows, tile_columns, 1)
-        # Tiles at the lower and right edge may hang over it.
-        height = (shape[0] - SIZE * rows).clamp(max=SIZE)
-        width = (shape[1] - SIZE * columns).clamp(max=SIZE)
         return cls(
             shape=shape,
-            nnz=int((height * width).sum()),
+            nnz=_count_live(rows, columns, shape),
             entry_slots=(0, AREA * rows.numel()),
             tile_offsets=offsets,
             tile_columns=columns.int(),
@@ -117,6 +140,13 @@ class TileLayout(Layout):
     @classmethod
     def from_tile_mask(cls, kept: Tensor, shape: tuple[int, int]) -> TileLayout:
         """The layout that keeps tile (i, j) where ``kept`` (tile rows, tile columns) is True."""
+        op = "TileLayout.from_tile_mask"
+        shape = as_shape(op, shape)
+        check_dense(op, "kept", kept)
+        if kept.dtype != torch.bool:
+            raise DtypeError(f"{op}: kept is {kept.dtype}; expected bool; write kept != 0")
+        if kept.device.type == "meta":
+            raise UnsupportedError(f"{op}: kept is on meta and says nothing; give it data")
         expected = tuple(-(-n // SIZE) for n in shape)
         if tuple(kept.shape) != expected:
             raise LayoutError(
@@ -192,22 +222,17 @@ class TileLayout(Layout):
             raise fail(
                 self, "lead", f"{self.lead}, {self.entry}", "(1, 1), (0,): tiles have no heads"
             )
-        if len(self.shape) != 2 or min(self.shape) < 0:
-            raise fail(self, "shape", f"{self.shape}", "(n_out, n_in), both at least 0")
+        check_shape(self)
         tile_rows, tile_columns = (-(-n // SIZE) for n in self.shape)
-        tiles, int32 = self.tiles, torch.int32
+        int32 = torch.int32
         offsets = check_tensor(self, "tile_offsets", (tile_rows + 1,), int32)
         columns = check_tensor(self, "tile_columns", (None,), int32)
+        tiles = columns.numel()
         check_slots(self, [AREA * tiles])
         check_offsets(self, "tile_offsets", offsets, tiles)
         check_range(self, "tile_columns", columns, 0, tile_columns)
         check_rising(self, "tile_columns", offsets, columns, "tile row")
-        expected = TileLayout.from_tiles(self.tile_rows(), columns.long(), self.shape)
-        for name, length in (
-            ("t_offsets", tile_columns + 1),
-            ("t_rows", tiles),
-            ("t_order", tiles),
-        ):
-            given = check_tensor(self, name, (length,), int32)
-            check_same(self, name, given, getattr(expected, name), "the tiles in column order")
-        check_nnz(self, expected.nnz)
+        what = ("tile row", "tile column", "tile")
+        grid = (tile_rows, tile_columns, 1)
+        check_transposed(self, offsets, columns, grid, (int32, int32, int32), what)
+        check_nnz(self, _count_live(self.tile_rows(), columns, self.shape))

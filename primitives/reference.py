@@ -180,7 +180,8 @@ def prune(
     kept = torch.zeros_like(live)
     for start in range(0, dense.shape[-1], m):
         group = slice(start, start + m)
-        low = torch.where(live[..., group], dense[..., group], -torch.inf)
+        low = torch.where(dense[..., group].isnan(), torch.inf, dense[..., group])
+        low = torch.where(live[..., group], low, -torch.inf)
         order = torch.sort(low, dim=-1, descending=True, stable=True).indices[..., :n]
         chosen = torch.zeros_like(live[..., group]).scatter(-1, order, True)
         kept[..., group] = chosen & live[..., group]

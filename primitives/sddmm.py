@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import as_number
 from mixgrain.formats.errors import LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -12,7 +13,14 @@ from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops
-from .checks import check_dtype, check_fits, check_key_mask, check_matrix, check_same_dtype
+from .checks import (
+    autocast,
+    check_dtype,
+    check_fits,
+    check_key_mask,
+    check_matrix,
+    check_same_dtype,
+)
 from .dispatch import plan_for
 from .fold import expand, fold, fold_mask, free_shape, join_lead
 
@@ -53,8 +61,10 @@ def sddmm(
     Source: Gale et al., Sparse GPU Kernels for Deep Learning, SC 2020; N:M: Chen et al., Dynamic
     N:M Fine-grained Structured Sparse Attention Mechanism, PPoPP 2023.
     """
+    scale = as_number("sddmm", "scale", scale)
     check_matrix("sddmm", "q", q)
     check_matrix("sddmm", "k", k)
+    q, k = autocast(q, k)
     check_same_dtype("sddmm", "q", "k", q, k)
     if q.shape[-1] != k.shape[-1]:
         raise ShapeError(

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlockLayout", "Costs", "LayoutError", "MixedLayout", "MixgrainError", "NMLayout", "RowLayout",
-    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "linear", "load", "merge",
+    "BlockLayout", "Costs", "LayoutError", "LayoutModule", "MixedLayout", "MixgrainError",
+    "NMLayout", "RowLayout", "SparseAttention", "SparseLinear", "SparseTensor", "TileLayout",
+    "attend", "clear_caches", "explain", "huggingface", "interchange", "linear", "load", "merge",
     "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from mixgrain.attention import huggingface
     from mixgrain.attention.attend import attend
     from mixgrain.attention.explain import explain
     from mixgrain.attention.merge import merge
-    from mixgrain.formats import patterns
+    from mixgrain.attention.modules import SparseAttention
+    from mixgrain.formats import interchange, patterns
     from mixgrain.formats.block import BlockLayout
     from mixgrain.formats.cache import clear_caches
     from mixgrain.formats.costs import Costs
@@ -29,9 +32,11 @@ if TYPE_CHECKING:
     from mixgrain.formats.sparse import SparseTensor
     from mixgrain.formats.sparsify import sparsify
     from mixgrain.formats.tile import TileLayout
+    from mixgrain.primitives.layout_module import LayoutModule
     from mixgrain.primitives.linear import linear
     from mixgrain.primitives.sddmm import sddmm
     from mixgrain.primitives.softmax import softmax
+    from mixgrain.primitives.sparse_linear import SparseLinear
     from mixgrain.primitives.spmm import spmm
 else:
     from importlib import import_module
@@ -39,19 +44,21 @@ else:
     _HOMES = {
         "BlockLayout": "formats.block", "MixedLayout": "formats.mixed", "NMLayout": "formats.nm",
         "RowLayout": "formats.row", "TileLayout": "formats.tile", "SparseTensor": "formats.sparse",
-        "LayoutError": "formats.errors", "MixgrainError": "formats.errors",
-        "Costs": "formats.costs", "clear_caches": "formats.cache", "load": "formats.files",
-        "patterns": "formats.patterns", "save": "formats.files", "sparsify": "formats.sparsify",
-        "linear": "primitives.linear", "sddmm": "primitives.sddmm",
-        "softmax": "primitives.softmax", "spmm": "primitives.spmm",
-        "attend": "attention.attend", "explain": "attention.explain", "merge": "attention.merge",
+        "LayoutError": "formats.errors", "MixgrainError": "formats.errors", "load": "formats.files",
+        "Costs": "formats.costs", "clear_caches": "formats.cache", "sparsify": "formats.sparsify",
+        "interchange": "formats.interchange", "patterns": "formats.patterns",
+        "save": "formats.files", "huggingface": "attention.huggingface", "merge": "attention.merge",
+        "linear": "primitives.linear", "sddmm": "primitives.sddmm", "softmax": "primitives.softmax",
+        "spmm": "primitives.spmm", "attend": "attention.attend", "explain": "attention.explain",
+        "LayoutModule": "primitives.layout_module", "SparseAttention": "attention.modules",
+        "SparseLinear": "primitives.sparse_linear",
     }  # fmt: skip
 
     def __getattr__(name):
         if name not in _HOMES:
             raise AttributeError(f"module 'mixgrain' has no attribute {name!r}")
         module = import_module(f"mixgrain.{_HOMES[name]}")
-        value = globals()[name] = module if name == "patterns" else getattr(module, name)
+        value = globals()[name] = getattr(module, name, module)  # patterns are a module
         return value
 
 
