@@ -1,0 +1,463 @@
+// fused_sm90: attention over the kept 64 × 64 units of a pattern in one pass, on wgmma and TMA.
+//
+//   q, k, v        (B, H, N, D)  by 4-D tensor maps, any strides; units of 64 rows, panels of 64 columns
+//   packed_q/k/v                 gathered rows, likewise; units from kPacked on
+//   starts (ctas + 1), tiles (t) int2: item, matrix = b · heads + h
+//   items  (n) 2 × int4          query unit of each warpgroup (−1 = none), first step, steps;
+//                                layout entry, slot of each warpgroup's result (−1 = out), 0
+//   steps  (s) int4              key unit, its mask for each warpgroup (−2 = not its, −1 = full), 0
+//   masks  (m, 128) u32          bit 2j + e + 16h of thread t: row t / 4 + 8h of its warp's 16,
+//                                column 8j + 2 (t % 4) + e
+//   out    (B · H, nq, width), lse (B · H, nq) float32 or null
+//   partial_out (B · H, slots, 64, width), partial_lse (B · H, slots, 64) float32
+//
+//   grid   persistent CTAs that walk their tiles
+//   block  128 consumers for each of two query units + a producer warpgroup, which gives its registers
+//          away
+//   smem   Q of both units; rings of kStages units of K and of V
+//   floor  4 · 64 · 64 · D FLOP a kept unit and warpgroup at 800 TFLOP/s
+//   needs  sm_90a, width % 8 == 0, 16-byte aligned rows
+//
+// Steps 2i and 2i + 1 of an item go together: a warpgroup multiplies S = Q Kᵀ of those that are its
+// while P V of the two before them and then its softmax run. The reference point of the exponentials
+// moves only when a row's maximum has outgrown it by kSlack powers of two, so that the accumulators are
+// hardly ever rescaled.
+#include "types.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+#include "result.cuh"
+
+constexpr int kDim = MG_DIM, kStages = MG_STAGES, kPair = MG_PAIR;
+constexpr bool kPingPong = MG_PINGPONG;
+constexpr int kGroups = 2, kConsumers = 128 * kGroups;
+static_assert(kDim % 32 == 0 && kDim <= 256, "DIM must be a multiple of 32, at most 256");
+static_assert(kPair == 1 || kPair == 2, "PAIR must be 1 or 2");
+static_assert(kStages >= 2 * kPair, "rings of at least two pairs");
+constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
+constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel;
+constexpr bool kHeld = kDim <= 128;  // Q in registers
+constexpr int kPacked = 1 << 24;
+constexpr float kSlack = 8.f, kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+struct alignas(16) Info {
+    int unit, count, slot, matrix;
+};
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(address));
+}
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A value that all lanes of the warp hold, so that the compiler knows.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
+// A ring of stages: the stage that comes next and the parity of its round.
+struct Ring {
+    u32 stage = 0, parity;
+    __device__ __forceinline__ explicit Ring(u32 parity) : parity(parity) {}
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+};
+
+// What a consumer warpgroup holds of the rows it works on.
+struct Rows {
+    float o[kDim / 2], s[kPair][32], m[2], l[2];
+    u32 q[kHeld ? kDepth : 1][4], p[4 * kPair][4];
+    u32 q_at;
+
+    __device__ __forceinline__ void start(u32 at, int row16) {
+        q_at = at;
+        int lane;  // read here, or the compiler keeps all that follows from it in registers
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+        if constexpr (kHeld)
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d)
+                ldmatrix4(q[d], swizzled(at + d / 4 * kPanel, row16 + lane % 16, d % 4 * 2 + lane / 16));
+        m[0] = m[1] = -kInfinity;
+        l[0] = l[1] = 0.f;
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
+    }
+    // Issues S = Q Kᵀ of one unit.
+    __device__ __forceinline__ void scores(float (&to)[32], u32 from) {
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+            const u64 right = wgmma_descriptor(from + d / 4 * kPanel + d % 4 * 32, 1);
+            if constexpr (kHeld)
+                Wgmma<64>::rs<0>(to, q[d], right, d > 0);
+            else
+                Wgmma<64>::ss<0, 0>(to, wgmma_descriptor(q_at + d / 4 * kPanel + d % 4 * 32, 1), right, d > 0);
+        }
+    }
+    // Issues O += P V of one or two units.
+    template <int kUnits> __device__ __forceinline__ void product(const u32 (&from)[2]) {
+#pragma unroll
+        for (int d = 0; d < 4 * kUnits; ++d)
+            Wgmma<kDim>::template rs<1>(o, p[d], wgmma_descriptor(from[d / 4] + d % 4 * 2048, kPanel));
+    }
+    __device__ __forceinline__ static void keep(float (&x)[32], u32 word) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int bit = i / 4 * 2 + i % 2 + i / 2 % 2 * 16;
+            x[i] = (word >> bit) & 1 ? x[i] : -kInfinity;
+        }
+    }
+    // Exponentials of scores in place; `grown`: what the accumulators have to be multiplied by, and
+    // whether any lane of the warp needs it.
+    template <int kUnits> __device__ __forceinline__ bool soften(float (&grown)[2], float log2_scale) {
+        float top[2] = {-kInfinity, -kInfinity}, base[2];
+        bool moved = false;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[u][i]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float reach = quad_max(top[h]) * log2_scale;
+            const bool far = reach > m[h] + kSlack;
+            grown[h] = far ? exp2_fast(m[h] - reach) : 1.f;
+            m[h] = far ? reach : m[h];
+            moved |= far;
+            base[h] = m[h] == -kInfinity ? 0.f : m[h];
+            l[h] *= grown[h];
+        }
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+                s[u][i] = exp2_fast(fmaf(s[u][i], log2_scale, -base[i / 2 % 2]));
+                l[i / 2 % 2] += s[u][i];
+            }
+        return __any_sync(0xFFFFFFFFu, moved);
+    }
+    template <int kUnits> __device__ __forceinline__ void convert() {
+#pragma unroll
+        for (int d = 0; d < 4 * kUnits; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                p[d][i] = pack2<operand_t>(s[d / 4][d % 4 * 8 + 2 * i], s[d / 4][d % 4 * 8 + 2 * i + 1]);
+    }
+    __device__ __forceinline__ void rescale(const float (&grown)[2]) {
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
+    }
+};
+
+// Units whose stages a warpgroup holds: how many, which of them are its (bits), their stages.
+struct Held {
+    int units = 0, mine = 0;
+    u32 stage[2];
+};
+
+extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
+    fused_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+               const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap packed_q_map,
+               const __grid_constant__ TensorMap packed_k_map,
+               const __grid_constant__ TensorMap packed_v_map, const int *__restrict__ starts,
+               const int2 *__restrict__ tiles, const int4 *__restrict__ items,
+               const int4 *__restrict__ steps, const u32 *__restrict__ masks,
+               const float *__restrict__ sink, float scale, int heads, int ratio, int packed_ratio,
+               operand_t *__restrict__ out, float *__restrict__ lse, int rows, int width,
+               float *__restrict__ partial_out, float *__restrict__ partial_lse, int slots) {
+    extern __shared__ u8 raw[];
+    const u32 q_at = (shared_address(raw) + 1023) & ~1023u;
+    const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kUnit;
+    __shared__ alignas(8) u64 barriers[4 * kStages + 2 * kGroups];
+    // By turns: an item's stands until its results are written.
+    __shared__ Info infos[2][kGroups];
+    __shared__ int marks[kStages][kGroups];
+    const u32 full_k = shared_address(barriers), empty_k = full_k + 8 * kStages;
+    const u32 full_v = empty_k + 8 * kStages, empty_v = full_v + 8 * kStages;
+    const u32 full_q = empty_v + 8 * kStages, empty_q = full_q + 8 * kGroups;
+    const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) {
+            barrier_init(full_k + 8 * s, 1), barrier_init(empty_k + 8 * s, kConsumers / 32);
+            barrier_init(full_v + 8 * s, 1), barrier_init(empty_v + 8 * s, kConsumers / 32);
+        }
+        for (int g = 0; g < kGroups; ++g) barrier_init(full_q + 8 * g, 1), barrier_init(empty_q + 8 * g, 4);
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warp >= kConsumers / 32) {  // producer
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x != kConsumers) return;
+        tma_prefetch(q_map);
+        tma_prefetch(k_map);
+        tma_prefetch(v_map);
+        // Barriers of an empty ring let the first round pass: the parity of the round before it.
+        Ring k(1), v(1);
+        u32 parity_q = 1;
+        // V follows K a pair behind, across items too.
+        int late[kPair], late_units = 0, late_h = 0, late_b = 0;
+        const auto follow = [&] {
+#pragma unroll
+            for (int u = 0; u < kPair; ++u)
+                if (u < late_units) {
+                    const bool packed = late[u] >= kPacked;
+                    barrier_wait(empty_v + 8 * v.stage, v.parity);
+                    barrier_expect(full_v + 8 * v.stage, kUnit);
+#pragma unroll
+                    for (int p = 0; p < kPanels; ++p)
+                        tma_load(ring_v + v.stage * kUnit + p * kPanel, packed ? packed_v_map : v_map,
+                                 full_v + 8 * v.stage, 64 * p, (late[u] & (kPacked - 1)) * 64,
+                                 packed ? late_h / packed_ratio : late_h / ratio, late_b);
+                    v.advance();
+                }
+        };
+        for (int t = starts[blockIdx.x], end = starts[blockIdx.x + 1]; t < end; ++t) {
+            const int2 tile = tiles[t];
+            const int4 head = items[2 * tile.x], tail = items[2 * tile.x + 1];
+            const int b = tile.y / heads, h = tile.y % heads;
+#pragma unroll
+            for (int g = 0; g < kGroups; ++g) {
+                const int unit = g ? head.y : head.x;
+                barrier_wait(empty_q + 8 * g, parity_q);
+                infos[parity_q][g] = Info{unit, head.w, g ? tail.z : tail.y, tile.y};
+                if (unit < 0) {
+                    barrier_arrive(full_q + 8 * g);
+                    continue;
+                }
+                barrier_expect(full_q + 8 * g, kUnit);
+#pragma unroll
+                for (int p = 0; p < kPanels; ++p)
+                    tma_load(q_at + g * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map,
+                             full_q + 8 * g, 64 * p, (unit & (kPacked - 1)) * 64, h, b);
+            }
+            parity_q ^= 1;
+            const int4 *at = steps + head.z, *const stop = at + head.w;
+            while (at < stop) {
+                const int units = min(kPair, static_cast<int>(stop - at));
+                int now[kPair];
+#pragma unroll
+                for (int u = 0; u < kPair; ++u)
+                    if (u < units) {
+                        const int4 step = at[u];
+                        now[u] = step.x;
+                        const bool packed = step.x >= kPacked;
+                        barrier_wait(empty_k + 8 * k.stage, k.parity);
+                        marks[k.stage][0] = step.y, marks[k.stage][1] = step.z;
+                        barrier_expect(full_k + 8 * k.stage, kUnit);
+#pragma unroll
+                        for (int p = 0; p < kPanels; ++p)
+                            tma_load(ring_k + k.stage * kUnit + p * kPanel, packed ? packed_k_map : k_map,
+                                     full_k + 8 * k.stage, 64 * p, (step.x & (kPacked - 1)) * 64,
+                                     packed ? h / packed_ratio : h / ratio, b);
+                        k.advance();
+                    }
+                follow();
+#pragma unroll
+                for (int u = 0; u < kPair; ++u) late[u] = now[u];
+                late_units = units, late_h = h, late_b = b;
+                at += units;
+            }
+        }
+        follow();
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    const int group = warp / 4, row16 = warp % 4 * 16;
+    const float log2_scale = scale * kLog2e;
+    Ring k(0), v(0);
+    u32 parity_q = 0;
+    Rows r;
+    Held held;
+    if (kPingPong && group == 1) named_arrive(1, kConsumers);
+
+    // Waits for V of the held units; where those that are ours lie.
+    const auto values = [&](u32(&from)[2]) {
+#pragma unroll
+        for (int u = 0; u < kPair; ++u)
+            if (u < held.units) {
+                barrier_wait(full_v + 8 * v.stage, v.parity);
+                held.stage[u] = v.stage;
+                v.advance();
+            }
+        from[0] = ring_v + (kPair == 2 && held.mine == 2 ? held.stage[1] : held.stage[0]) * kUnit;
+        from[1] = ring_v + held.stage[kPair - 1] * kUnit;
+    };
+    const auto release = [&] {
+        if (lane == 0)
+#pragma unroll
+            for (int u = 0; u < kPair; ++u)
+                if (u < held.units) barrier_arrive(empty_v + 8 * held.stage[u]);
+        held.units = held.mine = 0;
+    };
+    // P V of the held units with nothing beside it.
+    const auto flush = [&] {
+        u32 from[2];
+        if (held.mine) {
+            values(from);
+            if (kPair == 2 && held.mine == 3) {
+                wgmma_fence();
+                r.product<kPair>(from);
+                wgmma_commit();
+                wgmma_wait<0>();
+            } else {
+                wgmma_fence();
+                r.product<1>(from);
+                wgmma_commit();
+                wgmma_wait<0>();
+            }
+            release();
+        }
+    };
+
+    for (int t = starts[blockIdx.x], end = starts[blockIdx.x + 1]; t < end; ++t) {
+        barrier_wait(full_q + 8 * group, parity_q);
+        const Info &info = infos[parity_q ^ 1][group];
+        parity_q ^= 1;
+        r.start(q_at + group * kUnit, row16);
+        if constexpr (kHeld) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty_q + 8 * group);
+        }
+        for (int left = uniform(info.count); left > 0;) {
+            const int units = min(kPair, left);
+            left -= units;
+            // Which of the units are ours; the others' stages go back at once.
+            u32 stage[2] = {0, 0};
+            int mark[2] = {-2, -2}, mine = 0;
+#pragma unroll
+            for (int u = 0; u < kPair; ++u)
+                if (u < units) {
+                    barrier_wait(full_k + 8 * k.stage, k.parity);
+                    stage[u] = k.stage;
+                    mark[u] = uniform(marks[k.stage][group]);
+                    if (mark[u] != -2)
+                        mine |= 1 << u;
+                    else if (lane == 0)
+                        barrier_arrive(empty_k + 8 * k.stage);
+                    k.advance();
+                }
+            if (kPingPong) named_barrier(1 + group, kConsumers);
+            if (!mine) {
+                flush();
+                if (kPingPong) named_arrive(2 - group, kConsumers);
+                u32 from[2];
+                held.units = units;
+                values(from);
+                release();
+                continue;
+            }
+            if (kPair == 2 && mine == 2) stage[0] = stage[1], mark[0] = mark[1];
+#define MG_STEP(kNew, kOld)                                                                              \
+    do {                                                                                                  \
+        u32 from[2];                                                                                      \
+        float grown[2];                                                                                   \
+        u32 word[2];                                                                                      \
+        wgmma_fence();                                                                                    \
+        _Pragma("unroll") for (int u = 0; u < kNew; ++u) r.scores(r.s[u], ring_k + stage[u] * kUnit);     \
+        wgmma_commit();                                                                                   \
+        _Pragma("unroll") for (int u = 0; u < kNew; ++u) if (mark[u] >= 0) word[u] =                      \
+            masks[mark[u] * 128 + threadIdx.x % 128];                                                     \
+        if constexpr (kOld > 0) {                                                                         \
+            values(from);                                                                                 \
+            wgmma_fence();                                                                                \
+            r.product<kOld>(from);                                                                        \
+            wgmma_commit();                                                                               \
+            if (kPingPong) named_arrive(2 - group, kConsumers);                                           \
+            wgmma_wait<1>();                                                                              \
+        } else {                                                                                          \
+            if (kPingPong) named_arrive(2 - group, kConsumers);                                           \
+            wgmma_wait<0>();                                                                              \
+        }                                                                                                 \
+        if (lane == 0) _Pragma("unroll") for (int u = 0; u < kNew; ++u)                                   \
+            barrier_arrive(empty_k + 8 * stage[u]);                                                       \
+        _Pragma("unroll") for (int u = 0; u < kNew; ++u) if (mark[u] >= 0) r.keep(r.s[u], word[u]);       \
+        const bool moved = r.soften<kNew>(grown, log2_scale);                                             \
+        if constexpr (kOld > 0) {                                                                         \
+            wgmma_wait<0>();                                                                              \
+            release();                                                                                    \
+        }                                                                                                 \
+        r.convert<kNew>();                                                                                \
+        if (kOld > 0 && moved) r.rescale(grown);                                                          \
+    } while (false)
+            if (kPair == 2 && mine == 3) {
+                if (held.mine == 3)
+                    MG_STEP(kPair, kPair);
+                else if (held.mine)
+                    MG_STEP(kPair, 1);
+                else
+                    MG_STEP(kPair, 0);
+            } else {
+                if (kPair == 2 && held.mine == 3)
+                    MG_STEP(1, kPair);
+                else if (held.mine)
+                    MG_STEP(1, 1);
+                else
+                    MG_STEP(1, 0);
+            }
+            held.mine = mine, held.units = units;
+        }
+        flush();
+        if constexpr (!kHeld) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty_q + 8 * group);
+        }
+        const Info done = info;
+        if (done.unit < 0) continue;
+
+        // Normalise; a sink is one more term of the sum, added where the result is final.
+        float total[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float sum = quad_sum(r.l[h]), shrink = 1.f;
+            if (sink != nullptr && done.slot < 0) {
+                const float logit = sink[done.matrix % heads] * kLog2e, reach = fmaxf(r.m[h], logit);
+                if (reach != -kInfinity) {
+                    shrink = exp2_fast(r.m[h] - reach);
+                    sum = sum * shrink + exp2_fast(logit - reach);
+                    r.m[h] = reach;
+                }
+            }
+            const float inverse = sum == 0.f ? 0.f : shrink / sum;
+            total[h] = sum == 0.f ? -kInfinity : (r.m[h] + log2_fast(sum)) * kLn2;
+#pragma unroll
+            for (int i = 0; i < kDim / 2; ++i)
+                if (i / 2 % 2 == h) r.o[i] *= inverse;
+        }
+        const int row = row16 + lane / 4;
+        if (done.slot < 0) {
+            const int first = done.unit * 64 + row;
+            const i64 base = static_cast<i64>(done.matrix) * rows;
+            store_result<kDim, false>(r.o, 1.f, out + base * width, first, rows, 0, width, false);
+            if (lse != nullptr && lane % 4 == 0)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    if (first + 8 * h < rows) lse[base + first + 8 * h] = total[h];
+        } else {
+            const i64 base = (static_cast<i64>(done.matrix) * slots + done.slot) * 64;
+            store_result<kDim, true>(r.o, 1.f, partial_out + base * width, row, 64, 0, width, false);
+            if (lane % 4 == 0)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) partial_lse[base + row + 8 * h] = total[h];
+        }
+    }
+}
