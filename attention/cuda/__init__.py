@@ -1,0 +1,1 @@
+"""The fused attention on CUDA: plans, and the kernels that compute with them."""

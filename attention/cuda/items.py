@@ -1,0 +1,197 @@
+"""Cells as work items: lines in pairs, long ones cut, results to the output or to slots."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import Cells
+
+# Key units of an item that is never cut: a partial result costs about two units.
+SHORTEST, SHORTEST_WIDE = 32, 16
+# A line is long if it has this many halves of the mean line's units ...
+LONG = 5
+# ... unless the pattern has fewer lines than this.
+FEW = 32
+# Steps that one warpgroup takes before the other when both work on one line.
+TURN = 2
+# Bits of key units in sort keys: neighbours and gathered ones.
+KEY_BITS = 26
+
+
+class Lines(NamedTuple):
+    """Units of 64 queries of all distinct patterns; those of neighbours first, by pattern.
+
+    Attributes:
+        pattern: int64 (L,), the distinct pattern of each line.
+        unit: int64 (L,), its query unit; gathered ones from ``PACKED`` on.
+        to_slot: bool (L,), results have to be merged with others.
+        left_out: bool (L,) lines without an item, or None.
+    """
+
+    pattern: Tensor
+    unit: Tensor
+    to_slot: Tensor
+    left_out: Tensor | None
+
+
+class Items(NamedTuple):
+    """Work items of all distinct patterns, by pattern.
+
+    Attributes:
+        items: int32 (I, 8): query unit of each warpgroup (−1 = none), first step, steps, pattern,
+            slot of each warpgroup's result (−1 = the output), 0.
+        steps: int32 (S, 4): key unit, mask for each warpgroup (−1 = all kept, −2 = not its), 0.
+        costs: int32 (I,), what an item costs, in halves of a unit's products.
+        item_counts: items of each pattern.
+        slot_counts: slots of each pattern.
+        slot_line: int64 (slots,), the line each slot belongs to, by pattern and slot.
+        slot_pattern: int64 (slots,).
+    """
+
+    items: Tensor
+    steps: Tensor
+    costs: Tensor
+    item_counts: list[int]
+    slot_counts: list[int]
+    slot_line: Tensor
+    slot_pattern: Tensor
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+def limits(counts: Tensor, pattern: Tensor, patterns: int, D: int) -> Tensor:
+    """int64 (patterns,): units beyond which a line is long, a multiple of 4.
+
+    Depends on the layout and D alone, never on batch or heads.
+    """
+    total = torch.zeros(patterns, dtype=torch.int64, device=counts.device)
+    lines = total.clone()
+    total.index_add_(0, pattern, counts)
+    lines.index_add_(0, pattern, (counts > 0).long())
+    share = torch.minimum(LONG * total // (2 * lines.clamp(min=1)), total // FEW)
+    return (share.clamp(min=SHORTEST if D <= 128 else SHORTEST_WIDE) + 3) // 4 * 4
+
+
+def make_items(cells: Cells, lines: Lines, counts: Tensor, patterns: int, D: int) -> Items:
+    """Pair neighbouring lines, long ones with long ones; cut what is long.
+
+    Args:
+        cells: all cells.
+        lines: all lines.
+        counts: int64 (L,), cells of each line.
+        patterns: number of distinct patterns.
+        D: head dimension.
+    """
+    device = counts.device
+    limit = limits(counts, lines.pattern, patterns, D)
+    kind = 2 * lines.pattern + (counts > limit[lines.pattern])
+    kept = torch.arange(len(counts), device=device)
+    if lines.left_out is not None:
+        kept = (~lines.left_out).nonzero()[:, 0]
+    kept = kept[torch.argsort(kind[kept], stable=True)]
+    kind = kind[kept]
+    members = torch.bincount(kind, minlength=2 * patterns)
+    rank = torch.arange(len(kept), device=device) - _starts(members)[kind]
+    pairs = (members + 1) // 2
+    at = _starts(pairs)[kind] + rank // 2
+    group = rank % 2
+    count = int(pairs.sum())
+    line = torch.full((count, 2), -1, dtype=torch.int64, device=device)
+    line[at, group] = kept
+    kind_of = torch.repeat_interleave(
+        torch.arange(2 * patterns, device=device), pairs, output_size=count
+    )
+    pattern, long = kind_of // 2, kind_of % 2 > 0
+    # A long line without a partner: both warpgroups work on it.
+    alone = long & (line[:, 1] < 0)
+    line[:, 1] = torch.where(alone, line[:, 0], line[:, 1])
+
+    place = torch.full((len(counts),), -1, dtype=torch.int64, device=device)
+    place[kept] = 2 * at + group
+    steps, step_item = _steps(cells, place, alone)
+    long_enough = torch.bincount(step_item, minlength=count)
+    return _cut(steps, long_enough, line, lines, pattern, long, alone, limit, patterns)
+
+
+def _steps(cells: Cells, place: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 (S, 4) steps by item and key unit, and the item of each."""
+    to = place[cells.line]
+    item, group = to >> 1, to & 1
+    key, order = torch.sort((((item << KEY_BITS) + cells.key) << 1) + group)
+    mask, item, group = cells.mask[order], key >> (KEY_BITS + 1), key & 1
+    unit = (key >> 1) & ((1 << KEY_BITS) - 1)
+    fresh = torch.ones_like(key, dtype=torch.bool)
+    # The second warpgroup joins the first one's step with the same key unit.
+    fresh[1:] = (key[1:] >> 1 != key[:-1] >> 1) | (group[1:] == group[:-1])
+    step = fresh.long().cumsum(0) - 1
+    total = int(step[-1]) + 1 if len(step) else 0
+    first = _starts(torch.bincount(item, minlength=len(alone)))
+    turn = (torch.arange(len(item), device=item.device) - first[item]) // TURN % 2
+    group = torch.where(alone[item], turn, group)
+    steps = torch.full((total, 4), -2, dtype=torch.int32, device=item.device)
+    steps[:, 3] = 0
+    steps[step, 0] = unit.to(torch.int32)
+    steps.view(-1)[step * 4 + 1 + group] = mask.to(torch.int32)
+    step_item = torch.empty(total, dtype=torch.int64, device=item.device)
+    step_item[step] = item
+    return steps, step_item
+
+
+def _cut(
+    steps: Tensor,
+    length: Tensor,
+    line: Tensor,
+    lines: Lines,
+    pattern: Tensor,
+    long: Tensor,
+    alone: Tensor,
+    limit: Tensor,
+    patterns: int,
+) -> Items:
+    """Even pieces of the long items, and where results go."""
+    device = steps.device
+    most = torch.where(long, limit[pattern], length.clamp(min=1))
+    cuts = ((length + most - 1) // most).clamp(min=1)
+    # Whole turns of both warpgroups.
+    size = ((length + cuts - 1) // cuts + 2 * TURN - 1) // (2 * TURN) * (2 * TURN)
+    size = torch.where(long, size, length.clamp(min=1))
+    cuts = ((length + size - 1) // size).clamp(min=1)
+    item = torch.repeat_interleave(torch.arange(len(cuts), device=device), cuts)
+    begin = (torch.arange(len(item), device=device) - _starts(cuts)[item]) * size[item]
+    n = torch.minimum(size[item], length[item] - begin)
+    begin = begin + _starts(length)[item]
+    running = torch.zeros(len(steps) + 1, 2, dtype=torch.int64, device=device)
+    torch.cumsum((steps[:, 1:3] != -2).long(), 0, out=running[1:])
+    own = running[begin + n] - running[begin]
+
+    line, pattern = line[item], pattern[item]
+    there = line >= 0
+    unit = torch.where(there, lines.unit[line], -1)
+    slot = there & (lines.to_slot[line] | ((cuts > 1) | alone)[item, None])
+    # Nothing to do and nothing to say.
+    unit = torch.where(slot & (own == 0), -1, unit)
+    slot &= own > 0
+    slot_item, slot_group = slot.nonzero(as_tuple=True)
+    slot_pattern = pattern[slot_item]
+    slots = torch.bincount(slot_pattern, minlength=patterns)
+    number = slot.flatten().long().cumsum(0).view(-1, 2) - 1 - _starts(slots)[pattern, None]
+    number = torch.where(slot, number, -1)
+    items = torch.stack(
+        [
+            unit[:, 0], unit[:, 1], begin, n, pattern, number[:, 0], number[:, 1],
+            torch.zeros_like(n),
+        ],
+        1,
+    )  # fmt: skip
+    counts = torch.stack([torch.bincount(pattern, minlength=patterns), slots]).tolist()
+    # Half of what a warpgroup does hides behind the other; about two units for beginning and end.
+    costs = own.sum(1) + own.amax(1) + 4
+    return Items(
+        items.to(torch.int32), steps, costs.to(torch.int32), counts[0], counts[1],
+        line[slot_item, slot_group], slot_pattern,
+    )  # fmt: skip
