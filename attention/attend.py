@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.formats.arguments import as_flag, as_number
+from mixgrain.formats.costs import Costs
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -20,7 +21,11 @@ from mixgrain.primitives.plans.plan import trust
 
 from .arguments import IMPLS, check_kept, check_key_mask, check_sink, check_tensors
 from .cpu import stride_order
+from .cuda.plan import Plan as CudaPlan
+from .cuda.plan import plan as plan_on_cuda
 from .plan import Plan, plan, plan_nm
+
+_CPU = torch.device("cpu")
 
 Impl = Literal["auto", "fused", "composed", "reference"]
 
@@ -90,9 +95,10 @@ def attend(
         enable_gqa: allow Hq to be a multiple of Hkv.
         sink_logits: (Hq,), an extra term exp(sink) in each denominator.
         return_lse: return the log-sum-exp, too.
-        impl: "fused" one pass with online softmax, O(N · D) memory; "composed" the three
-            primitives, differentiable twice; "reference" dense in float64, O(Nq · Nk); "auto"
-            chooses. An explicit choice runs or raises.
+        impl: "fused" one pass with online softmax, O(N · D) memory (on CUDA float16 and bfloat16
+            on sm_90 for now, without gradients); "composed" the three primitives, differentiable
+            twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses. An explicit choice
+            runs or raises.
 
     Returns:
         o (B, Hq, Nq, Dv) in q's dtype and stride order; with return_lse also lse (B, Hq, Nq),
@@ -118,10 +124,12 @@ def attend(
         scale = 1.0 / math.sqrt(max(q.shape[3], 1))
     scale = as_number("attend", "scale", scale)
     chosen = choose_impl(impl, q.device)
+    if chosen == "fused" and q.device.type == "cuda":
+        chosen = _fused_or(impl, kept, q, k, v, keep, sink)
     if chosen == "fused":
         from .ops import attention
 
-        made = plan_for(kept, nq, nk)
+        made = plan_for(kept, nq, nk, q.device, max(q.shape[3], v.shape[3]))
         o, lse = attention(q, k, v, keep, sink, float(scale), made.tensors, made.ints)
     elif chosen == "composed":
         from .composed import attend_composed
@@ -146,7 +154,7 @@ def choose_impl(impl: str, device: torch.device) -> str:
     """
     if not isinstance(impl, str) or impl not in IMPLS:
         raise UnsupportedError(f"attend: impl={impl!r}; give one of {', '.join(IMPLS)}")
-    exist = {"cpu": ("fused", "composed"), "cuda": ("composed",)}.get(device.type, ())
+    exist = ("fused", "composed") if device.type in ("cpu", "cuda") else ()
     if impl == "auto" and exist:
         return exist[0]
     if impl in exist or impl == "reference":
@@ -158,17 +166,53 @@ def choose_impl(impl: str, device: torch.device) -> str:
     )
 
 
-def static_layout(kept: Pattern | Layout, nq: int, nk: int, device: torch.device) -> Layout:
+def _fused_or(
+    impl: str,
+    kept: Pattern | Layout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    sink: Tensor | None,
+) -> str:
+    """What runs on CUDA: "fused" where its kernels take the call, "composed" else if "auto"."""
+    from .cuda.choice import lacking
+
+    lack = lacking(kept, q, k, v, keep, sink)
+    if lack is None:
+        return "fused"
+    if impl == "auto":
+        return "composed"
+    raise UnsupportedError(f'attend: impl="fused" on CUDA {lack}; use impl="composed"')
+
+
+def static_layout(
+    kept: Pattern | Layout,
+    nq: int,
+    nk: int,
+    device: torch.device,
+    costs: Costs | None = None,
+) -> Layout:
     """A given layout as it is, a static pattern as its mixed layout (remembered)."""
     if isinstance(kept, Layout):
         return kept
-    made: Layout = kept.to_layout("mixed", nq, nk, device=device)
+    made: Layout = kept.to_layout("mixed", nq, nk, device=device, costs=costs)
     _trust(made)
     return made
 
 
-def plan_for(kept: Pattern | Layout, nq: int, nk: int) -> Plan:
-    """The fused plan of a pattern or layout."""
+def plan_for(
+    kept: Pattern | Layout,
+    nq: int,
+    nk: int,
+    device: torch.device = _CPU,
+    D: int = 64,
+) -> Plan | CudaPlan:
+    """The fused plan of a pattern or layout; on CUDA it depends on the head dimension, too."""
+    if device.type == "cuda":
+        from .cuda.choice import split_costs
+
+        return _plan_cuda(static_layout(kept, nq, nk, device, split_costs(D)), D)
     if isinstance(kept, Layout):
         return _plan(kept)
     if not isinstance(kept, NM):
@@ -191,6 +235,11 @@ def _trust(layout: Layout) -> None:
 @constant
 def _plan(layout: Layout, nm: tuple[int, int] = (0, 0)) -> Plan:
     return plan(layout, nm)
+
+
+@constant
+def _plan_cuda(layout: Layout, D: int) -> CudaPlan:
+    return plan_on_cuda(layout, D)
 
 
 @constant

@@ -17,6 +17,10 @@ from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.row import RowLayout
 
 from .attend import choose_impl, static_layout
+from .cuda.choice import WIDEST, split_costs
+from .cuda.plan import Plan as CudaPlan
+from .cuda.plan import count_work
+from .cuda.plan import plan as plan_on_cuda
 from .plan import Plan, plan, plan_nm
 
 
@@ -55,6 +59,7 @@ class Explanation:
         parts: the parts of the layout.
         steps: batches of tiles the fused kernel runs, None where it does not.
         computed: scores it computes, masked and padded ones included; None likewise.
+        plan_bytes: memory that its plan takes; None likewise.
         seconds: predicted forward time of one batch entry and the heads in ``lead``.
         dense_seconds: the same for dense attention.
     """
@@ -70,6 +75,7 @@ class Explanation:
     parts: tuple[Part, ...]
     steps: int | None
     computed: int | None
+    plan_bytes: int | None
     seconds: float
     dense_seconds: float
 
@@ -96,7 +102,7 @@ class Explanation:
             extra = self.computed / self.kept if self.kept else 1.0
             lines.append(
                 f"  computes {self.computed} scores in {self.steps} steps, {extra:.2f} for each "
-                "kept one"
+                f"kept one; its plan takes {self.plan_bytes} bytes"
             )
         verdict = (
             "dense is cheaper: use torch's scaled_dot_product_attention"
@@ -142,9 +148,13 @@ def explain(
             f"explain: {kind_of(pattern_or_layout)} given as the pattern; give a pattern "
             "(mixgrain.patterns) or a Block-, Row- or MixedLayout"
         )
-    costs = costs or (Costs.h200() if where.type == "cuda" else Costs.cpu())
+    on_cuda = where.type == "cuda"
+    split = split_costs(head_dim) if on_cuda else None
+    costs = costs or split or Costs.cpu()
     impl = choose_impl("auto", where)
-    made: Plan | None = None
+    if on_cuda and (isinstance(pattern_or_layout, NM) or head_dim > WIDEST):
+        impl = "composed"
+    made: Plan | CudaPlan | None = None
     if isinstance(pattern_or_layout, NM):
         within = pattern_or_layout.within
         choice = (pattern_or_layout.n, pattern_or_layout.m)
@@ -165,17 +175,20 @@ def explain(
             raise LayoutError(
                 f"explain: {pattern_or_layout!r} for {nq} × {nk}; give the layout's own shape"
             )
-        layout = static_layout(pattern_or_layout, nq, nk, where)
+        layout = static_layout(pattern_or_layout, nq, nk, where, split)
         kept, lead, entries = layout.nnz, layout.lead, layout.entries
-        made = plan(layout) if impl == "fused" else None
+        if impl == "fused":
+            made = plan_on_cuda(layout, head_dim) if on_cuda else plan(layout)
         parts = tuple(_part(part, costs, head_dim) for part in layout.parts)
     reasons = {
-        "fused": "one pass over the kept tiles, O(N · D) memory, forward and backward",
-        "composed": "sddmm, softmax, spmm; no fused kernel exists for this device",
+        "fused": "one pass over the kept tiles, O(N · D) memory, "
+        + ("where no gradient is asked for" if on_cuda else "forward and backward"),
+        "composed": "sddmm, softmax, spmm; no fused kernel exists for this on the device",
     }
     total = nq * nk * entries
     # Two products; a dense kernel keeps its scores in registers.
     dense = 4 * nq * nk * head_dim / costs.dense_flops
+    work = _work(made)
     return Explanation(
         source=repr(pattern_or_layout),
         shape=(nq, nk),
@@ -186,11 +199,23 @@ def explain(
         kept=kept,
         density=kept / total if total else 0.0,
         parts=parts,
-        steps=None if made is None else _steps(made, made.steps.new_ones(made.steps.shape[0])),
-        computed=None if made is None else _steps(made, made.steps[:, 1:4].prod(1)),
+        steps=work[0],
+        computed=work[1],
+        plan_bytes=work[2],
         seconds=sum(part.seconds + costs.launch_seconds for part in parts),
         dense_seconds=dense * entries + costs.launch_seconds,
     )
+
+
+def _work(made: Plan | CudaPlan | None) -> tuple[int | None, int | None, int | None]:
+    """Steps, computed scores and bytes of a plan."""
+    if made is None:
+        return None, None, None
+    if isinstance(made, CudaPlan):
+        return count_work(made)
+    steps = _steps(made, made.steps.new_ones(made.steps.shape[0]))
+    size = sum(t.numel() * t.element_size() for t in made.tensors)
+    return steps, _steps(made, made.steps[:, 1:4].prod(1)), size
 
 
 def _steps(made: Plan, weight: torch.Tensor) -> int:

@@ -34,6 +34,16 @@ _library.define(
 _library.impl("attention", forward, "CPU")
 _library.impl("attention_backward", backward, "CPU")
 
+
+def _on_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # CuPy comes with it: not before the first CUDA tensor.
+    from .cuda.forward import forward as forward_on_cuda
+
+    return forward_on_cuda(*arguments)
+
+
+_library.impl("attention", _on_cuda, "CUDA")
+
 attention = torch.ops.mixgrain.attention.default
 attention_backward = torch.ops.mixgrain.attention_backward.default
 

@@ -22,7 +22,7 @@ head.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,26 @@ def unpack(tensors: list[Tensor], ints: tuple[int, ...]) -> Work:
     rest = ints[8 + entries :]
     n = patterns + 1
     starts = [tuple(rest[i * n : (i + 1) * n]) for i in range(3)]
-    return Work(*tensors, (ints[0], ints[1]), (ints[2], ints[3]), entry, patterns, slots, *starts)
+    named: dict[str, Any] = dict(zip(NAMES, tensors, strict=True))
+    sizes = ((ints[0], ints[1]), (ints[2], ints[3]), entry, patterns, slots, *starts)
+    return Work(**named, **dict(zip(Work._fields[len(NAMES) :], sizes, strict=True)))
+
+
+def count_work(made: Plan) -> tuple[int, int, int]:
+    """Of all entries together: steps of items, scores computed by them and by rows; plan bytes."""
+    work = unpack(*made)
+    times = torch.bincount(torch.tensor(work.entry), minlength=work.patterns)
+
+    def total(each: Tensor, starts: tuple[int, ...]) -> int:
+        of = torch.repeat_interleave(times, torch.tensor(starts).diff())
+        return int((each.cpu().long() * of).sum())
+
+    running = torch.zeros(len(work.steps) + 1, dtype=torch.int64)
+    torch.cumsum((work.steps[:, 1:3] != -2).sum(1).cpu(), 0, out=running[1:])
+    first, steps = work.items[:, 2].cpu().long(), work.items[:, 3].cpu().long()
+    units = total(running[first + steps] - running[first], work.item_starts)
+    entries = total(work.row_items[:, 1], work.row_starts)
+    return total(steps, work.item_starts), units * UNIT * UNIT + entries, made.bytes
 
 
 _plans: LRU[Plan] = LRU(128)

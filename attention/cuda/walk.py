@@ -1,13 +1,18 @@
-"""Which item of which matrix each persistent CTA computes, in which order."""
+"""What depends on the batch: which CTA computes which item of which matrix, in which order."""
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from mixgrain.cuda.errors import CudaError
+from mixgrain.formats.tracing import concretely
 
 from .plan import Work
 
@@ -15,11 +20,33 @@ from .plan import Work
 RESIDENT = 24 << 20
 # Beyond this many tiles, a walk by strides is even enough.
 DEALT = 4096
-_walks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def walk(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -> tuple[Tensor, Tensor]:
-    """The tiles of every CTA, kept with the plan.
+class Tables(NamedTuple):
+    """What the kernels need of a plan for some number of matrices.
+
+    Attributes:
+        starts: int32 (n + 1,), where each CTA's tiles start.
+        tiles: int32 (t, 2), item and matrix ``b * heads + h``.
+        query_patterns: int32 (B, Hq), the distinct pattern of every matrix.
+        key_patterns: int32 (B, Hkv), or (B, Hq) where patterns differ by head.
+        merge_ranges: int32 (B · Hq, 2), first merged row of the matrix's pattern, and how many.
+        row_ranges: int32 (B · Hq, 4), likewise of the row items; first of its row offsets; 0.
+        dead: bool (B or 1, Hkv or 1, nk), values to be zeroed; None if there are none.
+    """
+
+    starts: Tensor
+    tiles: Tensor
+    query_patterns: Tensor
+    key_patterns: Tensor
+    merge_ranges: Tensor
+    row_ranges: Tensor
+    dead: Tensor | None
+
+
+def tables(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -> Tables:
+    """The tables for a batch, kept with the plan.
 
     Args:
         work: the plan.
@@ -27,41 +54,61 @@ def walk(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) ->
         head_bytes: bytes of K and V of one key head.
         ctas: persistent CTAs, at most.
 
-    Returns:
-        int32 (n + 1,), where each CTA's tiles start, and int32 (tiles, 2), item and matrix
-        ``b * heads + h``. Heads whose keys fit L2 together are worked on together, longest items
-        first.
+    Raises:
+        CudaError: first use while a CUDA graph is being captured.
     """
-    kept = _walks.setdefault(work.items, {})
+    kept = _tables.setdefault(work.items, {})
     key = (shape, head_bytes, ctas)
     if key not in kept:
-        kept[key] = _walk(work, shape, head_bytes, ctas)
-    made: tuple[Tensor, Tensor] = kept[key]
+        if work.items.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise CudaError(
+                "attend would be planned while a CUDA graph is captured; plan first: run the same "
+                "call once before the capture"
+            )
+        kept[key] = concretely(lambda: _make(work, shape, head_bytes, ctas))
+    made: Tables = kept[key]
     return made
 
 
-def patterns_of(work: Work, batch: int, heads: int, device: torch.device) -> Tensor:
-    """int64 (B, Hq): the distinct pattern of every matrix."""
-    entry = torch.tensor(work.entry, device=device).view(work.lead)
-    return entry.expand(batch, heads)
+def patterns_of(work: Work, batch: int, heads: int) -> Tensor:
+    """int64 (B, Hq), on the CPU: the distinct pattern of every matrix."""
+    return torch.tensor(work.entry).view(work.lead).expand(batch, heads)
+
+
+def _make(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -> Tables:
+    batch, heads, kv = shape
+    device = work.items.device
+    pattern = patterns_of(work, batch, heads)
+    flat = pattern.flatten()
+    merges, rows = torch.tensor(work.merge_starts), torch.tensor(work.row_starts)
+    zero = torch.zeros_like(flat)
+    merge_ranges = torch.stack([merges[flat], merges.diff()[flat]], 1)
+    row_ranges = torch.stack([rows[flat], rows.diff()[flat], flat * work.shape[0], zero], 1)
+    by_key = pattern if work.lead[1] > 1 else pattern[:, :1].expand(batch, kv)
+    dead = None
+    if work.dead.numel():
+        dead = work.dead[torch.tensor(work.entry, device=device)].view(*work.lead, -1)
+        if work.lead[1] > 1:
+            # A head's value is left alone if any of the queries' heads that share it needs it.
+            dead = dead.unflatten(1, (kv, -1)).all(2)
+    to = functools.partial(Tensor.to, device=device, dtype=torch.int32)
+    starts, tiles = _walk(work, flat, shape, head_bytes, ctas)
+    return Tables(
+        starts, tiles, to(pattern).contiguous(), to(by_key).contiguous(),
+        to(merge_ranges), to(row_ranges), dead,
+    )  # fmt: skip
 
 
 def _walk(
-    work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int
+    work: Work, pattern: Tensor, shape: tuple[int, int, int], head_bytes: int, ctas: int
 ) -> tuple[Tensor, Tensor]:
+    """Heads whose keys fit L2 together are worked on together, longest items first."""
     batch, heads, kv = shape
     device = work.items.device
-    pattern = patterns_of(work, batch, heads, device).flatten()
-    starts = torch.tensor(work.item_starts, device=device)
+    starts = torch.tensor(work.item_starts)
     counts = starts.diff()[pattern]
-    total = sum(
-        n * c
-        for n, c in zip(
-            [b - a for a, b in itertools.pairwise(work.item_starts)],
-            torch.bincount(pattern, minlength=work.patterns).tolist(),
-            strict=True,
-        )
-    )
+    total = int(counts.sum())
+    pattern, starts, counts = (t.to(device) for t in (pattern, starts, counts))
     matrix = torch.repeat_interleave(
         torch.arange(batch * heads, device=device), counts, output_size=total
     )

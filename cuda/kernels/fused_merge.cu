@@ -15,7 +15,11 @@
 
 constexpr int kColumns = (MG_DIM + 127) / 128;  // float4 a lane holds
 
-extern "C" __global__ void __launch_bounds__(128)
+__device__ __forceinline__ float natural_exp(float x) {
+    return kOut == 2 ? expf(x) : __expf(x);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 8)
     fused_merge(out_t *__restrict__ out, float *__restrict__ lse,
                 const float *__restrict__ partial_out, const float *__restrict__ partial_lse,
                 i64 partials, const int2 *__restrict__ ranges, const int *__restrict__ rows,
@@ -46,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(128)
     float total = 0.0f;
     for (int n = first; n < end; ++n) {
         const int source = __ldg(sources + n);
-        const float share = __expf(logs[source] - base);
+        const float share = natural_exp(logs[source] - base);
         if (share == 0.0f) continue;  // nothing was kept there, and nothing may have been written
         total += share;
         const float4 *mine = reinterpret_cast<const float4 *>(from + i64(source) * width);
@@ -61,10 +65,10 @@ extern "C" __global__ void __launch_bounds__(128)
             sum[c].w = fmaf(share, more.w, sum[c].w);
         }
     }
-    if (sink) total += __expf(logit - base);
+    if (sink) total += natural_exp(logit - base);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
     const i64 row = i64(matrix) * nq + __ldg(rows + at);
-    if (lse && lane == 0) lse[row] = total == 0.0f ? -kInfinity : base + __logf(total);
+    if (lse && lane == 0) lse[row] = total == 0.0f ? -kInfinity : base + logf(total);
     out_t *to = out + row * width;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {

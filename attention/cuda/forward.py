@@ -1,0 +1,155 @@
+"""The fused attention forward on CUDA: gathering, the kernels of units and rows, the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.device import facts, using
+from mixgrain.cuda.errors import CudaError
+from mixgrain.cuda.streams import concurrently
+from mixgrain.formats.errors import BackendUnavailableError, UnsupportedError
+from mixgrain.primitives.cuda.block_sm90 import laid_out
+from mixgrain.primitives.cuda.parts import MOST_MATRICES, aligned
+
+from ..cpu import empty_output
+from .cells import UNIT
+from .gather import gather
+from .kernel import fused
+from .merge import merge
+from .plan import Work, unpack
+from .row import rows
+from .walk import Tables, tables
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    sink: Tensor | None,
+    scale: float,
+    plan: Sequence[Tensor],
+    ints: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Attention over the kept positions; arguments and results as of ``attention.cpu.forward``."""
+    try:
+        with using(q.device.index):
+            return _forward(q, k, v, keep, sink, scale, unpack(list(plan), tuple(ints)))
+    except CudaError as error:
+        raise BackendUnavailableError(f"attend: {error}") from error
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    sink: Tensor | None,
+    scale: float,
+    work: Work,
+) -> tuple[Tensor, Tensor]:
+    (batch, heads, nq, _), width = q.shape, v.shape[3]
+    out = empty_output(q, width)
+    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device=q.device)
+    if not lse.numel():
+        return out, lse
+    logits = None if sink is None else sink.float().contiguous()
+    if not k.shape[2] or not width:
+        out.zero_()
+        lse.copy_(torch.full_like(lse, -torch.inf) if logits is None else logits[:, None])
+        return out, lse
+    operands = _aligned(q, k, v, bool(work.items.shape[0]))
+    made = out
+    if operands[2].shape[3] != width or not out.is_contiguous():
+        made = q.new_empty(batch, heads, nq, operands[2].shape[3])
+    if work.lead[0] > 1 and batch * heads > MOST_MATRICES:
+        raise UnsupportedError(
+            f"attend: {batch} batch entries of {heads} heads with patterns of their own; give at "
+            f"most {MOST_MATRICES} matrices at once"
+        )
+    step = max(1, MOST_MATRICES // heads)
+    for first in range(0, batch, step):
+        some = slice(first, first + step)
+        kept = None if keep is None else keep[some]
+        _run(made[some], lse[some], [t[some] for t in operands], kept, logits, scale, work)
+    return (out if made is out else out.copy_(made[..., :width])), lse
+
+
+def _aligned(q: Tensor, k: Tensor, v: Tensor, units: bool) -> list[Tensor]:
+    """Operands whose rows TMA and 16-byte loads can read; the unit kernel wants one width."""
+    width = max(q.shape[3], v.shape[3])
+    if units and q.shape[3] != v.shape[3]:
+        width += -width % 8
+        q, k, v = (torch.nn.functional.pad(t, (0, width - t.shape[3])) for t in (q, k, v))
+    return [laid_out(aligned(t)) for t in (q, k, v)]
+
+
+def _run(
+    out: Tensor,
+    lse: Tensor,
+    operands: list[Tensor],
+    keep: Tensor | None,
+    sink: Tensor | None,
+    scale: float,
+    work: Work,
+) -> None:
+    """Attention of operands the kernels take as they are."""
+    q, k, v = operands
+    batch, heads, _, width = out.shape
+    device = q.device.index
+    head_bytes = k.shape[2] * (k.shape[3] + width) * k.element_size()
+    shape = (batch, heads, k.shape[1])
+    found = tables(work, shape, head_bytes, facts(device).multiprocessors)
+    partial = None
+    if work.slots:
+        size = (batch * heads, work.slots, UNIT)
+        partial = (
+            torch.empty(*size, width, dtype=torch.float32, device=q.device),
+            torch.empty(size, dtype=torch.float32, device=q.device),
+        )
+    jobs: list[Callable[[], None]] = []
+    if work.items.shape[0]:
+        values = _values(v, found, keep)
+        packed = _packed(q, k, values, work, found)
+        jobs.append(
+            lambda: fused(
+                out, lse, q, k, values, found.starts, found.tiles, work.items, work.steps,
+                work.masks, scale, sink, packed, partial,
+            )
+        )  # fmt: skip
+    if work.row_items.shape[0]:
+        jobs.append(
+            lambda: rows(
+                out, lse, partial, q, k, v, keep, scale, work, found.row_ranges, sink
+            )
+        )  # fmt: skip
+    concurrently(device, jobs)
+    if work.merge_rows.shape[0]:
+        assert partial is not None
+        merge(out, lse, partial, work, found.merge_ranges, sink)
+
+
+def _values(v: Tensor, found: Tables, keep: Tensor | None) -> Tensor:
+    """V, zero where units bring along keys that nobody keeps: zero times theirs may be NaN."""
+    if found.dead is not None:
+        v = v.masked_fill(found.dead[..., None], 0)
+    if keep is not None:
+        v = v.masked_fill(~keep[:, None, :, None], 0)
+    return v
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, work: Work, found: Tables
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gathered rows of q, k and v; the tensors themselves where a plan gathers none."""
+    if not (work.key_rows.shape[1] or work.query_rows.shape[1]):
+        return None
+    pq, pk, pv = q, k, v
+    if work.key_rows.shape[1]:
+        pk, pv = gather([k, v], work.key_rows, found.key_patterns)
+    if work.query_rows.shape[1]:
+        (pq,) = gather([q], work.query_rows, found.query_patterns)
+    return pq, pk, pv

@@ -1,0 +1,109 @@
+"""Attention over single entries on CUDA cores."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+from mixgrain.primitives.cuda.parts import CODES
+from mixgrain.primitives.cuda.row import WARPS, spread
+
+from .plan import Work
+
+# CTAs a multiprocessor holds: MG_CTAS, by registers.
+CTAS = 4
+
+
+@functools.lru_cache(maxsize=256)
+def row_request(
+    dtype: torch.dtype, key_pieces: int, value_pieces: int, sink: bool, keep: bool
+) -> Request:
+    """The kernel for rows of K and V of so many pieces of 16 bytes."""
+    pieces = max(key_pieces, value_pieces)
+    lanes, vectors, passes = spread(pieces, 16 // dtype.itemsize)
+    assert passes == 1
+    constants = {
+        "DTYPE": CODES[dtype],
+        "LANES": lanes,
+        "VECTORS": vectors,
+        "EXACT": int(lanes * vectors == key_pieces == value_pieces),
+        "SINK": int(sink),
+        "KEEP": int(keep),
+        "CTAS": CTAS,
+    }
+    return request("fused_row", constants, flush=dtype != torch.float32)
+
+
+def rows(
+    out: Tensor,
+    lse: Tensor,
+    partial: tuple[Tensor, Tensor] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    work: Work,
+    ranges: Tensor,
+    sink: Tensor | None,
+) -> None:
+    """Write the rows, or partial rows, of single entries.
+
+    Args:
+        out: (B, Hq, nq, Dv), contiguous.
+        lse: (B, Hq, nq), float32, contiguous.
+        partial: float32 (B · Hq, slots, 64, Dv) and (B · Hq, slots, 64), contiguous.
+        q: (B, Hq, nq, D), rows 16-byte aligned.
+        k: (B, Hkv, nk, D), likewise; rows less than 4 GiB apart.
+        v: (B, Hkv, nk, Dv), likewise.
+        keep: bool (B, nk), or None.
+        scale: multiplies scores.
+        work: the plan.
+        ranges: int32 (B · Hq, 4), first item of each matrix's pattern, their number, first of its
+            row offsets, 0.
+        sink: float32 (Hq,), or None.
+    """
+    batch, heads, nq, _ = q.shape
+    size, device = q.element_size(), q.device.index
+    pieces = k.shape[3] * size // 16, v.shape[3] * size // 16
+    most = max(b - a for a, b in zip(work.row_starts[:-1], work.row_starts[1:], strict=True))
+    # A few items for each warp, so that their loads overlap; one head after the other in L2.
+    ctas = min(-(-most // WARPS), 4 * CTAS * facts(device).multiprocessors)
+    wanted = row_request(q.dtype, *pieces, sink is not None, keep is not None)
+    kernel(wanted, device)(
+        (ctas, batch * heads),
+        32 * WARPS,
+        (
+            out.data_ptr(),
+            lse.data_ptr(),
+            0 if partial is None else partial[0].data_ptr(),
+            0 if partial is None else partial[1].data_ptr(),
+            np.int64(0 if partial is None else partial[1].shape[1] * partial[1].shape[2]),
+            q.data_ptr(),
+            *map(np.int64, q.stride()[:3]),
+            k.data_ptr(),
+            *map(np.int64, k.stride()[:2]),
+            np.uint32(k.stride(2) * size),
+            v.data_ptr(),
+            *map(np.int64, v.stride()[:2]),
+            np.uint32(v.stride(2) * size),
+            0 if keep is None else keep.data_ptr(),
+            *map(np.int64, (0, 0) if keep is None else keep.stride()),
+            ranges.data_ptr(),
+            work.row_items.data_ptr(),
+            work.row_offsets.data_ptr(),
+            work.columns.data_ptr(),
+            0 if sink is None else sink.data_ptr(),
+            np.int32(heads),
+            np.int32(heads // k.shape[1]),
+            np.int32(nq),
+            *map(np.int32, pieces),
+            np.float32(scale),
+        ),
+    )
