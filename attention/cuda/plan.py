@@ -99,7 +99,8 @@ def unpack(tensors: list[Tensor], ints: tuple[int, ...]) -> Work:
     starts = [tuple(rest[i * n : (i + 1) * n]) for i in range(3)]
     named: dict[str, Any] = dict(zip(NAMES, tensors, strict=True))
     sizes = ((ints[0], ints[1]), (ints[2], ints[3]), entry, patterns, slots, *starts)
-    return Work(**named, **dict(zip(Work._fields[len(NAMES) :], sizes, strict=True)))
+    named.update(zip(Work._fields[len(NAMES) :], sizes, strict=True))
+    return Work(**named)
 
 
 def count_work(made: Plan) -> tuple[int, int, int]:
