@@ -26,8 +26,8 @@ class Cut(NamedTuple):
 
     Attributes:
         dim: head dimension compiled for.
-        stages: key units that each ring holds, one ring for K, one for V.
-        pair: key units that a warpgroup takes at a time.
+        stages: pairs of key units that each ring holds, one ring for K, one for V.
+        pair: key units that a warpgroup takes at a time, 1 or 2.
         pingpong: whether the warpgroups take turns at the tensor cores.
     """
 
@@ -44,13 +44,13 @@ class Cut(NamedTuple):
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        return (GROUPS + 2 * self.stages) * -(-self.dim // 64) * 8192 + 1024
+        return (GROUPS + 2 * self.stages * self.pair) * -(-self.dim // 64) * 8192 + 1024
 
 
 def cut(width: int) -> Cut:
     """The cut for a head dimension, 8 … 256."""
     dim = next(d for d in DIMS if d >= width)
-    stages = {32: 8, 64: 8, 96: 6, 128: 6, 192: 3, 256: 2}[dim]
+    stages = {32: 6, 64: 6, 96: 3, 128: 3, 192: 3, 256: 2}[dim]
     return Cut(dim, stages, 1 if dim > 128 else 2, True)
 
 

@@ -14,7 +14,7 @@
 //   grid   persistent CTAs that walk their tiles
 //   block  128 consumers for each of two query units + a producer warpgroup, which gives its registers
 //          away
-//   smem   Q of both units; rings of kStages units of K and of V
+//   smem   Q of both units; rings of kStages pairs of units of K and of V
 //   floor  4 · 64 · 64 · D FLOP a kept unit and warpgroup at 800 TFLOP/s
 //   needs  sm_90a, width % 8 == 0, 16-byte aligned rows
 //
@@ -32,20 +32,21 @@ constexpr bool kPingPong = MG_PINGPONG;
 constexpr int kGroups = 2, kConsumers = 128 * kGroups;
 static_assert(kDim % 32 == 0 && kDim <= 256, "DIM must be a multiple of 32, at most 256");
 static_assert(kPair == 1 || kPair == 2, "PAIR must be 1 or 2");
-static_assert(kStages >= 2 * kPair, "rings of at least two pairs");
+static_assert(kStages >= 2, "rings of at least two pairs");
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
-constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel;
+constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStage = kPair * kUnit;
 constexpr bool kHeld = kDim <= 128;  // Q in registers
 constexpr int kPacked = 1 << 24;
 constexpr float kSlack = 8.f, kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct alignas(16) Info {
     int unit, count, slot, matrix;
+    int first, mark[2], spare;
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ __forceinline__ float log2_fast(float x) {
@@ -70,9 +71,6 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A value that all lanes of the warp hold, so that the compiler knows.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
-
 // A ring of stages: the stage that comes next and the parity of its round.
 struct Ring {
     u32 stage = 0, parity;
@@ -81,6 +79,15 @@ struct Ring {
         if (++stage == kStages) stage = 0, parity ^= 1;
     }
 };
+
+// A value that all lanes of the warp hold, in a uniform register; what follows from it by addition stays
+// in those. ptxas would see through a shuffle of a value that it knows to be the same everywhere and then
+// move every descriptor from an ordinary register, so that something is added that might differ: 0.
+__device__ __forceinline__ u32 uniform(u32 x) {
+    u32 lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return __shfl_sync(0xFFFFFFFFu, x + (lane >> 5), 0);
+}
 
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
@@ -101,22 +108,27 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
     }
-    // Issues S = Q Kᵀ of one unit.
-    __device__ __forceinline__ void scores(float (&to)[32], u32 from) {
+    // Issues S = Q Kᵀ of one or two units.
+    template <int kUnits> __device__ __forceinline__ void scores(u32 from) {
+        const u64 first = wgmma_descriptor(uniform(from), 1);
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-            const u64 right = wgmma_descriptor(from + d / 4 * kPanel + d % 4 * 32, 1);
-            if constexpr (kHeld)
-                Wgmma<64>::rs<0>(to, q[d], right, d > 0);
-            else
-                Wgmma<64>::ss<0, 0>(to, wgmma_descriptor(q_at + d / 4 * kPanel + d % 4 * 32, 1), right, d > 0);
-        }
+        for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int d = 0; d < kDepth; ++d) {
+                const u32 step = d / 4 * kPanel + d % 4 * 32;
+                const u64 right = first + (u * kUnit + step) / 16;
+                if constexpr (kHeld)
+                    Wgmma<64>::rs<0>(s[u], q[d], right, d > 0);
+                else
+                    Wgmma<64>::ss<0, 0>(s[u], wgmma_descriptor(q_at, 1) + step / 16, right, d > 0);
+            }
     }
     // Issues O += P V of one or two units.
-    template <int kUnits> __device__ __forceinline__ void product(const u32 (&from)[2]) {
+    template <int kUnits> __device__ __forceinline__ void product(u32 from) {
+        const u64 first = wgmma_descriptor(uniform(from), kPanel);
 #pragma unroll
         for (int d = 0; d < 4 * kUnits; ++d)
-            Wgmma<kDim>::template rs<1>(o, p[d], wgmma_descriptor(from[d / 4] + d % 4 * 2048, kPanel));
+            Wgmma<kDim>::template rs<1>(o, p[d], first + (d / 4 * kUnit + d % 4 * 2048) / 16);
     }
     __device__ __forceinline__ static void keep(float (&x)[32], u32 word) {
 #pragma unroll
@@ -128,15 +140,19 @@ struct Rows {
     // Exponentials of scores in place; `grown`: what the accumulators have to be multiplied by, and
     // whether any lane of the warp needs it.
     template <int kUnits> __device__ __forceinline__ bool soften(float (&grown)[2], float log2_scale) {
-        float top[2] = {-kInfinity, -kInfinity}, base[2];
+        // Four maxima a row: a chain of 32 would take longer than the exponentials.
+        float top[2][4], base[2];
         bool moved = false;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-            for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[u][i]);
+            for (int i = 0; i < 32; ++i) {
+                float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+                t = u == 0 && i < 8 ? s[u][i] : fmaxf(t, s[u][i]);
+            }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const float reach = quad_max(top[h]) * log2_scale;
+            const float reach = quad_max(fmaxf(fmaxf(top[h][0], top[h][1]), fmaxf(top[h][2], top[h][3]))) * log2_scale;
             const bool far = reach > m[h] + kSlack;
             grown[h] = far ? exp2_fast(m[h] - reach) : 1.f;
             m[h] = far ? reach : m[h];
@@ -153,6 +169,12 @@ struct Rows {
             }
         return __any_sync(0xFFFFFFFFu, moved);
     }
+    // Holds what follows back until the exponentials are there: ptxas would put the wait for the product
+    // that they are to run beside before them, but not before a trap that depends on them. No sum of
+    // exponentials is negative.
+    __device__ __forceinline__ void settle() const {
+        asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}\n" ::"f"(l[0] + l[1]) : "memory");
+    }
     template <int kUnits> __device__ __forceinline__ void convert() {
 #pragma unroll
         for (int d = 0; d < 4 * kUnits; ++d)
@@ -164,12 +186,6 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
     }
-};
-
-// Units whose stages a warpgroup holds: how many, which of them are its (bits), their stages.
-struct Held {
-    int units = 0, mine = 0;
-    u32 stage[2];
 };
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
@@ -184,11 +200,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                float *__restrict__ partial_out, float *__restrict__ partial_lse, int slots) {
     extern __shared__ u8 raw[];
     const u32 q_at = (shared_address(raw) + 1023) & ~1023u;
-    const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kUnit;
+    const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kStage;
     __shared__ alignas(8) u64 barriers[4 * kStages + 2 * kGroups];
     // By turns: an item's stands until its results are written.
     __shared__ Info infos[2][kGroups];
-    __shared__ int marks[kStages][kGroups];
     const u32 full_k = shared_address(barriers), empty_k = full_k + 8 * kStages;
     const u32 full_v = empty_k + 8 * kStages, empty_v = full_v + 8 * kStages;
     const u32 full_q = empty_v + 8 * kStages, empty_q = full_q + 8 * kGroups;
@@ -216,65 +231,69 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         // V follows K a pair behind, across items too.
         int late[kPair], late_units = 0, late_h = 0, late_b = 0;
         const auto follow = [&] {
+            if (late_units == 0) return;
+            barrier_wait(empty_v + 8 * v.stage, v.parity);
+            barrier_expect(full_v + 8 * v.stage, late_units * kUnit);
 #pragma unroll
             for (int u = 0; u < kPair; ++u)
                 if (u < late_units) {
                     const bool packed = late[u] >= kPacked;
-                    barrier_wait(empty_v + 8 * v.stage, v.parity);
-                    barrier_expect(full_v + 8 * v.stage, kUnit);
 #pragma unroll
                     for (int p = 0; p < kPanels; ++p)
-                        tma_load(ring_v + v.stage * kUnit + p * kPanel, packed ? packed_v_map : v_map,
+                        tma_load(ring_v + v.stage * kStage + u * kUnit + p * kPanel, packed ? packed_v_map : v_map,
                                  full_v + 8 * v.stage, 64 * p, (late[u] & (kPacked - 1)) * 64,
                                  packed ? late_h / packed_ratio : late_h / ratio, late_b);
-                    v.advance();
                 }
+            v.advance();
         };
         for (int t = starts[blockIdx.x], end = starts[blockIdx.x + 1]; t < end; ++t) {
             const int2 tile = tiles[t];
             const int4 head = items[2 * tile.x], tail = items[2 * tile.x + 1];
             const int b = tile.y / heads, h = tile.y % heads;
+            int unit[kPair], at = head.z;
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
-                const int unit = g ? head.y : head.x;
+                const int rows_at = g ? head.y : head.x, *marks = reinterpret_cast<const int *>(steps + at) + 1 + g;
                 barrier_wait(empty_q + 8 * g, parity_q);
-                infos[parity_q][g] = Info{unit, head.w, g ? tail.z : tail.y, tile.y};
-                if (unit < 0) {
+                infos[parity_q][g] = Info{rows_at, head.w, g ? tail.z : tail.y, tile.y, at,
+                                          {head.w > 0 ? marks[0] : -2, kPair == 2 && head.w > 1 ? marks[4] : -2}};
+                if (rows_at < 0) {
                     barrier_arrive(full_q + 8 * g);
                     continue;
                 }
                 barrier_expect(full_q + 8 * g, kUnit);
 #pragma unroll
                 for (int p = 0; p < kPanels; ++p)
-                    tma_load(q_at + g * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map,
-                             full_q + 8 * g, 64 * p, (unit & (kPacked - 1)) * 64, h, b);
+                    tma_load(q_at + g * kUnit + p * kPanel, rows_at >= kPacked ? packed_q_map : q_map,
+                             full_q + 8 * g, 64 * p, (rows_at & (kPacked - 1)) * 64, h, b);
             }
             parity_q ^= 1;
-            const int4 *at = steps + head.z, *const stop = at + head.w;
-            while (at < stop) {
-                const int units = min(kPair, static_cast<int>(stop - at));
-                int now[kPair];
+#pragma unroll
+            for (int u = 0; u < kPair; ++u)
+                if (u < head.w) unit[u] = steps[at + u].x;
+            for (int left = head.w; left > 0;) {
+                const int units = min(kPair, left);
+                at += units, left -= units;
+                barrier_wait(empty_k + 8 * k.stage, k.parity);
+                barrier_expect(full_k + 8 * k.stage, units * kUnit);
 #pragma unroll
                 for (int u = 0; u < kPair; ++u)
                     if (u < units) {
-                        const int4 step = at[u];
-                        now[u] = step.x;
-                        const bool packed = step.x >= kPacked;
-                        barrier_wait(empty_k + 8 * k.stage, k.parity);
-                        marks[k.stage][0] = step.y, marks[k.stage][1] = step.z;
-                        barrier_expect(full_k + 8 * k.stage, kUnit);
+                        const bool packed = unit[u] >= kPacked;
 #pragma unroll
                         for (int p = 0; p < kPanels; ++p)
-                            tma_load(ring_k + k.stage * kUnit + p * kPanel, packed ? packed_k_map : k_map,
-                                     full_k + 8 * k.stage, 64 * p, (step.x & (kPacked - 1)) * 64,
+                            tma_load(ring_k + k.stage * kStage + u * kUnit + p * kPanel, packed ? packed_k_map : k_map,
+                                     full_k + 8 * k.stage, 64 * p, (unit[u] & (kPacked - 1)) * 64,
                                      packed ? h / packed_ratio : h / ratio, b);
-                        k.advance();
                     }
+                k.advance();
                 follow();
 #pragma unroll
-                for (int u = 0; u < kPair; ++u) late[u] = now[u];
+                for (int u = 0; u < kPair; ++u) {
+                    late[u] = unit[u];
+                    if (u < left) unit[u] = steps[at + u].x;
+                }
                 late_units = units, late_h = h, late_b = b;
-                at += units;
             }
         }
         follow();
@@ -284,49 +303,27 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int group = warp / 4, row16 = warp % 4 * 16;
     const float log2_scale = scale * kLog2e;
-    Ring k(0), v(0);
+    Ring ring(0);  // of K; V's goes the same way, a pair behind
     u32 parity_q = 0;
     Rows r;
-    Held held;
+    // Whether the P of a pair stands in r.p, and the stage and parity of its V.
+    bool held = false;
+    u32 held_stage = 0, held_parity = 0;
     if (kPingPong && group == 1) named_arrive(1, kConsumers);
 
-    // Waits for V of the held units; where those that are ours lie.
-    const auto values = [&](u32(&from)[2]) {
-#pragma unroll
-        for (int u = 0; u < kPair; ++u)
-            if (u < held.units) {
-                barrier_wait(full_v + 8 * v.stage, v.parity);
-                held.stage[u] = v.stage;
-                v.advance();
-            }
-        from[0] = ring_v + (kPair == 2 && held.mine == 2 ? held.stage[1] : held.stage[0]) * kUnit;
-        from[1] = ring_v + held.stage[kPair - 1] * kUnit;
-    };
-    const auto release = [&] {
-        if (lane == 0)
-#pragma unroll
-            for (int u = 0; u < kPair; ++u)
-                if (u < held.units) barrier_arrive(empty_v + 8 * held.stage[u]);
-        held.units = held.mine = 0;
-    };
-    // P V of the held units with nothing beside it.
+    // P V of kUnits units with nothing beside it.
+#define MG_PRODUCT(kUnits, from, at, turn)                                                               \
+    do {                                                                                                  \
+        barrier_wait(full_v + 8 * (at), turn);                                                            \
+        wgmma_fence();                                                                                    \
+        r.product<kUnits>(from);                                                                          \
+        wgmma_commit();                                                                                   \
+        wgmma_wait<0>();                                                                                  \
+        if (lane == 0) barrier_arrive(empty_v + 8 * (at));                                                \
+    } while (false)
     const auto flush = [&] {
-        u32 from[2];
-        if (held.mine) {
-            values(from);
-            if (kPair == 2 && held.mine == 3) {
-                wgmma_fence();
-                r.product<kPair>(from);
-                wgmma_commit();
-                wgmma_wait<0>();
-            } else {
-                wgmma_fence();
-                r.product<1>(from);
-                wgmma_commit();
-                wgmma_wait<0>();
-            }
-            release();
-        }
+        if (held) MG_PRODUCT(kPair, ring_v + held_stage * kStage, held_stage, held_parity);
+        held = false;
     };
 
     for (int t = starts[blockIdx.x], end = starts[blockIdx.x + 1]; t < end; ++t) {
@@ -334,87 +331,84 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         const Info &info = infos[parity_q ^ 1][group];
         parity_q ^= 1;
         r.start(q_at + group * kUnit, row16);
+        const int *at = reinterpret_cast<const int *>(steps + info.first) + 1 + group;
+        int mark[2] = {info.mark[0], info.mark[1]};
+        int left = info.count;
         if constexpr (kHeld) {
             __syncwarp();
             if (lane == 0) barrier_arrive(empty_q + 8 * group);
         }
-        for (int left = uniform(info.count); left > 0;) {
-            const int units = min(kPair, left);
-            left -= units;
-            // Which of the units are ours; the others' stages go back at once.
-            u32 stage[2] = {0, 0};
-            int mark[2] = {-2, -2}, mine = 0;
+        while (left > 0) {
+            left -= kPair;
+            at += 4 * kPair;
+            const int mine = (mark[0] != -2) + (mark[1] != -2 ? 2 : 0);
+            const u32 stage = ring.stage, parity = ring.parity;
+            ring.advance();
+            // The next pair's marks, asked for a pair ahead: their latency would stand between products.
+            int coming[2] = {-2, -2};
 #pragma unroll
             for (int u = 0; u < kPair; ++u)
-                if (u < units) {
-                    barrier_wait(full_k + 8 * k.stage, k.parity);
-                    stage[u] = k.stage;
-                    mark[u] = uniform(marks[k.stage][group]);
-                    if (mark[u] != -2)
-                        mine |= 1 << u;
-                    else if (lane == 0)
-                        barrier_arrive(empty_k + 8 * k.stage);
-                    k.advance();
-                }
+                if (u < left) coming[u] = __ldg(at + 4 * u);
+            const u32 keys = ring_k + stage * kStage, values = ring_v + held_stage * kStage;
+            barrier_wait(full_k + 8 * stage, parity);
             if (kPingPong) named_barrier(1 + group, kConsumers);
             if (!mine) {
+                if (lane == 0) barrier_arrive(empty_k + 8 * stage);
                 flush();
                 if (kPingPong) named_arrive(2 - group, kConsumers);
-                u32 from[2];
-                held.units = units;
-                values(from);
-                release();
+                barrier_wait(full_v + 8 * stage, parity);
+                if (lane == 0) barrier_arrive(empty_v + 8 * stage);
+                mark[0] = coming[0], mark[1] = coming[1];
                 continue;
             }
-            if (kPair == 2 && mine == 2) stage[0] = stage[1], mark[0] = mark[1];
 #define MG_STEP(kNew, kOld)                                                                              \
     do {                                                                                                  \
-        u32 from[2];                                                                                      \
         float grown[2];                                                                                   \
-        u32 word[2];                                                                                      \
+        u32 word[2] = {~0u, ~0u};                                                                         \
+        const u32 from = keys + (kNew < kPair && mine == 2 ? kUnit : 0);                                  \
         wgmma_fence();                                                                                    \
-        _Pragma("unroll") for (int u = 0; u < kNew; ++u) r.scores(r.s[u], ring_k + stage[u] * kUnit);     \
+        r.scores<kNew>(from);                                                                             \
         wgmma_commit();                                                                                   \
-        _Pragma("unroll") for (int u = 0; u < kNew; ++u) if (mark[u] >= 0) word[u] =                      \
-            masks[mark[u] * 128 + threadIdx.x % 128];                                                     \
         if constexpr (kOld > 0) {                                                                         \
-            values(from);                                                                                 \
+            barrier_wait(full_v + 8 * held_stage, held_parity);                                           \
             wgmma_fence();                                                                                \
-            r.product<kOld>(from);                                                                        \
+            r.product<kOld>(values);                                                                      \
             wgmma_commit();                                                                               \
-            if (kPingPong) named_arrive(2 - group, kConsumers);                                           \
-            wgmma_wait<1>();                                                                              \
-        } else {                                                                                          \
-            if (kPingPong) named_arrive(2 - group, kConsumers);                                           \
-            wgmma_wait<0>();                                                                              \
         }                                                                                                 \
-        if (lane == 0) _Pragma("unroll") for (int u = 0; u < kNew; ++u)                                   \
-            barrier_arrive(empty_k + 8 * stage[u]);                                                       \
-        _Pragma("unroll") for (int u = 0; u < kNew; ++u) if (mark[u] >= 0) r.keep(r.s[u], word[u]);       \
+        if (kPingPong) named_arrive(2 - group, kConsumers);                                               \
+        const int first = kNew < kPair && mine == 2 ? mark[1] : mark[0], second = kNew == 1 ? -1 : mark[1];  \
+        const bool masked = max(first, second) >= 0;                                                      \
+        if (masked) {                                                                                     \
+            if (first >= 0) word[0] = __ldg(masks + first * 128 + threadIdx.x % 128);                     \
+            if (second >= 0) word[1] = __ldg(masks + second * 128 + threadIdx.x % 128);                   \
+        }                                                                                                 \
+        wgmma_wait<(kOld > 0)>();                                                                         \
+        if (lane == 0) barrier_arrive(empty_k + 8 * stage);                                               \
+        if (masked) _Pragma("unroll") for (int u = 0; u < kNew; ++u) r.keep(r.s[u], word[u]);             \
         const bool moved = r.soften<kNew>(grown, log2_scale);                                             \
         if constexpr (kOld > 0) {                                                                         \
+            r.settle();                                                                                   \
             wgmma_wait<0>();                                                                              \
-            release();                                                                                    \
+            if (lane == 0) barrier_arrive(empty_v + 8 * held_stage);                                      \
         }                                                                                                 \
         r.convert<kNew>();                                                                                \
-        if (kOld > 0 && moved) r.rescale(grown);                                                          \
+        if (moved) r.rescale(grown);                                                                      \
     } while (false)
-            if (kPair == 2 && mine == 3) {
-                if (held.mine == 3)
+            if (mine == (1 << kPair) - 1) {
+                if (held)
                     MG_STEP(kPair, kPair);
-                else if (held.mine)
-                    MG_STEP(kPair, 1);
                 else
                     MG_STEP(kPair, 0);
+                held = true, held_stage = stage, held_parity = parity;
             } else {
-                if (kPair == 2 && held.mine == 3)
+                if (held)
                     MG_STEP(1, kPair);
-                else if (held.mine)
-                    MG_STEP(1, 1);
                 else
                     MG_STEP(1, 0);
+                MG_PRODUCT(1, ring_v + stage * kStage + (mine == 2 ? kUnit : 0), stage, parity);
+                held = false;
             }
-            held.mine = mine, held.units = units;
+            mark[0] = coming[0], mark[1] = coming[1];
         }
         flush();
         if constexpr (!kHeld) {
