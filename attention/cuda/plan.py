@@ -13,7 +13,7 @@
       dead              bool (U, nk): keys nobody keeps inside kept units, or empty
       costs             int32 (I,)
     ints                nq, nk, b, h, 0, 0, entry …, U, slots, then for items, merge_rows and
-                        row_items U + 1 starts each
+                        row_items U + 1 starts each, and the longer row items of each pattern
 
 A plan depends on the layout and the head dimension alone: results depend on no other batch entry or
 head.
@@ -87,6 +87,7 @@ class Work(NamedTuple):
     item_starts: tuple[int, ...]
     merge_starts: tuple[int, ...]
     row_starts: tuple[int, ...]
+    row_longer: tuple[int, ...]
 
 
 def unpack(tensors: list[Tensor], ints: tuple[int, ...]) -> Work:
@@ -97,6 +98,7 @@ def unpack(tensors: list[Tensor], ints: tuple[int, ...]) -> Work:
     rest = ints[8 + entries :]
     n = patterns + 1
     starts = [tuple(rest[i * n : (i + 1) * n]) for i in range(3)]
+    starts.append(tuple(rest[3 * n :]))
     named: dict[str, Any] = dict(zip(NAMES, tensors, strict=True))
     sizes = ((ints[0], ints[1]), (ints[2], ints[3]), entry, patterns, slots, *starts)
     named.update(zip(Work._fields[len(NAMES) :], sizes, strict=True))
@@ -185,6 +187,7 @@ def build(layout: Layout, D: int) -> Plan:
     ints = [nq, nk, *layout.lead, 0, 0, *layout.entry, patterns, max(slots)]
     for sizes in (made.item_counts, merged, rows.counts):
         ints += [0, *itertools.accumulate(sizes)]
+    ints += rows.longer
     return Plan([t.contiguous() for t in tensors], tuple(ints))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -16,15 +17,21 @@ from mixgrain.primitives.cuda.row import WARPS, spread
 
 from .plan import Work
 
-# CTAs a multiprocessor holds: MG_CTAS, by registers.
+# CTAs a multiprocessor holds, by registers; with several pieces a lane one less.
 CTAS = 4
 
 
 @functools.lru_cache(maxsize=256)
 def row_request(
-    dtype: torch.dtype, key_pieces: int, value_pieces: int, sink: bool, keep: bool
+    dtype: torch.dtype,
+    key_pieces: int,
+    value_pieces: int,
+    sink: bool,
+    keep: bool,
+    short: bool,
+    early: bool = True,
 ) -> Request:
-    """The kernel for rows of K and V of so many pieces of 16 bytes."""
+    """The kernel for rows of K and V of so many pieces of 16 bytes; for items of a few keys."""
     pieces = max(key_pieces, value_pieces)
     lanes, vectors, passes = spread(pieces, 16 // dtype.itemsize)
     assert passes == 1
@@ -35,7 +42,9 @@ def row_request(
         "EXACT": int(lanes * vectors == key_pieces == value_pieces),
         "SINK": int(sink),
         "KEEP": int(keep),
-        "CTAS": CTAS,
+        "SHORT": int(short),
+        "EARLY": int(early),
+        "CTAS": CTAS if vectors == 1 else CTAS - 1,
     }
     return request("fused_row", constants, flush=dtype != torch.float32)
 
@@ -65,45 +74,50 @@ def rows(
         keep: bool (B, nk), or None.
         scale: multiplies scores.
         work: the plan.
-        ranges: int32 (B · Hq, 4), first item of each matrix's pattern, their number, first of its
-            row offsets, 0.
+        ranges: int32 (2, B · Hq, 4), first longer item of each matrix's pattern, their number,
+            first of its row offsets, 0; the same of short items.
         sink: float32 (Hq,), or None.
     """
     batch, heads, nq, _ = q.shape
     size, device = q.element_size(), q.device.index
     pieces = k.shape[3] * size // 16, v.shape[3] * size // 16
-    most = max(b - a for a, b in zip(work.row_starts[:-1], work.row_starts[1:], strict=True))
-    # A few items for each warp, so that their loads overlap; one head after the other in L2.
-    ctas = min(-(-most // WARPS), 4 * CTAS * facts(device).multiprocessors)
-    wanted = row_request(q.dtype, *pieces, sink is not None, keep is not None)
-    kernel(wanted, device)(
-        (ctas, batch * heads),
-        32 * WARPS,
-        (
-            out.data_ptr(),
-            lse.data_ptr(),
-            0 if partial is None else partial[0].data_ptr(),
-            0 if partial is None else partial[1].data_ptr(),
-            np.int64(0 if partial is None else partial[1].shape[1] * partial[1].shape[2]),
-            q.data_ptr(),
-            *map(np.int64, q.stride()[:3]),
-            k.data_ptr(),
-            *map(np.int64, k.stride()[:2]),
-            np.uint32(k.stride(2) * size),
-            v.data_ptr(),
-            *map(np.int64, v.stride()[:2]),
-            np.uint32(v.stride(2) * size),
-            0 if keep is None else keep.data_ptr(),
-            *map(np.int64, (0, 0) if keep is None else keep.stride()),
-            ranges.data_ptr(),
-            work.row_items.data_ptr(),
-            work.row_offsets.data_ptr(),
-            work.columns.data_ptr(),
-            0 if sink is None else sink.data_ptr(),
-            np.int32(heads),
-            np.int32(heads // k.shape[1]),
-            np.int32(nq),
-            *map(np.int32, pieces),
-            np.float32(scale),
-        ),
-    )
+    sizes = [b - a for a, b in itertools.pairwise(work.row_starts)]
+    short = max(n - m for n, m in zip(sizes, work.row_longer, strict=True))
+    for few, most in ((False, max(work.row_longer)), (True, short)):
+        wanted = row_request(q.dtype, *pieces, sink is not None, keep is not None, few)
+        lanes = dict(wanted.constants)["LANES"] if few else 32
+        # A few items for each warp, so that their loads overlap; one head after the other in L2.
+        ctas = min(-(-most * lanes // (32 * WARPS)), 4 * CTAS * facts(device).multiprocessors)
+        if not ctas:
+            continue
+        kernel(wanted, device)(
+            (ctas, batch * heads),
+            32 * WARPS,
+            (
+                out.data_ptr(),
+                lse.data_ptr(),
+                0 if partial is None else partial[0].data_ptr(),
+                0 if partial is None else partial[1].data_ptr(),
+                np.int64(0 if partial is None else partial[1].shape[1] * partial[1].shape[2]),
+                q.data_ptr(),
+                *map(np.int64, q.stride()[:3]),
+                k.data_ptr(),
+                *map(np.int64, k.stride()[:2]),
+                np.uint32(k.stride(2) * size),
+                v.data_ptr(),
+                *map(np.int64, v.stride()[:2]),
+                np.uint32(v.stride(2) * size),
+                0 if keep is None else keep.data_ptr(),
+                *map(np.int64, (0, 0) if keep is None else keep.stride()),
+                ranges[int(few)].data_ptr(),
+                work.row_items.data_ptr(),
+                work.row_offsets.data_ptr(),
+                work.columns.data_ptr(),
+                0 if sink is None else sink.data_ptr(),
+                np.int32(heads),
+                np.int32(heads // k.shape[1]),
+                np.int32(nq),
+                *map(np.int32, pieces),
+                np.float32(scale),
+            ),
+        )

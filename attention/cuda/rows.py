@@ -12,6 +12,8 @@ from mixgrain.formats.row import RowLayout
 from .cells import UNIT
 from .panels import Gathered
 
+# An item of at most this many positions is one of several that a warp takes (fused_row.cu: kSteps).
+SHORT = 8
 # Kept positions of one item. Longer rows are cut, so that none holds up the end.
 ITEM = 512
 
@@ -23,6 +25,7 @@ class Rows(NamedTuple):
         items: int32 (NI, 4): row, kept positions, partial row its result goes to (−1 = the output),
             first position counted from the row's first.
         counts: items of each pattern.
+        longer: those of them with more than ``SHORT`` positions, which come first.
         partials: partial rows of each pattern.
         merged: int64 (n,), ``pattern * nq + row`` of each partial row.
         source: int64 (n,), its number; those of a pattern follow its slots.
@@ -30,6 +33,7 @@ class Rows(NamedTuple):
 
     items: Tensor
     counts: list[int]
+    longer: list[int]
     partials: list[int]
     merged: Tensor
     source: Tensor
@@ -58,7 +62,7 @@ def row_items(
     empty = torch.zeros(0, dtype=torch.int64, device=device)
     if rest is None:
         zero = [0] * patterns
-        return Rows(empty.to(torch.int32).view(0, 4), zero, zero, empty, empty)
+        return Rows(empty.to(torch.int32).view(0, 4), zero, zero, zero, empty, empty)
     nq, nqu = size
     counts = rest.row_offsets.diff()
     row = torch.arange(patterns * nq, device=device)
@@ -80,13 +84,14 @@ def row_items(
     of = which // nq
     sizes = torch.stack([
         torch.bincount(of, minlength=patterns),
+        torch.bincount(of[length > SHORT], minlength=patterns),
         torch.zeros(patterns, dtype=torch.int64, device=device).index_add_(0, of, partial.long()),
     ])  # fmt: skip
-    items, partials = sizes.tolist()
-    ahead = sizes[1].cumsum(0) - sizes[1]
+    items, longer, partials = sizes.tolist()
+    ahead = sizes[2].cumsum(0) - sizes[2]
     base = torch.tensor(slots, device=device) * UNIT - ahead
     number = torch.where(partial, partial.long().cumsum(0) - 1 + base[of], -1)
     made = torch.stack([which % nq, length, number, begin], 1).to(torch.int32)
     # Stable: neighbouring rows of equal length stay neighbours.
     order = torch.argsort((of << 32) - length, stable=True)
-    return Rows(made[order], items, partials, which[partial], number[partial])
+    return Rows(made[order], items, longer, partials, which[partial], number[partial])

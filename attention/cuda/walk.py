@@ -32,7 +32,8 @@ class Tables(NamedTuple):
         query_patterns: int32 (B, Hq), the distinct pattern of every matrix.
         key_patterns: int32 (B, Hkv), or (B, Hq) where patterns differ by head.
         merge_ranges: int32 (B · Hq, 2), first merged row of the matrix's pattern, and how many.
-        row_ranges: int32 (B · Hq, 4), likewise of the row items; first of its row offsets; 0.
+        row_ranges: int32 (2, B · Hq, 4), likewise of the longer row items, and of the short ones;
+            first of its row offsets; 0.
         dead: bool (B or 1, Hkv or 1, nk), values to be zeroed; None if there are none.
     """
 
@@ -83,7 +84,11 @@ def _make(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -
     merges, rows = torch.tensor(work.merge_starts), torch.tensor(work.row_starts)
     zero = torch.zeros_like(flat)
     merge_ranges = torch.stack([merges[flat], merges.diff()[flat]], 1)
-    row_ranges = torch.stack([rows[flat], rows.diff()[flat], flat * work.shape[0], zero], 1)
+    longer = torch.tensor(work.row_longer)
+    counts = torch.stack([longer, rows.diff() - longer])[:, flat]
+    firsts = torch.stack([rows[:-1], rows[:-1] + longer])[:, flat]
+    offsets = (flat * work.shape[0]).expand_as(counts)
+    row_ranges = torch.stack([firsts, counts, offsets, zero.expand_as(counts)], 2)
     by_key = pattern if work.lead[1] > 1 else pattern[:, :1].expand(batch, kv)
     dead = None
     if work.dead.numel():

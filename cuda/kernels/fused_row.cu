@@ -4,12 +4,14 @@
 //
 //   tensors   q (B, H, nq, D), k (B, Hkv, nk, D), v (B, Hkv, nk, Dv), any strides but the last
 //             out (B · H, nq, Dv), lse (B · H, nq); partial_out (B · H, P, Dv), partial_lse (B · H, P)
-//             ranges int4 (B · H): first item of the matrix's pattern, items, first of its row offsets
+//             ranges int4 (B · H): first item of the matrix's pattern, items, first of its row offsets;
+//             with SHORT only items of at most eight keys, without only longer ones
 //             items int4, longest first; offsets int64; columns int32             attention/cuda/rows.py
 //             keep (B, nk) bool, or null
 //   grid      (CTAs, B · H)    each of its warps takes every so many items of a matrix
-//   block     128 threads: a warp gathers rows of K, 32 / LANES at a time, then those of V; row.cuh has
+//   block     128 threads: a warp gathers rows of K, 32 / LANES at a time, and those of V; row.cuh has
 //             the map. Every lane of a group ends up with the scores of the keys it looked up.
+//             SHORT: each group of LANES lanes has an item of its own.
 //   smem      none
 //   needs     sm_80; rows 16-byte aligned, D and Dv in whole 16-byte pieces
 //   floor     a row of K and one of V for every kept key, from L2
@@ -17,10 +19,15 @@
 // While an item is computed, the next one's indices are under way, and the record of the one after it.
 #include "row.cuh"
 
-constexpr bool kSink = MG_SINK, kKeep = MG_KEEP;
+constexpr bool kSink = MG_SINK, kKeep = MG_KEEP, kShort = MG_SHORT;
+constexpr bool kEarly = MG_EARLY;  // rows of V are under way while scores are computed
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Powers of two that scores may outgrow the reference point of the exponentials before it moves.
 constexpr float kSlack = 8.0f;
+constexpr int kSpan = kShort ? kLanes : 32;  // lanes that share an item
+constexpr int kSide = kSpan / kLanes;        // keys of it gathered at once
+constexpr int kKeys = kSteps * kSide;        // keys of it per round
+constexpr int kItems = 32 / kSpan;           // items of a warp
 
 __device__ __forceinline__ float power2(float x) {
     if constexpr (kDtype == 2) return exp2f(x);
@@ -48,26 +55,30 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
     const int lane = threadIdx.x % 32, matrix = blockIdx.y;
     const int b = matrix / heads, h = matrix - b * heads;
     const int4 range = __ldg(ranges + matrix);
-    const int stride = gridDim.x * kWarps;
-    int at = blockIdx.x * kWarps + threadIdx.x / 32;
+    const int stride = gridDim.x * kWarps * kItems;
+    int at = (blockIdx.x * kWarps + threadIdx.x / 32) * kItems;  // the warp's first item
     if (at >= range.y) return;
     items += range.x;
     offsets += range.z;
-    const int piece = lane % kLanes;
+    const int piece = lane % kLanes, mine_of = lane / kSpan;
     const char *const base_k = reinterpret_cast<const char *>(k + b * k_batch + h / ratio * k_head);
     const char *const base_v = reinterpret_cast<const char *>(v + b * v_batch + h / ratio * v_head);
     const u8 *const kept = keep + (kKeep ? b * keep_batch : 0);
     const float log2_scale = scale * kLog2e;
 
     const auto open = [&](int4 raw) {
-        return Job{raw.x, raw.y, raw.z, __ldg(offsets + raw.x) + raw.w};
+        return Job{raw.x, raw.y, raw.z, __ldg(offsets + max(raw.x, 0)) + raw.w};
     };
-    const auto record = [&](int n) { return n < range.y ? __ldg(items + n) : make_int4(0, 0, 0, 0); };
+    // Row −1: there is no such item.
+    const auto record = [&](int n) {
+        n += mine_of;
+        return n < range.y ? __ldg(items + n) : make_int4(-1, 0, -1, 0);
+    };
     int next[kRegisters];
     const auto look_up = [&](const Job &job, int base) {
 #pragma unroll
         for (int m = 0; m < kRegisters; ++m) {
-            const int key = base + own_key(lane, m);
+            const int key = base + (m * kTurn + lane % kTurn) * kSide + lane % kSpan / kLanes;
             next[m] = -1;
             if (key >= job.count) continue;
             next[m] = __ldg(columns + job.first + key);
@@ -80,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
     while (true) {
         const int4 later = record(at + 2 * stride);
         Piece mine[kVectors];
-        const operand_t *const own = q + b * q_batch + h * q_head + job.row * q_row;
+        const operand_t *const own = q + b * q_batch + h * q_head + max(job.row, 0) * q_row;
 #pragma unroll
         for (int x = 0; x < kVectors; ++x) {
             mine[x].clear();
@@ -92,20 +103,23 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
 #pragma unroll
             for (int i = 0; i < kElements; ++i) sum[x][i] = 0.0f;
 
-        // One round; a checked one may hold keys that are not there.
-        const auto round = [&](int base, bool checked) {
+        // One round of so many steps; a checked one may hold keys that are not there. Both are
+        // constants where this is expanded.
+        const auto round = [&](int steps, int base, bool checked) {
+            constexpr bool kAhead = kEarly && kBatch == kSteps;
             int index[kRegisters];
             float score[kSteps];
 #pragma unroll
             for (int m = 0; m < kRegisters; ++m) index[m] = next[m];
-            if (base + kRound < job.count)
-                look_up(job, base + kRound);
+            if (base + kKeys < job.count)
+                look_up(job, base + kKeys);
             else
                 look_up(after, 0);
-            const auto rows = [&](Piece(&theirs)[kBatch][kVectors], int start, const char *from, u32 row,
-                                  int pieces) {
+            const auto rows = [&](Piece(&theirs)[kBatch][kVectors], int start, const char *from,
+                                  u32 row, int pieces) {
 #pragma unroll
                 for (int s = 0; s < kBatch; ++s) {
+                    if (start + s >= steps) continue;
                     const int j = of_step(index, start + s);
                     const char *const line = row_address(from, j, row);
 #pragma unroll
@@ -118,12 +132,16 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
             };
             // 1. Scores: products of pieces, summed over the lanes of a group; the lane that looked a
             //    key up gets its score.
+            Piece values[kBatch][kVectors];
 #pragma unroll
             for (int start = 0; start < kSteps; start += kBatch) {
                 Piece theirs[kBatch][kVectors];
                 rows(theirs, start, base_k, k_row, k_pieces);
+                if constexpr (kAhead) rows(values, start, base_v, v_row, v_pieces);
 #pragma unroll
                 for (int s = 0; s < kBatch; ++s) {
+                    score[start + s] = 0.0f;
+                    if (start + s >= steps) continue;
                     float dot = 0.0f;
 #pragma unroll
                     for (int x = 0; x < kVectors; ++x)
@@ -142,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
             }
             // 2. Exponentials, against a point that moves seldom.
 #pragma unroll
-            for (int step = 16; step > 0; step /= 2)
+            for (int step = kSpan / 2; step > 0; step /= 2)
                 reach = max_nan(reach, __shfl_xor_sync(kAllLanes, reach, step));
             if (!(reach <= top + kSlack)) {
                 const float shrink = reach == -kInfinity ? 1.0f : power2(top - reach);
@@ -162,32 +180,44 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
             // 3. Rows of V.
 #pragma unroll
             for (int start = 0; start < kSteps; start += kBatch) {
-                Piece theirs[kBatch][kVectors];
-                rows(theirs, start, base_v, v_row, v_pieces);
+                if constexpr (!kAhead) rows(values, start, base_v, v_row, v_pieces);
 #pragma unroll
                 for (int s = 0; s < kBatch; ++s) {
+                    if (start + s >= steps) continue;
                     const float w = of_step(weight, start + s);
 #pragma unroll
                     for (int x = 0; x < kVectors; ++x)
 #pragma unroll
                         for (int i = 0; i < kElements; ++i)
-                            sum[x][i] = fmaf(w, theirs[s][x][i], sum[x][i]);
+                            sum[x][i] = fmaf(w, values[s][x][i], sum[x][i]);
                 }
             }
         };
-        int base = 0;
-        if (!kKeep)
-            for (; base + kRound <= job.count; base += kRound) round(base, false);
-        for (; base < job.count; base += kRound) round(base, true);
-        if (job.count == 0) look_up(after, 0);
+        if constexpr (kShort) {
+            // The warp's first item is its longest.
+            const int most = __shfl_sync(kAllLanes, job.count, 0);
+            if (most <= 1)
+                round(1, 0, true);
+            else if (most <= 2)
+                round(2, 0, true);
+            else if (most <= 4)
+                round(4, 0, true);
+            else
+                round(kSteps, 0, true);
+        } else {
+            int base = 0;
+            if (!kKeep)
+                for (; base + kKeys <= job.count; base += kKeys) round(kSteps, base, false);
+            for (; base < job.count; base += kKeys) round(kSteps, base, true);
+        }
 
         // 4. Groups add up. Lanes kTurn … of a group repeat the first ones' keys.
         mass = lane_sum<1, kTurn>(mass);
-        mass = lane_sum<kLanes, 32>(mass);
+        mass = lane_sum<kLanes, kSpan>(mass);
 #pragma unroll
         for (int x = 0; x < kVectors; ++x)
 #pragma unroll
-            for (int i = 0; i < kElements; ++i) sum[x][i] = lane_sum<kLanes, 32>(sum[x][i]);
+            for (int i = 0; i < kElements; ++i) sum[x][i] = lane_sum<kLanes, kSpan>(sum[x][i]);
         float shrink = 1.0f;
         if (kSink && job.partial < 0) {
             const float logit = sink[h] * kLog2e, reach = max_nan(top, logit);
@@ -200,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
         const float inverse = mass == 0.0f ? 0.0f : shrink / mass;
         const float total = mass == 0.0f ? -kInfinity : (top + log2f(mass)) * kLn2;
         const i64 line = job.partial < 0 ? i64(matrix) * nq + job.row : matrix * partials + job.partial;
-        if (lane == 0) (job.partial < 0 ? lse : partial_lse)[line] = total;
-        if (lane < kLanes) {
+        if (job.row >= 0 && lane % kSpan == 0) (job.partial < 0 ? lse : partial_lse)[line] = total;
+        if (job.row >= 0 && lane % kSpan < kLanes) {
 #pragma unroll
             for (int x = 0; x < kVectors; ++x) {
                 const int p = piece + x * kLanes;
