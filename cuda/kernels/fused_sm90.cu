@@ -90,20 +90,19 @@ struct Ring {
 // A value that all lanes of the warp hold, in a uniform register; what follows from it by addition stays
 // in those. ptxas would see through a shuffle of a value that it knows to be the same everywhere and then
 // move every descriptor from an ordinary register, so that something is added that might differ: 0.
-__device__ __forceinline__ u32 uniform(u32 x, u32 zero) {
-    return __shfl_sync(0xFFFFFFFFu, x + zero, 0);
+__device__ __forceinline__ u32 uniform(u32 x) {
+    return __shfl_sync(0xFFFFFFFFu, x + (static_cast<u32>(lane_index()) >> 5), 0);
 }
 
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
     float o[kDim / 2], s[kPair][32], m[2], l[2];
     u32 q[kHeld ? kDepth : 1][4], p[4 * kPair][4];
-    u32 q_at, zero;
+    u32 q_at;
 
     __device__ __forceinline__ void start(u32 at, int row16) {
         q_at = at;
-        int lane;  // read here, or the compiler keeps all that follows from it in registers
-        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+        const int lane = lane_index();  // or the compiler keeps all that follows from it in registers
         if constexpr (kHeld)
 #pragma unroll
             for (int d = 0; d < kDepth; ++d)
@@ -115,7 +114,7 @@ struct Rows {
     }
     // Issues S = Q Kᵀ of one or two units, a group each: the softmax of one runs beside the other.
     template <int kUnits> __device__ __forceinline__ void scores(u32 from) {
-        const u64 first = wgmma_descriptor(uniform(from, zero), 1);
+        const u64 first = wgmma_descriptor(uniform(from), 1);
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
@@ -132,7 +131,7 @@ struct Rows {
     }
     // Issues O += P V of one or two units.
     template <int kUnits> __device__ __forceinline__ void product(u32 from) {
-        const u64 first = wgmma_descriptor(uniform(from, zero), kPanel);
+        const u64 first = wgmma_descriptor(uniform(from), kPanel);
 #pragma unroll
         for (int d = 0; d < 4 * kUnits; ++d)
             Wgmma<kDim>::template rs<1>(o, p[d], first + (d / 4 * kUnit + d % 4 * 2048) / 16);
@@ -217,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const u32 full_k = shared_address(barriers), empty_k = full_k + 8 * kStages;
     const u32 full_v = empty_k + 8 * kStages, empty_v = full_v + 8 * kStages;
     const u32 full_q = empty_v + 8 * kStages, empty_q = full_q + 8 * kGroups;
-    const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = lane_index();
+    const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
@@ -316,7 +315,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     Ring ring(0);  // of K; V's goes the same way, a pair behind
     u32 parity_q = 0;
     Rows r;
-    r.zero = static_cast<u32>(lane) >> 5;
     // Whether the P of a pair stands in r.p, and the stage and parity of its V.
     bool held = false;
     u32 held_stage = 0, held_parity = 0;
