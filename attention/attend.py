@@ -212,7 +212,7 @@ def plan_for(
     if device.type == "cuda":
         from .cuda.choice import split_costs
 
-        return _plan_cuda(static_layout(kept, nq, nk, device, split_costs(D)), D)
+        return _plan_cuda(static_layout(kept, nq, nk, device, split_costs(D)), D, str(device))
     if isinstance(kept, Layout):
         return _plan(kept)
     if not isinstance(kept, NM):
@@ -238,8 +238,8 @@ def _plan(layout: Layout, nm: tuple[int, int] = (0, 0)) -> Plan:
 
 
 @constant
-def _plan_cuda(layout: Layout, D: int) -> CudaPlan:
-    return plan_on_cuda(layout, D)
+def _plan_cuda(layout: Layout, D: int, device: str) -> CudaPlan:
+    return plan_on_cuda(layout, D, torch.device(device))
 
 
 @constant

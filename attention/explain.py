@@ -178,7 +178,7 @@ def explain(
         layout = static_layout(pattern_or_layout, nq, nk, where, split)
         kept, lead, entries = layout.nnz, layout.lead, layout.entries
         if impl == "fused":
-            made = plan_on_cuda(layout, head_dim) if on_cuda else plan(layout)
+            made = plan_on_cuda(layout, head_dim, where) if on_cuda else plan(layout)
         parts = tuple(_part(part, costs, head_dim) for part in layout.parts)
     reasons = {
         "fused": "one pass over the kept tiles, O(N · D) memory, "

@@ -125,12 +125,13 @@ def count_work(made: Plan) -> tuple[int, int, int]:
 _plans: LRU[Plan] = LRU(128)
 
 
-def plan(layout: Layout, D: int) -> Plan:
+def plan(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
     """The plan of a Block, Row or Mixed layout on its device, remembered by the layout's key.
 
     Args:
         layout: kept positions; validated when its first plan is made.
         D: head dimension.
+        device: of the plan of a layout that keeps nothing, which has no tensors and so no device.
 
     Raises:
         LayoutError: another layout, or indices at fault.
@@ -143,14 +144,16 @@ def plan(layout: Layout, D: int) -> Plan:
 
     def make() -> Plan:
         validate_once(layout)
-        return build(layout, D)
+        return build(layout, D, where)
 
-    return _plans.get((layout.key, layout.device, D > 128), make)
+    where = layout.device if device is None or layout.tensors() else device
+    return _plans.get((layout.key, where, D > 128), make)
 
 
-def build(layout: Layout, D: int) -> Plan:
+def build(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
     """A plan, made anew; see ``plan``."""
-    (nq, nk), device = layout.shape, layout.device
+    nq, nk = layout.shape
+    device = layout.device if device is None else device
     patterns = max(layout.entry, default=0) + 1
     nqu, nku = -(-nq // UNIT), -(-nk // UNIT)
     cells, gathered, rest = [none(device)], None, None

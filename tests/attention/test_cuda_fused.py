@@ -92,7 +92,9 @@ def test_as_good_as_torch(name, dtype, d) -> None:
     theirs = torch.where(mask.any(-1, keepdim=True), theirs, 0)
     mine, other = ((x.double() - exact).abs() for x in (o, theirs))
     assert mine.square().mean().sqrt() <= 1.05 * other.square().mean().sqrt()
-    assert mine.max() <= 2 * other.max()
+    # Rounding the largest output alone may cost half a unit in the last place.
+    step = torch.finfo(dtype).eps * 2 ** exact.abs().max().log2().floor()
+    assert mine.max() <= 2 * torch.maximum(other.max(), step / 2)
     torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=1e-5, atol=2e-5)
 
 
