@@ -17,8 +17,13 @@ from mixgrain.primitives.cuda.row import WARPS, spread
 
 from .plan import Work
 
-# CTAs a multiprocessor holds, by registers; with several pieces a lane one less.
-CTAS = 4
+# CTAs of a grid for each multiprocessor: a few items for each warp, so that their loads overlap.
+CTAS = 16
+
+
+def _resident(lanes: int, vectors: int, exact: bool) -> int:
+    """CTAs that registers leave room for: less where a lane holds several pieces or indices."""
+    return 2 if vectors > 2 else 4 if vectors == 1 and lanes >= 8 and exact else 3
 
 
 @functools.lru_cache(maxsize=256)
@@ -35,16 +40,17 @@ def row_request(
     pieces = max(key_pieces, value_pieces)
     lanes, vectors, passes = spread(pieces, 16 // dtype.itemsize)
     assert passes == 1
+    exact = lanes * vectors == key_pieces == value_pieces
     constants = {
         "DTYPE": CODES[dtype],
         "LANES": lanes,
         "VECTORS": vectors,
-        "EXACT": int(lanes * vectors == key_pieces == value_pieces),
+        "EXACT": int(exact),
         "SINK": int(sink),
         "KEEP": int(keep),
         "SHORT": int(short),
         "EARLY": int(early),
-        "CTAS": CTAS if vectors == 1 else CTAS - 1,
+        "CTAS": _resident(lanes, vectors, exact),
     }
     return request("fused_row", constants, flush=dtype != torch.float32)
 
@@ -86,8 +92,8 @@ def rows(
     for few, most in ((False, max(work.row_longer)), (True, short)):
         wanted = row_request(q.dtype, *pieces, sink is not None, keep is not None, few)
         lanes = dict(wanted.constants)["LANES"] if few else 32
-        # A few items for each warp, so that their loads overlap; one head after the other in L2.
-        ctas = min(-(-most * lanes // (32 * WARPS)), 4 * CTAS * facts(device).multiprocessors)
+        # One head after the other, so that K and V stay in L2.
+        ctas = min(-(-most * lanes // (32 * WARPS)), CTAS * facts(device).multiprocessors)
         if not ctas:
             continue
         kernel(wanted, device)(

@@ -1,0 +1,43 @@
+"""The kernels around the fused attention compile for every architecture, without spills; no GPU."""
+
+import pytest
+import torch
+
+from mixgrain.attention.cuda.merge import merge_request
+from mixgrain.attention.cuda.row import row_request
+from mixgrain.cuda import compile as service
+from mixgrain.cuda import nvrtc
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.errors import MissingError
+
+try:
+    nvrtc.library()
+    nvrtc.header_folder()
+except MissingError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+def requests() -> list[Request]:
+    """Every spread of a row over lanes, short and long items, sinks and masks, dtypes."""
+    found = [request("gather_rows", {})]
+    found += [merge_request(dtype, width) for dtype in (HALF, BRAIN, FLOAT) for width in (64, 256)]
+    for n, width in enumerate((8, 16, 32, 40, 64, 96, 128, 192, 256)):
+        for dtype in (BRAIN, FLOAT):
+            pieces = width * dtype.itemsize // 16
+            for short in (False, True):
+                options = n % 2 == 1, n % 3 == 1
+                found.append(row_request(dtype, pieces, pieces, *options, short))
+    # Values wider than keys.
+    found.append(row_request(HALF, 3, 5, True, True, False))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "120"])
+def test_they_compile_without_spills(arch, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(service, "cache_folder", lambda: tmp_path)
+    wanted = requests() if arch == "90a" else requests()[::5]
+    for one, built in zip(wanted, service.build_all([(r, arch) for r in wanted]), strict=True):
+        assert isinstance(built, service.Built), f"{one}: {built}"
+        assert not built.faults(), f"{one} on {arch}: {built.faults()}"
