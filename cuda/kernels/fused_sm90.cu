@@ -39,13 +39,6 @@ constexpr bool kHeld = kDim <= 128;  // Q in registers
 constexpr int kPacked = 1 << 24;
 constexpr float kSlack = 8.f, kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-// Of which the compiler knows nothing.
-__device__ __forceinline__ int lane_index() {
-    int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return lane;
-}
-
 struct alignas(16) Info {
     int unit, count, slot, matrix;
     int first, mark[2], spare;
@@ -53,7 +46,7 @@ struct alignas(16) Info {
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ __forceinline__ float log2_fast(float x) {
@@ -91,7 +84,9 @@ struct Ring {
 // in those. ptxas would see through a shuffle of a value that it knows to be the same everywhere and then
 // move every descriptor from an ordinary register, so that something is added that might differ: 0.
 __device__ __forceinline__ u32 uniform(u32 x) {
-    return __shfl_sync(0xFFFFFFFFu, x + (static_cast<u32>(lane_index()) >> 5), 0);
+    u32 lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return __shfl_sync(0xFFFFFFFFu, x + (lane >> 5), 0);
 }
 
 // What a consumer warpgroup holds of the rows it works on.
@@ -102,7 +97,8 @@ struct Rows {
 
     __device__ __forceinline__ void start(u32 at, int row16) {
         q_at = at;
-        const int lane = lane_index();  // or the compiler keeps all that follows from it in registers
+        int lane;  // read here, or the compiler keeps all that follows from it in registers
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
         if constexpr (kHeld)
 #pragma unroll
             for (int d = 0; d < kDepth; ++d)
@@ -112,11 +108,11 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
     }
-    // Issues S = Q Kᵀ of one or two units, a group each: the softmax of one runs beside the other.
+    // Issues S = Q Kᵀ of one or two units.
     template <int kUnits> __device__ __forceinline__ void scores(u32 from) {
         const u64 first = wgmma_descriptor(uniform(from), 1);
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
+        for (int u = 0; u < kUnits; ++u)
 #pragma unroll
             for (int d = 0; d < kDepth; ++d) {
                 const u32 step = d / 4 * kPanel + d % 4 * 32;
@@ -126,8 +122,6 @@ struct Rows {
                 else
                     Wgmma<64>::ss<0, 0>(s[u], wgmma_descriptor(q_at, 1) + step / 16, right, d > 0);
             }
-            wgmma_commit();
-        }
     }
     // Issues O += P V of one or two units.
     template <int kUnits> __device__ __forceinline__ void product(u32 from) {
@@ -143,46 +137,43 @@ struct Rows {
             x[i] = (word >> bit) & 1 ? x[i] : -kInfinity;
         }
     }
-    // Exponentials of unit u's scores in place, those of the units before it being done. `grown`: what the
-    // accumulators have to be multiplied by. The maxima stay in their lanes unless one of the warp's rows
-    // has outgrown its reference.
-    template <int u> __device__ __forceinline__ void soften(float (&grown)[2], bool &moved, float log2_scale) {
-        // Two maxima a row: a chain of 16 takes long enough.
-        float top[2][2], base[2];
+    // Exponentials of scores in place; `grown`: what the accumulators have to be multiplied by, and
+    // whether any lane of the warp needs it.
+    template <int kUnits> __device__ __forceinline__ bool soften(float (&grown)[2], float log2_scale) {
+        // Four maxima a row: a chain of 32 would take longer than the exponentials.
+        float top[2][4], base[2];
+        bool moved = false;
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            float &t = top[i / 2 % 2][i % 2];
-            t = i < 4 ? s[u][i] : fmaxf(t, s[u][i]);
-        }
-        top[0][0] = fmaxf(top[0][0], top[0][1]) * log2_scale, top[1][0] = fmaxf(top[1][0], top[1][1]) * log2_scale;
-        if (__any_sync(0xFFFFFFFFu, top[0][0] > m[0] + kSlack || top[1][0] > m[1] + kSlack)) {
-            moved = true;
+        for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float reach = quad_max(top[h][0]);
-                const bool far = reach > m[h] + kSlack;
-                const float more = far ? exp2_fast(m[h] - reach) : 1.f;
-                m[h] = far ? reach : m[h];
-                l[h] *= more, grown[h] *= more;
-#pragma unroll
-                for (int before = 0; before < u; ++before)
-#pragma unroll
-                    for (int i = 0; i < 32; ++i)
-                        if (i / 2 % 2 == h) s[before][i] *= more;
+            for (int i = 0; i < 32; ++i) {
+                float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+                t = u == 0 && i < 8 ? s[u][i] : fmaxf(t, s[u][i]);
             }
-        }
-        base[0] = m[0] == -kInfinity ? 0.f : m[0], base[1] = m[1] == -kInfinity ? 0.f : m[1];
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            s[u][i] = exp2_fast(fmaf(s[u][i], log2_scale, -base[i / 2 % 2]));
-            l[i / 2 % 2] += s[u][i];
+        for (int h = 0; h < 2; ++h) {
+            const float reach = quad_max(fmaxf(fmaxf(top[h][0], top[h][1]), fmaxf(top[h][2], top[h][3]))) * log2_scale;
+            const bool far = reach > m[h] + kSlack;
+            grown[h] = far ? exp2_fast(m[h] - reach) : 1.f;
+            m[h] = far ? reach : m[h];
+            moved |= far;
+            base[h] = m[h] == -kInfinity ? 0.f : m[h];
+            l[h] *= grown[h];
         }
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+                s[u][i] = exp2_fast(fmaf(s[u][i], log2_scale, -base[i / 2 % 2]));
+                l[i / 2 % 2] += s[u][i];
+            }
+        return __any_sync(0xFFFFFFFFu, moved);
     }
     // Holds what follows back until the exponentials are there: ptxas would put the wait for the product
     // that they are to run beside before them, but not before a trap that depends on them. No sum of
     // exponentials is negative.
-    __device__ __forceinline__ static void settle(const float (&sum)[2]) {
-        asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}\n" ::"f"(sum[0] + sum[1]) : "memory");
+    __device__ __forceinline__ void settle() const {
+        asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}\n" ::"f"(l[0] + l[1]) : "memory");
     }
     template <int kUnits> __device__ __forceinline__ void convert() {
 #pragma unroll
@@ -258,6 +249,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         for (int t = starts[blockIdx.x], end = starts[blockIdx.x + 1]; t < end; ++t) {
             const int2 tile = tiles[t];
             const int4 head = items[2 * tile.x], tail = items[2 * tile.x + 1];
+            // What consumers wait for before they let go of Q, or come to an item without steps.
+            if (!kHeld || head.w == 0) follow(), late_units = 0;
             const int b = tile.y / heads, h = tile.y % heads;
             int unit[kPair], at = head.z;
 #pragma unroll
@@ -372,12 +365,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             }
 #define MG_STEP(kNew, kOld)                                                                              \
     do {                                                                                                  \
-        float grown[2] = {1.f, 1.f};                                                                      \
-        bool moved = false;                                                                               \
+        float grown[2];                                                                                   \
         u32 word[2] = {~0u, ~0u};                                                                         \
         const u32 from = keys + (kNew < kPair && mine == 2 ? kUnit : 0);                                  \
         wgmma_fence();                                                                                    \
         r.scores<kNew>(from);                                                                             \
+        wgmma_commit();                                                                                   \
         if constexpr (kOld > 0) {                                                                         \
             barrier_wait(full_v + 8 * held_stage, held_parity);                                           \
             wgmma_fence();                                                                                \
@@ -391,18 +384,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             if (first >= 0) word[0] = __ldg(masks + first * 128 + threadIdx.x % 128);                     \
             if (second >= 0) word[1] = __ldg(masks + second * 128 + threadIdx.x % 128);                   \
         }                                                                                                 \
-        if constexpr (kNew == 2) {                                                                        \
-            wgmma_wait<1 + (kOld > 0)>();                                                                 \
-            if (masked) r.keep(r.s[0], word[0]);                                                          \
-            r.soften<0>(grown, moved, log2_scale);                                                        \
-            Rows::settle(r.l);                                                                            \
-        }                                                                                                 \
         wgmma_wait<(kOld > 0)>();                                                                         \
         if (lane == 0) barrier_arrive(empty_k + 8 * stage);                                               \
-        if (masked) r.keep(r.s[kNew - 1], word[kNew - 1]);                                                \
-        r.soften<kNew - 1>(grown, moved, log2_scale);                                                     \
+        if (masked) _Pragma("unroll") for (int u = 0; u < kNew; ++u) r.keep(r.s[u], word[u]);             \
+        const bool moved = r.soften<kNew>(grown, log2_scale);                                             \
         if constexpr (kOld > 0) {                                                                         \
-            Rows::settle(r.l);                                                                                 \
+            r.settle();                                                                                   \
             wgmma_wait<0>();                                                                              \
             if (lane == 0) barrier_arrive(empty_v + 8 * held_stage);                                      \
         }                                                                                                 \
