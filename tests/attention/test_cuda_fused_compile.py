@@ -23,7 +23,7 @@ def requests() -> list[Request]:
     """Every spread of a row over lanes, short and long items, sinks and masks, dtypes."""
     found = [request("gather_rows", {})]
     found += [merge_request(dtype, width) for dtype in (HALF, BRAIN, FLOAT) for width in (64, 256)]
-    for n, width in enumerate((8, 16, 32, 40, 64, 96, 128, 192, 256)):
+    for n, width in enumerate((8, 32, 40, 64, 128, 256)):
         for dtype in (BRAIN, FLOAT):
             pieces = width * dtype.itemsize // 16
             for short in (False, True):
