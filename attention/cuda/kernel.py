@@ -105,15 +105,18 @@ def fused(
         items: int32 (n, 8); see the kernel.
         steps: int32 (s, 4); see the kernel.
         masks: int32 (m, 128), bits of partial units.
-        scale: multiplies scores.
+        scale: multiplies scores; the kernel's own is positive, so that any other goes to q.
         sink: (Hq,), float32.
         packed: gathered q (B, Hq, …, D), k and v (B, Hkv or Hq, …, D).
         partial: float32 (B * Hq, slots, 64, D) and (B * Hq, slots, 64), contiguous.
         how: another cut than ``cut(D)``.
     """
-    batch, heads, rows, width = q.shape
+    _, heads, rows, width = q.shape
     how = how or cut(width)
     pq, pk, pv = packed or (q, k, v)
+    if not scale > 0:
+        q, pq = (t * (0 if scale == 0 else -1) for t in (q, pq))
+        scale = -scale or 1.0
     kernel(fused_request(q.dtype, how), q.device.index)(
         (starts.shape[0] - 1,),
         how.threads,
