@@ -42,7 +42,6 @@ struct Wgmma;
 
 template <>
 struct Wgmma<32> {
-
   template <int kTransB>
   __device__ __forceinline__ static void rs(float (&d)[16], const unsigned (&a)[4],
                                             unsigned long long b, int accumulate = 1) {
@@ -60,7 +59,6 @@ struct Wgmma<32> {
 
 template <>
 struct Wgmma<64> {
-
   // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[32], unsigned long long a,
@@ -101,7 +99,6 @@ struct Wgmma<64> {
 
 template <>
 struct Wgmma<96> {
-
   template <int kTransB>
   __device__ __forceinline__ static void rs(float (&d)[48], const unsigned (&a)[4],
                                             unsigned long long b, int accumulate = 1) {
@@ -126,7 +123,6 @@ struct Wgmma<96> {
 
 template <>
 struct Wgmma<128> {
-
   // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[64], unsigned long long a,
@@ -181,7 +177,6 @@ struct Wgmma<128> {
 
 template <>
 struct Wgmma<192> {
-
   template <int kTransB>
   __device__ __forceinline__ static void rs(float (&d)[96], const unsigned (&a)[4],
                                             unsigned long long b, int accumulate = 1) {
@@ -217,7 +212,6 @@ struct Wgmma<192> {
 
 template <>
 struct Wgmma<256> {
-
   // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[128], unsigned long long a,
