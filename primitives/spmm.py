@@ -7,7 +7,7 @@ from torch import Tensor
 from mixgrain.formats.errors import ShapeError
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops
+from . import ops, recorded
 from .checks import check_matrix, check_sparse
 from .dispatch import plan_for
 from .fold import expand, fold, fold_mask, fold_values, join_lead, unfold
@@ -35,6 +35,9 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
 
     Source: Gale et al., Sparse GPU Kernels for Deep Learning, SC 2020.
     """
+    seen = recorded.spmm(s, x)
+    if seen is not None:
+        return seen
     check_sparse("spmm", s)
     check_matrix("spmm", "x", x)
     layout = s.layout
@@ -54,4 +57,5 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
         1.0,
         x.dtype,
     )
+    recorded.learn_spmm(s, x, plan, lead)
     return unfold(out, layout.lead, lead)

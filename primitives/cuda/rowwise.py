@@ -14,7 +14,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from .parts import CODES, MOST_MATRICES, aligned_values, mask_side
+from .parts import CODES, MOST_MATRICES, aligned_values, at_once, mask_side
 
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
 ONCE, ROWS, SLOTS = range(3)  # PHASE
@@ -246,10 +246,13 @@ class Call:
         piece_ptr, piece_list = panels[0].tensors[4:6] if panels else (None, None)
         places = len(dense) * self.lines + (0 if piece_list is None else piece_list.shape[0])
         numbers = self.numbers(places)
-        for n, part in enumerate(dense):
-            self.run(ROWS, part, Vectors(numbers, n * self.lines))
-        for part in panels:
-            self.run(ROWS, part, Vectors(numbers, len(dense) * self.lines))
+        starts = {id(part): n * self.lines for n, part in enumerate(dense)}
+        starts |= {id(part): len(dense) * self.lines for part in panels}
+        at_once(
+            self.parts,
+            lambda part: self.run(ROWS, part, Vectors(numbers, starts[id(part)])),
+            self.free,
+        )
         return numbers, len(dense), piece_ptr, piece_list
 
     def joined(self, lse: Tensor | None = None, grad_lse: Tensor | None = None) -> Tensor:
@@ -287,8 +290,7 @@ class Call:
 
     def everywhere(self, numbers: Tensor) -> None:
         """Write the slots of every part, given the numbers of the rows."""
-        for part in self.parts:
-            self.run(SLOTS, part, Vectors(numbers))
+        at_once(self.parts, lambda part: self.run(SLOTS, part, Vectors(numbers)), self.free)
 
 
 def _pointer(t: Tensor | None, start: int, offset: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""The operator sddmm on CUDA: one kernel per part of the layout."""
+"""The operator sddmm on CUDA: one kernel per part of the layout, fine beside coarse."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..plans.plan import Plan, split
+from ..plans.plan import PartPlan, Plan, split
 from . import block, panel, row
-from .parts import aligned, check_dtypes
+from .parts import aligned, at_once, check_dtypes
 
 _KINDS = {"cblock": block.sddmm, "cpanel": panel.sddmm, "crow": row.sddmm_row}
 
@@ -43,6 +43,9 @@ def sddmm(
             values[:, at:start].zero_()
         at = stop
     q, k = aligned(q), aligned(k)
-    for part in parts:
+
+    def write(part: PartPlan) -> None:
         _KINDS[part.kind](values, q, k, keep, keep_rows, part, scale)
+
+    at_once(parts, write, values.shape[0])
     return values

@@ -7,6 +7,7 @@ import torch
 from cases import BUILDERS, CASES, Case, band, density, masks_of, operands
 from torch import Tensor
 
+from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
@@ -91,9 +92,13 @@ def poisoned(monkeypatch):
 @pytest.fixture(params=[False, True], ids=["best", "portable"])
 def portable(request, monkeypatch):
     """The kernels that this device would take, then those that every device can."""
-    if request.param:
-        monkeypatch.setattr(block, "_hopper", lambda *_: False)
-    return request.param
+    if not request.param:
+        yield False
+        return
+    clear_caches()  # of calls prepared for the others
+    monkeypatch.setattr(block, "_hopper", lambda *_: False)
+    yield True
+    clear_caches()
 
 
 # Every case of the table's list

@@ -1,0 +1,274 @@
+"""The short way of the public functions: eager calls on CUDA tensors whose signature was seen.
+
+The first call of a signature goes the long way, with every check, through the operators. What it
+found out is kept here, and equal calls need none of it: the signature proves what the checks would.
+They go to the prepared kernels directly, past torch's dispatcher, with or without autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mixgrain.formats.block import BlockLayout
+from mixgrain.formats.cache import LRU
+from mixgrain.formats.layout import Layout
+from mixgrain.formats.mixed import MixedLayout
+from mixgrain.formats.panel import PanelLayout
+from mixgrain.formats.row import RowLayout
+
+from . import ops
+from .fold import (
+    expand,
+    fold,
+    fold_mask,
+    fold_values,
+    fold_vector,
+    free_shape,
+    unfold,
+    unfold_vector,
+)
+from .plans.plan import Plan
+
+if TYPE_CHECKING:
+    from mixgrain.cuda.prepared import Prepared
+
+_Signatures = dict[Hashable, "Call"]
+_TYPES = (Tensor, torch.nn.Parameter)
+LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout))
+# Layouts whose calls are kept, and signatures of each.
+LAYOUTS, SIGNATURES = 128, 64
+
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_tracing: Callable[[], object] = torch._C._get_tracing_state
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def plain() -> bool:
+    """Whether calls mean what they say: nothing that watches or changes operators is active."""
+    return not (
+        _function_modes()  # e.g. a default device, or someone's logging of torch functions
+        or _dispatch_modes()  # fake tensors, tracing by make_fx, flop counters
+        or _transforms()  # vmap, grad, jvp: tensors may be wrappers
+        or _tracing()  # torch.jit.trace
+        or _autocast()  # may cast the operators' inputs
+        or forward_ad._current_level >= 0  # tensors may carry tangents
+    )
+
+
+def usable(t: Any) -> bool:
+    """Whether a tensor is what it looks like: dense, on CUDA, no subclass and no lazy negation."""
+    return type(t) in _TYPES and t.is_cuda and t.layout is torch.strided and not t.is_neg()
+
+
+class _Layouts(LRU[_Signatures]):
+    """An LRU that is read without its lock."""
+
+    def find(self, key: Hashable) -> _Signatures | None:
+        """The calls of a layout, which counts as used."""
+        found = self._values.get(key)
+        if found is not None:
+            try:  # noqa: SIM105  # contextlib.suppress takes a microsecond
+                self._values.move_to_end(key)
+            except KeyError:  # another thread dropped it this moment
+                pass
+        return found
+
+
+_layouts = _Layouts(LAYOUTS)
+
+
+def find(layout: Layout) -> _Signatures | None:
+    """The calls of a layout."""
+    return _layouts.find((layout.key, layout.home))
+
+
+class Term(NamedTuple):
+    """One operator on tensors as users hold them: fold, compute, unfold.
+
+    Attributes:
+        op: the operator.
+        layout: the positions.
+        lead: leading dimensions of the matrices.
+        kinds: of each tensor: "dense" (*lead, N, D), "values" (*free, slots), "vector" (*lead, N).
+        results: likewise of the results.
+        keep_rows: the run-time mask is over rows.
+        plan: of the layout for this operator.
+        scalars: what the operator takes besides.
+    """
+
+    op: str
+    layout: Layout
+    lead: tuple[int, ...]
+    kinds: tuple[str, ...]
+    results: tuple[str, ...]
+    keep_rows: bool
+    plan: Plan
+    scalars: tuple[Any, ...]
+
+    def folded(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> list[Tensor | None]:
+        """The tensors and the mask as the operator takes them."""
+        lead = self.layout.lead
+        made = [
+            None if t is None else _fold(kind, t, lead, self.lead)
+            for kind, t in zip(self.kinds, tensors, strict=True)
+        ]
+        return [*made, fold_mask(keep, lead, self.lead)]
+
+    def unfolded(self, made: Any) -> Any:
+        """What the operator returns, as users hold it."""
+        if len(self.results) == 1:
+            return _unfold(self.results[0], made, self.layout, self.lead)
+        pairs = zip(self.results, made, strict=True)
+        return tuple(_unfold(kind, t, self.layout, self.lead) for kind, t in pairs)
+
+    def through_operators(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> Any:
+        """Compute by the dispatcher, so that whatever is active sees it."""
+        made = getattr(ops, self.op)(
+            *self.folded(tensors, keep), self.keep_rows, self.plan, *self.scalars
+        )
+        return self.unfolded(made)
+
+    def prepare(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> Call:
+        """The call for tensors like these."""
+        from .cuda import prepared
+
+        folded = self.folded(tensors, keep)
+        arguments = (*folded, self.keep_rows, *self.plan, *self.scalars)
+        made = prepared(self.op, arguments, alone=len(self.results) == 1)
+        originals = [*tensors, keep]
+        copied = any(
+            new is not None and old is not None and not _same_memory(new, old)
+            for new, old in zip(folded, originals, strict=True)
+        )
+        shapes = [self._result(kind, s) for kind, s in zip(self.results, made.shapes, strict=True)]
+        shaped = None if None in shapes else made.shaped(cast(Any, shapes))
+        return Call(self, shaped or made, copied, shaped is None)
+
+    def _result(self, kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape users see of a result, None where it is not contiguous."""
+        b, h = self.layout.lead
+        if kind == "values":
+            return (*free_shape((b, h), self.lead), shape[1])
+        return None if b > 1 and h == 1 else (*self.lead, *shape[2:])
+
+
+def _same_memory(view: Tensor, of: Tensor) -> bool:
+    """Whether a tensor made by folding another is a view of it."""
+    return view.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+def _fold(kind: str, t: Tensor, lead: tuple[int, int], full: tuple[int, ...]) -> Tensor:
+    if kind == "dense":
+        return fold(expand(t, full), lead)
+    return fold_values(t, lead, full) if kind == "values" else fold_vector(t, lead)
+
+
+def _unfold(kind: str, t: Tensor, layout: Layout, full: tuple[int, ...]) -> Tensor:
+    if kind == "values":
+        return t.reshape(*free_shape(layout.lead, full), layout.slots)
+    return (unfold if kind == "dense" else unfold_vector)(t, layout.lead, full)
+
+
+class Call:
+    """A prepared call on tensors as users hold them.
+
+    Attributes:
+        term: what it computes.
+        gradients: what computes the gradient of each tensor; None where it may not be recorded.
+    """
+
+    __slots__ = ("_copied", "_prepared", "_viewed", "gradients", "term")
+
+    def __init__(self, term: Term, prepared: Prepared, copied: bool, viewed: bool) -> None:
+        self.term, self._prepared, self._copied, self._viewed = term, prepared, copied, viewed
+        self.gradients: tuple[Gradient, ...] | None = None
+
+    def __call__(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
+        """Run on tensors of the signature; a mask comes last, and the list is used up."""
+        if self._copied:
+            return self._folding(given)
+        made = self._prepared(given, pointers)
+        return self.term.unfolded(made) if self._viewed else made
+
+    def _folding(self, given: tuple[Tensor, ...]) -> Any:
+        """Where folding copies: repeated key heads, strides that do not fold."""
+        count = len(given)
+        keep = given[-1] if given[-1].dtype == torch.bool else None
+        tensors: list[Tensor | None] = list(given[: count - (keep is not None)])
+        tensors += [None] * (len(self.term.kinds) - len(tensors))
+        folded = [t for t in self.term.folded(tensors, keep) if t is not None]
+        made = self._prepared(folded, [t.data_ptr() for t in folded])
+        return self.term.unfolded(made) if self._viewed else made
+
+
+def _describe(tensors: Sequence[Tensor | None]) -> tuple[tuple[Hashable, ...], list[int]]:
+    """The signature of tensors, and their addresses."""
+    key: list[Hashable] = []
+    pointers = []
+    for t in tensors:
+        if t is None:
+            key.append(None)
+            continue
+        pointer = t.data_ptr()
+        pointers.append(pointer)
+        key += (t.shape, t.stride(), t.dtype, pointer & 15)
+    return tuple(key), pointers
+
+
+class Gradient:
+    """A term of a backward pass, with its calls by signature."""
+
+    __slots__ = ("_calls", "_term")
+
+    def __init__(self, term: Term) -> None:
+        self._term = term
+        self._calls: _Signatures = {}
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], keep: Tensor | None) -> Any:
+        """Compute; by the operators when this is itself to be differentiated."""
+        given = tuple(t for t in (*tensors, keep) if t is not None)
+        direct = not torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+        if not (direct and plain() and all(map(usable, given))):
+            return self._term.through_operators(tensors, keep)
+        key, pointers = _describe((*tensors, keep))
+        if any(t.dtype == torch.float32 for t in given):
+            key = (*key, tf32())
+        call = self._calls.get(key)
+        if call is None:
+            call = self._term.prepare(tensors, keep)
+            if torch.cuda.is_current_stream_capturing():
+                return call(given, pointers)
+            if len(self._calls) >= SIGNATURES:
+                self._calls = {}
+            self._calls[key] = call
+        return call(given, pointers)
+
+
+def tf32() -> str:
+    """Torch's switch for float32 products; this reads whichever of its two was used."""
+    return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def learn(
+    layout: Layout, key: Hashable, term: Term, tensors: tuple[Tensor, ...], keep: Tensor | None
+) -> Call | None:
+    """Keep the call of a signature that went the long way; None where it cannot be kept."""
+    given = tensors if keep is None else (*tensors, keep)
+    if torch.compiler.is_dynamo_compiling() or not (plain() and all(map(usable, given))):
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    with torch.no_grad():
+        call = term.prepare(tensors, keep)
+    kept = _layouts.get((layout.key, layout.home), dict)
+    if len(kept) >= SIGNATURES:
+        kept.clear()
+    kept[key] = call
+    return call
