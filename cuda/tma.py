@@ -8,7 +8,6 @@ keep descriptors by address.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ def descriptor(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     swizzle: int = 128,
-) -> Any:
+) -> np.ndarray:
     """A tiled tensor map, elements outside the tensor read as zero.
 
     Args:
@@ -51,7 +50,8 @@ def descriptor(
         CudaError: the driver refused the combination.
     """
     if isinstance(pointer, Address):
-        return Map(pointer, dtype, dims, strides, box, swizzle)
+        # Launch code only passes it on.
+        return Map(pointer, dtype, dims, strides, box, swizzle)  # type: ignore[return-value]
     raw = np.zeros(256, np.uint8)
     start = -raw.ctypes.data % 128
     place = raw[start : start + 128]
