@@ -1,11 +1,10 @@
 """Running a recorded call: allocate, fill in the addresses, launch.
 
-The steps of a recording become argument storage that the driver reads directly: constants are
-written once, addresses at every run. Launches go through CuPy's binding of cuLaunchKernel, which
-takes that storage as it is; RawKernel's own call would make an object of every argument each time.
-
-Storage is in use by one run at a time: runs take it from a list of spares and put it back, so
-threads never share it, nor the events of a fork.
+The arguments of a launch lie in one piece of memory that the driver reads as it is: constants,
+addresses, and the table of where each argument is. Such blocks are made for the addresses of a run
+and kept by them, since an allocator hands out the same few again and again; they never change, so
+threads may share them. Launches go through CuPy's binding of cuLaunchKernel: RawKernel's own call
+makes an object of every argument each time, three times the cost.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import copy
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -29,8 +28,12 @@ from .streams import Fork
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
-# Descriptors kept per operand; an allocator hands out the same few addresses again and again.
-_MAPS = 64
+# Sets of addresses whose argument blocks are kept, and addresses whose descriptors are.
+_BLOCKS = 512
+# Bound here so that tests can poison what is allocated.
+_empty_like = torch.empty_like
+
+V = TypeVar("V")
 
 
 class _Thread(threading.local):
@@ -42,6 +45,20 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+class _Recent(dict[Hashable, V], Generic[V]):
+    """The last values made; safe to use from several threads."""
+
+    def keep(self, key: Hashable, value: V) -> V:
+        """Store a value, dropping the oldest when there are too many."""
+        while len(self) >= _BLOCKS:
+            try:
+                del self[next(iter(self))]
+            except (KeyError, RuntimeError):  # another thread changed it meanwhile
+                break
+        self[key] = value
+        return value
+
+
 class _Maps:
     """Descriptors of one operand by its address."""
 
@@ -49,104 +66,70 @@ class _Maps:
 
     def __init__(self, wanted: Map) -> None:
         self._wanted = wanted
-        self._made: dict[int, tuple[int, Any]] = {}
+        self._made: _Recent[tuple[int, Any]] = _Recent()
 
     def at(self, pointer: int) -> tuple[int, Any]:
         """Where the encoded descriptor lies, and what to keep alive while it is used."""
         found = self._made.get(pointer)
         if found is None:
-            if len(self._made) >= _MAPS:
-                self._made = {}
             w = self._wanted
             made: Any = tma.descriptor(pointer, w.dtype, w.dims, w.strides, w.box, w.swizzle)
-            found = self._made[pointer] = (made.ctypes.data, made)
+            found = self._made.keep(pointer, (made.ctypes.data, made))
         return found
 
 
 class _Launch:
-    """A launch without its storage.
+    """A launch whose addresses are not known yet."""
 
-    Attributes:
-        handle: the driver's function.
-        sizes: grid and block.
-        shared: dynamic shared memory, bytes.
-        side: on the side stream.
-        holes: (slot, bytes into it) of the addresses among the arguments.
-        maps: place among the arguments, slot, bytes into it, descriptors.
-        order: for each argument its hole, −1 − the place of its constant, or None for a descriptor.
-        constants: the others, as bytes.
-    """
+    __slots__ = ("_holes", "_maps", "_memory", "_offsets", "_pack", "_size", "how", "side")
 
     def __init__(self, step: Launch, slots: list[int], known: dict[Map, _Maps]) -> None:
-        self.handle = step.kernel.function(step.shared)
         grid = (*step.grid, 1, 1)[:3]
-        self.sizes, self.shared, self.side = (*grid, step.threads, 1, 1), step.shared, step.side
-        self.holes: list[tuple[int, int]] = []
-        self.maps: list[tuple[int, int, int, _Maps]] = []
-        self.order: list[int | None] = []
-        self.constants: list[bytes] = []
+        handle = step.kernel.function(step.shared)
+        self.how = (handle, *grid, step.threads, 1, 1, step.shared)
+        self.side = step.side
+        self._holes: list[tuple[int, int]] = []
+        self._maps: list[tuple[int, int, int, _Maps]] = []
+        # For each argument: its hole, or where its constant lies in memory, or nothing.
+        order: list[tuple[str, int]] = []
+        constants = bytearray()
         for place, given in enumerate(step.arguments):
             if isinstance(given, Address):
                 hole = (slots[given.slot], given.offset)
-                if hole not in self.holes:
-                    self.holes.append(hole)
-                self.order.append(self.holes.index(hole))
+                if hole not in self._holes:
+                    self._holes.append(hole)
+                order.append(("hole", self._holes.index(hole)))
             elif isinstance(given, Map):
                 slot, offset = slots[given.address.slot], given.address.offset
                 found = known.setdefault(given, _Maps(given))
-                self.maps.append((place, slot, offset, found))
-                self.order.append(None)
+                self._maps.append((place, slot, offset, found))
+                order.append(("map", 0))
             else:
                 value = np.int64(given) if isinstance(given, int) else given
-                self.order.append(-1 - len(self.constants))
-                self.constants.append(value.tobytes())
+                order.append(("constant", len(constants)))
+                constants += value.tobytes() + bytes(-value.nbytes % 16)
+        # Memory: holes, constants, table.
+        first = 8 * len(self._holes)
+        self._memory = bytes(first) + bytes(constants) + bytes(8 * max(len(order), 1))
+        self._size = first + len(constants)
+        self._offsets = [8 * n if kind == "hole" else first + n for kind, n in order]
+        self._pack = struct.Struct(f"{len(self._holes)}Q"), struct.Struct(f"{len(order)}Q")
 
-
-class _Storage:
-    """Arguments of one run of a call.
-
-    Attributes:
-        launches: for each launch (pack, memory, holes, table, maps, kept, the driver's arguments).
-        fork: events of a fork, if there is one.
-    """
-
-    __slots__ = ("_keep", "fork", "launches")
-
-    def __init__(self, launches: list[_Launch], forks: bool) -> None:
-        self.launches: list[tuple[Any, ...]] = []
-        self._keep: list[Any] = []
-        self.fork = Fork() if forks else None
-        for launch in launches:
-            holes = len(launch.holes)
-            offsets, end = [], 8 * holes
-            for constant in launch.constants:
-                offsets.append(end)
-                end += -(-len(constant) // 16) * 16
-            memory = bytearray(max(end, 8))
-            for at, constant in zip(offsets, launch.constants, strict=True):
-                memory[at : at + len(constant)] = constant
-            # Exported for good, so that it never moves.
-            view = (ctypes.c_char * len(memory)).from_buffer(memory)
-            base = ctypes.addressof(view)
-            table = (ctypes.c_uint64 * max(len(launch.order), 1))()
-            for n, where in enumerate(launch.order):
-                if where is not None:
-                    table[n] = base + (8 * where if where >= 0 else offsets[-1 - where])
-            pack = struct.Struct(f"{holes}Q").pack_into
-            self._keep.append((view, table))
-            self.launches.append(
-                (
-                    pack,
-                    memory,
-                    launch.holes,
-                    table,
-                    launch.maps,
-                    [None] * len(launch.maps),
-                    (launch.handle, *launch.sizes, launch.shared),
-                    ctypes.addressof(table),
-                    launch.side,
-                )
-            )
+    def block(self, pointers: list[int]) -> tuple[tuple[int, ...], int, Any]:
+        """Function and sizes, the table of the arguments for these addresses, its memory."""
+        memory = bytearray(self._memory)
+        view = (ctypes.c_char * len(memory)).from_buffer(memory)  # never moves from now on
+        base = ctypes.addressof(view)
+        table = [base + offset for offset in self._offsets]
+        maps = []
+        for place, slot, offset, found in self._maps:
+            made = found.at(pointers[slot] + offset)
+            table[place] = made[0]
+            maps.append(made)
+        holes, places = self._pack
+        holes.pack_into(memory, 0, *[pointers[slot] + offset for slot, offset in self._holes])
+        places.pack_into(memory, self._size, *table)
+        return self.how, base + self._size, (view, maps)
 
 
 class Prepared:
@@ -187,11 +170,10 @@ class Prepared:
                 self._steps.append(step._replace(arguments=views))
             else:
                 self._steps.append(step)
-        self._plain = all(isinstance(step, int) for step in self._steps)
         self._forks = FORK in self._steps
         results = _several(result)
         self._single = not isinstance(result, tuple)
-        self._whole = tuple(r.whole() for r in results)
+        self._whole = all(r.whole() for r in results)
         self._results = [
             (
                 slots[r.slot],
@@ -203,9 +185,17 @@ class Prepared:
         for place, view, shape in self._results:
             if view is None:
                 self._empties[place - given] = (shape, self._empties[place - given][1])  # type: ignore[index]
-        self._first = self._results[0][0] if self._single and self._whole[0] else None
-        self._spare: list[_Storage] = []
+        plain = all(isinstance(step, int) for step in self._steps)
+        self._plain = plain and self._whole
+        self._blocks: _Recent[Any] = _Recent()
+        self._spare: list[Fork] = []
         self._launch: Any = None
+        self._fill()
+
+    def _fill(self) -> None:
+        """Models of what a run allocates: tensors that own no memory."""
+        self._models = [_model(shape, dtype, self.device) for shape, dtype in self._empties]  # type: ignore[misc]
+        self._order = [place - self._given for place, _, _ in self._results]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -217,14 +207,15 @@ class Prepared:
 
         None when a result is no tensor of its own, which only a view could reshape.
         """
-        if not all(self._whole):
+        if not self._whole:
             return None
         made = copy.copy(self)
-        made._empties, made._spare = list(self._empties), []
+        made._empties, made._blocks, made._spare = list(self._empties), _Recent(), []
         for (place, _, _), shape in zip(self._results, shapes, strict=True):
             old = made._empties[place - self._given]
             assert old is not None
             made._empties[place - self._given] = (tuple(shape), old[1])
+        made._fill()
         return made
 
     def __call__(self, given: Sequence[Tensor], pointers: list[int]) -> Any:
@@ -235,75 +226,76 @@ class Prepared:
             pointers: their addresses; the list is used up.
         """
         device = self.device
-        if device in _thread.devices and _current_device() == device:
-            return self._run(given, pointers)
-        with using(device):
-            _thread.devices |= {device}
-            return self._run(given, pointers)
+        if device not in _thread.devices or _current_device() != device:
+            with using(device):
+                _thread.devices |= {device}
+                return self(given, pointers)
+        made = [_empty_like(model) for model in self._models]
+        pointers += [t.data_ptr() for t in made]
+        if not self._plain:
+            return self._walk([*given, *made], pointers)
+        key = tuple(pointers)
+        blocks = self._blocks.get(key)
+        if blocks is None:
+            blocks = self._made_for(key, pointers)
+        stream, launch = _raw_stream(device), self._launch
+        for how, table, _ in blocks:
+            launch(*how, stream, table, 0)
+        if self._single:
+            return made[self._order[0]]
+        return tuple([made[n] for n in self._order])
 
-    def _run(self, given: Sequence[Tensor], pointers: list[int]) -> Any:
-        like, held = given[0], [*given]
-        for shape, dtype in self._empties:  # type: ignore[misc]
-            made = like.new_empty(shape, dtype=dtype)
-            held.append(made)
-            pointers.append(made.data_ptr())
-        try:
-            storage = self._spare.pop()
-        except IndexError:
-            storage = self._storage()
-        stream, launch = _raw_stream(self.device), self._launch
-        if self._plain:
-            for pack, memory, holes, table, maps, kept, how, where, _ in storage.launches:
-                pack(memory, 0, *[pointers[slot] + offset for slot, offset in holes])
-                if maps:
-                    _fill(maps, kept, table, pointers)
-                launch(*how, stream, where, 0)
-        else:
-            self._walk(storage, held, pointers, stream)
-        self._spare.append(storage)
-        if self._first is not None:
-            return held[self._first]
-        results = tuple(
-            held[place] if view is None else view.of(held) for place, view, _ in self._results
-        )
-        return results[0] if self._single else results
+    def _made_for(self, key: Hashable, pointers: list[int]) -> Any:
+        """Argument blocks of all launches, for these addresses."""
+        if self._launch is None:
+            self._launch = cupy().cuda.driver.launchKernel
+        return self._blocks.keep(key, [launch.block(pointers) for launch in self._launches])
 
-    def _walk(
-        self, storage: _Storage, held: list[Tensor], pointers: list[int], stream: int
-    ) -> None:
+    def _walk(self, held: list[Tensor], pointers: list[int]) -> Any:
         """Steps of all kinds, one after the other."""
-        launch, side = self._launch, stream
+        if self._launch is None:
+            self._launch = cupy().cuda.driver.launchKernel
+        launch, side = self._launch, 0
+        stream = _raw_stream(self.device)
+        fork = None
+        key = tuple(pointers)
         for step in self._steps:
             if isinstance(step, int):
-                pack, memory, holes, table, maps, kept, how, where, aside = storage.launches[step]
-                pack(memory, 0, *[pointers[slot] + offset for slot, offset in holes])
-                if maps:
-                    _fill(maps, kept, table, pointers)
-                launch(*how, side if aside else stream, where, 0)
+                block = self._blocks.get((step, key))
+                if block is None:
+                    block = self._blocks.keep((step, key), self._launches[step].block(pointers))
+                how, table, _ = block
+                launch(*how, side if self._launches[step].side else stream, table, 0)
             elif isinstance(step, Work):
                 views = [a.of(held) if isinstance(a, View) else a for a in step.arguments]
                 made = step.function(*views, **step.keywords)
                 if step.slot is not None:
                     held.append(made)
                     pointers.append(made.data_ptr())
+                    key = tuple(pointers)
             elif step is FORK:
-                assert storage.fork is not None
-                side = storage.fork.split(self.device, stream)
+                fork = self._spare.pop() if self._spare else Fork()
+                side = fork.split(self.device, stream)
             else:
-                assert storage.fork is not None
-                storage.fork.join(stream, side)
+                assert fork is not None
+                fork.join(stream, side)
+                self._spare.append(fork)
+        results = tuple(
+            held[place] if view is None else view.of(held) for place, view, _ in self._results
+        )
+        return results[0] if self._single else results
 
-    def _storage(self) -> _Storage:
-        if self._launch is None:
-            self._launch = cupy().cuda.driver.launchKernel
-        return _Storage(self._launches, self._forks)
+
+def _model(shape: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
+    """A tensor to make contiguous others like it, in half the time that a shape takes.
+
+    It is one element expanded; torch makes no copy of an expanded dimension's stride.
+    """
+    return torch.empty((1,) * len(shape), dtype=dtype, device=_place(device)).expand(shape)
 
 
-def _fill(maps: Any, kept: list[Any], table: Any, pointers: list[int]) -> None:
-    """Put the descriptors of these addresses among the arguments, and keep them alive."""
-    for n, (place, slot, offset, found) in enumerate(maps):
-        made = kept[n] = found.at(pointers[slot] + offset)
-        table[place] = made[0]
+def _place(device: int) -> torch.device:
+    return torch.device("cuda", device)
 
 
 def _several(result: Operand | tuple[Operand, ...]) -> tuple[Operand, ...]:

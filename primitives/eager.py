@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from mixgrain.cuda.prepared import Prepared
 
 _Signatures = dict[Hashable, "Call"]
-_TYPES = (Tensor, torch.nn.Parameter)
+TENSORS = (Tensor, torch.nn.Parameter)
 LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout))
 # Layouts whose calls are kept, and signatures of each.
 LAYOUTS, SIGNATURES = 128, 64
@@ -64,14 +64,15 @@ def plain() -> bool:
 
 def usable(t: Any) -> bool:
     """Whether a tensor is what it looks like: dense, on CUDA, no subclass and no lazy negation."""
-    return type(t) in _TYPES and t.is_cuda and t.layout is torch.strided and not t.is_neg()
+    return type(t) in TENSORS and t.is_cuda and t.layout is torch.strided and not t.is_neg()
 
 
 class _Layouts(LRU[_Signatures]):
     """An LRU that is read without its lock."""
 
-    def find(self, key: Hashable) -> _Signatures | None:
+    def find(self, layout: Layout) -> _Signatures | None:
         """The calls of a layout, which counts as used."""
+        key = (layout.key, layout.home)
         found = self._values.get(key)
         if found is not None:
             try:  # noqa: SIM105  # contextlib.suppress takes a microsecond
@@ -84,9 +85,7 @@ class _Layouts(LRU[_Signatures]):
 _layouts = _Layouts(LAYOUTS)
 
 
-def find(layout: Layout) -> _Signatures | None:
-    """The calls of a layout."""
-    return _layouts.find((layout.key, layout.home))
+find = _layouts.find
 
 
 class Term(NamedTuple):
@@ -180,24 +179,26 @@ class Call:
     """A prepared call on tensors as users hold them.
 
     Attributes:
+        run: takes tensors of the signature, a mask last, and the list of their addresses, which it
+            uses up.
         term: what it computes.
         gradients: what computes the gradient of each tensor; None where it may not be recorded.
     """
 
-    __slots__ = ("_copied", "_prepared", "_viewed", "gradients", "term")
+    __slots__ = ("_prepared", "_viewed", "gradients", "run", "term")
 
     def __init__(self, term: Term, prepared: Prepared, copied: bool, viewed: bool) -> None:
-        self.term, self._prepared, self._copied, self._viewed = term, prepared, copied, viewed
+        self.term, self._prepared, self._viewed = term, prepared, viewed
         self.gradients: tuple[Gradient, ...] | None = None
+        self.run: Callable[[tuple[Tensor, ...], list[int]], Any] = prepared.__call__
+        if copied or viewed:
+            self.run = self._folding if copied else self._viewing
 
-    def __call__(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
-        """Run on tensors of the signature; a mask comes last, and the list is used up."""
-        if self._copied:
-            return self._folding(given)
-        made = self._prepared(given, pointers)
-        return self.term.unfolded(made) if self._viewed else made
+    def _viewing(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
+        """Where results are views."""
+        return self.term.unfolded(self._prepared(given, pointers))
 
-    def _folding(self, given: tuple[Tensor, ...]) -> Any:
+    def _folding(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
         """Where folding copies: repeated key heads, strides that do not fold."""
         count = len(given)
         keep = given[-1] if given[-1].dtype == torch.bool else None
@@ -244,11 +245,11 @@ class Gradient:
         if call is None:
             call = self._term.prepare(tensors, keep)
             if torch.cuda.is_current_stream_capturing():
-                return call(given, pointers)
+                return call.run(given, pointers)
             if len(self._calls) >= SIGNATURES:
                 self._calls = {}
             self._calls[key] = call
-        return call(given, pointers)
+        return call.run(given, pointers)
 
 
 def tf32() -> str:

@@ -17,6 +17,7 @@ from mixgrain.formats.sparse import SparseTensor
 
 from .eager import (
     LAYOUT_TYPES,
+    TENSORS,
     Call,
     Gradient,
     Term,
@@ -52,7 +53,7 @@ class _Product(torch.autograd.Function):
         assert call.gradients is not None
         ctx.gradients, ctx.keep = call.gradients, keep
         ctx.save_for_backward(a, b)
-        made: Tensor = call((a, b) if keep is None else (a, b, keep), pointers)
+        made: Tensor = call.run((a, b) if keep is None else (a, b, keep), pointers)
         return made
 
 
@@ -88,7 +89,7 @@ class _Softmax(torch.autograd.Function):
         assert call.gradients is not None
         ctx.gradients, ctx.keep = call.gradients, keep
         ctx.set_materialize_grads(False)
-        made = call((values,) if keep is None else (values, keep), pointers)
+        made = call.run((values,) if keep is None else (values, keep), pointers)
         ctx.save_for_backward(made[0] if isinstance(made, tuple) else made)
         return made
 
@@ -127,11 +128,11 @@ def _sddmm_key(
 ) -> Any:
     dtype = q.dtype
     return (
-        *(q.shape, q.stride(), dtype, a & 15, q.get_device()),
-        *(k.shape, k.stride(), k.dtype, b & 15, k.get_device()),
-        *(scale, out, None if keep is None else _mask_key(keep)),
+        "sddmm", q.shape, q.stride(), dtype, a & 15, q.get_device(),
+        k.shape, k.stride(), k.dtype, b & 15, k.get_device(), q.is_neg() or k.is_neg(),
+        scale, out, None if keep is None else _mask_key(keep),
         tf32() if dtype is _FLOAT else None,
-    )
+    )  # fmt: skip
 
 
 def sddmm(
@@ -141,11 +142,11 @@ def sddmm(
     # A scale of 0 and one of −0 are equal keys.
     if torch.compiler.is_dynamo_compiling() or type(layout) not in LAYOUT_TYPES or not scale:
         return None
-    calls = find(layout) if usable(q) and usable(k) else None
+    calls = find(layout) if type(q) in TENSORS and type(k) in TENSORS else None
     if calls is None or not plain() or not (keep is None or usable(keep)):
         return None
     a, b = q.data_ptr(), k.data_ptr()
-    call = calls.get(("sddmm", *_sddmm_key(q, k, scale, keep, out_dtype, a, b)))
+    call = calls.get(_sddmm_key(q, k, scale, keep, out_dtype, a, b))
     if call is None:
         return None
     pointers = [a, b] if keep is None else [a, b, keep.data_ptr()]
@@ -154,7 +155,7 @@ def sddmm(
             return None
         values = _apply_sddmm(call, keep, pointers, q, k)
     else:
-        values = call((q, k) if keep is None else (q, k, keep), pointers)
+        values = call.run((q, k) if keep is None else (q, k, keep), pointers)
     return _sparse(layout, values, keep, False)
 
 
@@ -176,7 +177,7 @@ def learn_sddmm(
     both, values, dense = ("dense", "dense"), ("values",), ("dense",)
     term = Term("sddmm", layout, lead, both, values, False, plan, scalars)
     key = _sddmm_key(q, k, scale, keep, out_dtype, q.data_ptr(), k.data_ptr())
-    call = learn(layout, ("sddmm", *key), term, (q, k), keep)
+    call = learn(layout, key, term, (q, k), keep)
     if call is not None and q.shape[:-2] == lead == k.shape[:-2]:
         kinds = ("values", "dense")
         shared = (False, plan)
@@ -186,13 +187,14 @@ def learn_sddmm(
 
 
 def _spmm_key(s: SparseTensor, x: Tensor, a: int, b: int) -> Any:
-    values, keep, dtype = s.values, s.keep, x.dtype
+    values, keep = s.values, s.keep
+    kind, dtype = values.dtype, x.dtype
     return (
-        *(values.shape, values.stride(), values.dtype, a & 15, values.get_device()),
-        *(x.shape, x.stride(), dtype, b & 15, x.get_device()),
+        "spmm", values.shape, values.stride(), kind, a & 15, values.get_device(),
+        x.shape, x.stride(), dtype, b & 15, x.get_device(), values.is_neg() or x.is_neg(),
         None if keep is None else (s.keep_rows, *_mask_key(keep)),
-        tf32() if dtype is _FLOAT or values.dtype is _FLOAT else None,
-    )
+        tf32() if dtype is _FLOAT or kind is _FLOAT else None,
+    )  # fmt: skip
 
 
 def spmm(s: Any, x: Tensor) -> Tensor | None:
@@ -200,19 +202,19 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling() or type(s) is not SparseTensor:
         return None
     layout, values, keep = s.layout, s.values, s.keep
-    if type(layout) not in LAYOUT_TYPES or not (usable(values) and usable(x)):
+    if type(layout) not in LAYOUT_TYPES:
         return None
-    calls = find(layout)
+    calls = find(layout) if type(values) in TENSORS and type(x) in TENSORS else None
     if calls is None or not plain() or not (keep is None or usable(keep)):
         return None
     a, b = values.data_ptr(), x.data_ptr()
-    call = calls.get(("spmm", *_spmm_key(s, x, a, b)))
+    call = calls.get(_spmm_key(s, x, a, b))
     if call is None:
         return None
     pointers = [a, b] if keep is None else [a, b, keep.data_ptr()]
     made: Tensor | None = None
     if not _grad_enabled() or not (values.requires_grad or x.requires_grad):
-        made = call((values, x) if keep is None else (values, x, keep), pointers)
+        made = call.run((values, x) if keep is None else (values, x, keep), pointers)
     elif call.gradients is not None:
         made = _apply_spmm(call, keep, pointers, values, x)
     return made
@@ -228,7 +230,7 @@ def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) ->
     kinds, dense = ("values", "dense"), ("dense",)
     term = Term("spmm", layout, lead, kinds, dense, s.keep_rows, plan, (1.0, x.dtype))
     key = _spmm_key(s, x, values.data_ptr(), x.data_ptr())
-    call = learn(layout, ("spmm", *key), term, (values, x), s.keep)
+    call = learn(layout, key, term, (values, x), s.keep)
     complete = values.shape[:-1] == free_shape(layout.lead, lead) and x.shape[:-2] == lead
     if call is not None and complete:
         shared = (s.keep_rows, plan)
@@ -241,9 +243,10 @@ def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) ->
 def _softmax_key(s: SparseTensor, want_lse: bool, out: Any, a: int) -> Any:
     values, keep = s.values, s.keep
     return (
-        *(values.shape, values.stride(), values.dtype, a & 15, values.get_device()),
-        *(want_lse, out, None if keep is None else (s.keep_rows, *_mask_key(keep))),
-    )
+        "softmax", values.shape, values.stride(), values.dtype, a & 15, values.get_device(),
+        values.is_neg(), want_lse, out,
+        None if keep is None else (s.keep_rows, *_mask_key(keep)),
+    )  # fmt: skip
 
 
 def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
@@ -251,11 +254,13 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
     if torch.compiler.is_dynamo_compiling() or type(s) is not SparseTensor:
         return None
     layout, values, keep = s.layout, s.values, s.keep
-    calls = find(layout) if type(layout) in LAYOUT_TYPES and usable(values) else None
+    if type(layout) not in LAYOUT_TYPES or type(values) not in TENSORS:
+        return None
+    calls = find(layout)
     if calls is None or not plain() or not (keep is None or usable(keep)):
         return None
     a = values.data_ptr()
-    call = calls.get(("softmax", *_softmax_key(s, want_lse, out_dtype, a)))
+    call = calls.get(_softmax_key(s, want_lse, out_dtype, a))
     if call is None:
         return None
     pointers = [a] if keep is None else [a, keep.data_ptr()]
@@ -264,7 +269,7 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
             return None
         made = _apply_softmax(call, keep, pointers, values)
     else:
-        made = call((values,) if keep is None else (values, keep), pointers)
+        made = call.run((values,) if keep is None else (values, keep), pointers)
     if want_lse:
         return _sparse(layout, made[0], keep, s.keep_rows), made[1]
     return _sparse(layout, made, keep, s.keep_rows)
@@ -283,7 +288,7 @@ def learn_softmax(
     scalars = (values.dtype if out_dtype is None else out_dtype, want_lse)
     term = Term("softmax", layout, lead, ("values",), kinds, s.keep_rows, plan, scalars)
     key = _softmax_key(s, want_lse, out_dtype, values.data_ptr())
-    call = learn(layout, ("softmax", *key), term, (values,), s.keep)
+    call = learn(layout, key, term, (values,), s.keep)
     if call is not None:
         both = ("values", "values", "vector")
         shared = (s.keep_rows, plan, (values.dtype,))

@@ -84,7 +84,12 @@ def is_fine(part: PartPlan) -> bool:
     return part.kind == "crow"
 
 
-def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) -> None:
+SHAPES: dict[str, tuple[int, int, bool]] = {}
+
+
+def at_once(
+    parts: list[PartPlan], work: Callable[[PartPlan], None], free: int, op: str = ""
+) -> None:
     """Launch work for every part, fine parts beside the coarse ones where both are worth it.
 
     Args:
@@ -100,12 +105,21 @@ def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) 
         for part in parts:
             work(part)
         return
+    c, f, first = SHAPES.get(op, (0, 0, True))
     with recording.fork():
+        if not first:
+            recording.pad = c
+            for part in coarse:
+                work(part)
         with recording.side():
+            recording.pad = f
             for part in fine:
                 work(part)
-        for part in coarse:
-            work(part)
+        if first:
+            recording.pad = c
+            for part in coarse:
+                work(part)
+        recording.pad = 0
 
 
 def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:

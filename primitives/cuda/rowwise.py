@@ -252,6 +252,7 @@ class Call:
             self.parts,
             lambda part: self.run(ROWS, part, Vectors(numbers, starts[id(part)])),
             self.free,
+            "rows",
         )
         return numbers, len(dense), piece_ptr, piece_list
 
@@ -290,7 +291,9 @@ class Call:
 
     def everywhere(self, numbers: Tensor) -> None:
         """Write the slots of every part, given the numbers of the rows."""
-        at_once(self.parts, lambda part: self.run(SLOTS, part, Vectors(numbers)), self.free)
+        at_once(
+            self.parts, lambda part: self.run(SLOTS, part, Vectors(numbers)), self.free, "slots"
+        )
 
 
 def _pointer(t: Tensor | None, start: int, offset: int = 0) -> int:

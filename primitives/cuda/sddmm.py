@@ -47,5 +47,5 @@ def sddmm(
     def write(part: PartPlan) -> None:
         _KINDS[part.kind](values, q, k, keep, keep_rows, part, scale)
 
-    at_once(parts, write, values.shape[0])
+    at_once(parts, write, values.shape[0], "sddmm")
     return values

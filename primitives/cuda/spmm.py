@@ -85,7 +85,7 @@ def _product(
         out = sums[lane] if more else sums.setdefault(lane, x.new_empty(size, dtype=torch.float32))
         _KINDS[part.kind](out, values, x, keep, keep_rows, part, scale, transposed, more)
 
-    at_once(parts, add, values.shape[0])
+    at_once(parts, add, values.shape[0], "spmm")
     return _rounded([sums[lane] for lane in sorted(sums)], dtype)[..., :width].contiguous()
 
 

@@ -7,6 +7,7 @@ import torch
 from cases import BUILDERS, CASES, Case, band, density, masks_of, operands
 from torch import Tensor
 
+from mixgrain.cuda import prepared
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
@@ -87,6 +88,8 @@ def poisoned(monkeypatch):
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    like = torch.empty_like
+    monkeypatch.setattr(prepared, "_empty_like", lambda t: new_empty(like(t), t.shape))
 
 
 @pytest.fixture(params=[False, True], ids=["best", "portable"])
