@@ -117,7 +117,7 @@ class Recording:
         self.steps: list[Step] = []
         self._side = False
         self._forked = 0
-        self.pad = 0
+        self.share: tuple[int, float, float] | None = None
 
     def given(self, like: Tensor, residue: int) -> Operand:
         """An operand described by a tensor (a meta tensor will do)."""
@@ -139,7 +139,6 @@ class Recording:
         shared: int,
     ) -> None:
         """Note a launch."""
-        shared = max(shared, self.pad)
         self.steps.append(Launch(kernel, grid, threads, arguments, shared, self._side))
 
     def work(self, function: Callable[..., Any], arguments: Any, keywords: Any) -> Operand:

@@ -32,6 +32,7 @@ from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
 _FLOAT = torch.float32
+_new = object.__new__
 
 
 class _Context(torch.autograd.function.FunctionCtx):
@@ -118,8 +119,10 @@ def _mask_key(keep: Tensor | None) -> Any:
 
 def _sparse(layout: Layout, values: Tensor, keep: Tensor | None, rows: bool) -> SparseTensor:
     """A SparseTensor whose values are known to fit."""
-    made = object.__new__(SparseTensor)
-    made.__dict__.update(layout=layout, values=values, keep=keep, keep_rows=rows)
+    made = _new(SparseTensor)
+    fields = made.__dict__
+    fields["layout"], fields["values"] = layout, values
+    fields["keep"], fields["keep_rows"] = keep, rows
     return made
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import Argument
 from mixgrain.cuda.recording import current
 from mixgrain.formats.errors import UnsupportedError
@@ -84,7 +85,7 @@ def is_fine(part: PartPlan) -> bool:
     return part.kind == "crow"
 
 
-SHAPES: dict[str, tuple[int, int, bool]] = {}
+SHAPES: dict[str, tuple[int, float]] = {}
 
 
 def at_once(
@@ -105,21 +106,35 @@ def at_once(
         for part in parts:
             work(part)
         return
-    c, f, first = SHAPES.get(op, (0, 0, True))
+    k, share = SHAPES.get(op, (0, 1.0))
     with recording.fork():
-        if not first:
-            recording.pad = c
-            for part in coarse:
-                work(part)
         with recording.side():
-            recording.pad = f
+            recording.share = (k, 0.0, share)
             for part in fine:
                 work(part)
-        if first:
-            recording.pad = c
-            for part in coarse:
-                work(part)
-        recording.pad = 0
+        recording.share = None
+        for part in coarse:
+            work(part)
+    if share < 1:
+        recording.share = (0, share, 1.0)
+        for part in fine:
+            work(part)
+    recording.share = None
+
+
+def share_of(count: int, free: int, device: int, whole: int) -> tuple[int, int, int, int]:
+    """First item, items, CTAs in x, PERSIST."""
+    recording = current()
+    share = recording.share if recording is not None else None
+    k, lo, hi = share or (0, 0.0, 1.0)
+    first, stop = (
+        round(count * lo / 4) * 4,
+        min(round(count * hi / 4) * 4 if hi < 1 else count, count),
+    )
+    full = -(-(stop - first) // 4)
+    if not k:
+        return first, stop - first, full, 0
+    return first, stop - first, min(full, max(1, k * facts(device).multiprocessors // free)), 1
 
 
 def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:

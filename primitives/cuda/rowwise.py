@@ -14,7 +14,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from .parts import CODES, MOST_MATRICES, aligned_values, at_once, mask_side
+from .parts import CODES, MOST_MATRICES, aligned_values, at_once, mask_side, share_of
 
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
 ONCE, ROWS, SLOTS = range(3)  # PHASE
@@ -201,8 +201,11 @@ class Call:
             if stop == first:
                 continue
             constants = self.constants(phase, 1, ROW_HOLDS[self.op], team, True)
-            _kernel(self.device, "row", constants)(
-                (stop - first if team > 1 else -(-(stop - first) // WARPS), many),
+            begin, count, across, persist = 0, stop - first, stop - first, 0
+            if team == 1:
+                begin, count, across, persist = share_of(count, many, self.device, WARPS)
+            _kernel(self.device, "row", (*constants, ("PERSIST", persist)))(
+                (across, many),
                 32 * (team if team > 1 else WARPS),
                 (
                     *self.slots(part, start, phase),
@@ -210,8 +213,8 @@ class Call:
                     *self.mask(start),
                     offsets.data_ptr(),
                     columns.data_ptr(),
-                    row_order.data_ptr() + 4 * first,
-                    np.int32(stop - first),
+                    row_order.data_ptr() + 4 * (first + begin),
+                    np.int32(count),
                     np.int32(self.rows),
                 ),
             )
