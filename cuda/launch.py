@@ -17,7 +17,6 @@ from .compile import Request, build
 from .device import facts
 from .errors import CudaError, MissingError
 
-CARVE = None
 Argument = Any  # an int (a pointer), a numpy scalar, or a numpy array of one element (by value)
 
 
@@ -92,8 +91,6 @@ class Kernel:
     def function(self, shared: int) -> int:
         """The driver's handle, allowed this much dynamic shared memory; see `load`."""
         raw = self.load()
-        if CARVE is not None and dict(self.wanted.constants).get("PERSIST"):
-            raw.preferred_shared_memory_carveout = CARVE
         if shared > self._shared:
             raw.max_dynamic_shared_size_bytes = shared
             self._shared = shared

@@ -117,7 +117,6 @@ class Recording:
         self.steps: list[Step] = []
         self._side = False
         self._forked = 0
-        self.share: tuple[int, float, float] | None = None
 
     def given(self, like: Tensor, residue: int) -> Operand:
         """An operand described by a tensor (a meta tensor will do)."""

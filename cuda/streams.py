@@ -7,8 +7,6 @@ from typing import Any
 
 from .launch import cupy
 
-PRIORITY = 0
-
 
 @functools.lru_cache(maxsize=256)
 def _side(device: int, stream: int) -> Any:
@@ -18,7 +16,7 @@ def _side(device: int, stream: int) -> Any:
     not of torch's pool, whose streams a user may hold under another name.
     """
     with cupy().cuda.Device(device):
-        return cupy().cuda.Stream(non_blocking=True, priority=PRIORITY)
+        return cupy().cuda.Stream(non_blocking=True)
 
 
 class Fork:

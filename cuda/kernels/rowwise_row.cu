@@ -15,8 +15,6 @@
 // that its sum is the same wherever it lies; loads are 64 or 128 contiguous bytes per warp.
 #include "rowwise.cuh"
 
-constexpr bool kPersist = MG_PERSIST;  // a CTA takes rows until there are no more
-
 static_assert(kPiece == 1 && MG_MASKED, "rows have no alignment, and ends");
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtas)
@@ -27,86 +25,85 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtas)
                 float *__restrict__ lse, const float *__restrict__ grad_lse, i64 vector_free,
                 const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry,
                 const i64 *__restrict__ row_offsets, const int *__restrict__ columns,
-                const int *__restrict__ row_order, int lines, int rows) {
+                const int *__restrict__ row_order, int lines, int rows, i64 positions, int gap) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int member = kTeam > 1 ? warp : 0, rows_at_once = kTeam > 1 ? 1 : kWarps;
+    const int line = kTeam > 1 ? int(blockIdx.x) : int(blockIdx.x) * kWarps + warp;
+    // Slots between this part and the next hold zeros.
+    if (kResults && blockIdx.x == 0 && int(threadIdx.x) < gap)
+        out[blockIdx.y * out_free + positions + threadIdx.x] = from_float<out_t>(0.0f);
+    if (line >= lines) return;
+    const int member = kTeam > 1 ? warp : 0;
     const i64 f = blockIdx.y;
-    // A team takes one row: what it shares is not waited for again.
-    for (int line = int(blockIdx.x) * rows_at_once + (kTeam > 1 ? 0 : warp); line < lines;
-         line += int(gridDim.x) * rows_at_once) {
 
-        // 1. Where this row is.
-        const int at = row_order[line];
-        const int entry = at / rows;
-        const i64 begin = row_offsets[at];
-        const int count = int(row_offsets[at + 1] - begin);
-        const value_t *const my_values = values + f * values_free + begin;
-        const operand_t *const my_grad = kOp == kBackward ? grad + f * grad_free + begin : grad;
-        out_t *const my_out = kResults ? out + f * out_free + begin : out;
-        const int *const my_columns = columns + begin;
-        const u8 *const kept = keep + f * keep_free + entry * keep_entry;
-        const bool dropped = kKeep == 2 && !kept[at - entry * rows];
+    // 1. Where this row is.
+    const int at = row_order[line];
+    const int entry = at / rows;
+    const i64 begin = row_offsets[at];
+    const int count = int(row_offsets[at + 1] - begin);
+    values += f * values_free + begin;
+    if (kOp == kBackward) grad += f * grad_free + begin;
+    if (kResults) out += f * out_free + begin;
+    columns += begin;
+    const u8 *const kept = keep + f * keep_free + entry * keep_entry;
+    const bool dropped = kKeep == 2 && !kept[at - entry * rows];
 
-        // 2. A bundle: slots lane, lane + 32 · TEAM, … of the row.
-        constexpr int kStride = 32 * kTeam;
-        Bundle held;
-        const int bundles = (count + kHold * kStride - 1) / (kHold * kStride);
-        const auto slot_of = [&](int bundle, int h) {
-            return (bundle * kHold + h) * kStride + member * 32 + lane;
-        };
-        const auto present_in = [&](int bundle) {
-            return min(kHold, (count - bundle * kHold * kStride + kStride - 1) / kStride);
-        };
-        const auto load = [&](int bundle) {
-            held.clear();
+    // 2. A bundle: slots lane, lane + 32 · TEAM, … of the row.
+    constexpr int kStride = 32 * kTeam;
+    Bundle held;
+    const int bundles = (count + kHold * kStride - 1) / (kHold * kStride);
+    const auto slot_of = [&](int bundle, int h) {
+        return (bundle * kHold + h) * kStride + member * 32 + lane;
+    };
+    const auto present_in = [&](int bundle) {
+        return min(kHold, (count - bundle * kHold * kStride + kStride - 1) / kStride);
+    };
+    const auto load = [&](int bundle) {
+        held.clear();
 #pragma unroll
-            for (int h = 0; h < kHold; ++h) {
-                const int n = slot_of(bundle, h);
-                if (n >= count) continue;
-                held.load(h, my_values + n, my_grad + n);
-                bool live = !dropped;
-                if (kKeep == 1) live = kept[__ldg(my_columns + n)];
-                held.set_live(h, live);
-            }
-        };
-
-        // 3. The row's statistic; the last bundle looked at is the first, which then needs no second look.
-        Factors row_numbers;
-        if (kPhase != 2) {
-            Statistic found;
-            for (int bundle = bundles - 1; bundle >= 0; --bundle) {
-                load(bundle);
-                absorb(found, held, present_in(bundle));
-            }
-            join_lanes(found, 32);
-            if constexpr (kTeam > 1) {
-                __shared__ float2 shared[kTeam][1];
-                join_team<1>(found, shared, warp, 0, lane == 0);
-            }
-            const bool writes = lane == 0 && member == 0;
-            if (kPhase == 1) {
-                const bool two = kOp == kSoftmax;
-                if (writes)
-                    write_row(numbers, f * numbers_free + at, two ? found.top : found.sum, found.sum);
-                if (kPersist) continue;
-                return;
-            }
-            row_numbers = factors_of(found);
-            if (kOp == kSoftmax && lse && writes) lse[f * vector_free + at] = lse_of(found);
-            if (kOp == kBackward && grad_lse) row_numbers.shift -= grad_lse[f * vector_free + at];
-        } else {
-            row_numbers = read_row(numbers, f * numbers_free + at);
+        for (int h = 0; h < kHold; ++h) {
+            const int n = slot_of(bundle, h);
+            if (n >= count) continue;
+            held.load(h, values + n, grad + n);
+            bool live = !dropped;
+            if (kKeep == 1) live = kept[__ldg(columns + n)];
+            held.set_live(h, live);
         }
+    };
 
-        // 4. Results.
-        for (int bundle = 0; bundle < bundles; ++bundle) {
-            if (kPhase == 2 || bundle > 0) load(bundle);
+    // 3. The row's statistic; the last bundle looked at is the first, which then needs no second look.
+    Factors row_numbers;
+    if (kPhase != 2) {
+        Statistic found;
+        for (int bundle = bundles - 1; bundle >= 0; --bundle) {
+            load(bundle);
+            absorb(found, held, present_in(bundle));
+        }
+        join_lanes(found, 32);
+        if constexpr (kTeam > 1) {
+            __shared__ float2 shared[kTeam][1];
+            join_team<1>(found, shared, warp, 0, lane == 0);
+        }
+        const bool writes = lane == 0 && member == 0;
+        if (kPhase == 1) {
+            const bool two = kOp == kSoftmax;
+            if (writes)
+                write_row(numbers, f * numbers_free + at, two ? found.top : found.sum, found.sum);
+            return;
+        }
+        row_numbers = factors_of(found);
+        if (kOp == kSoftmax && lse && writes) lse[f * vector_free + at] = lse_of(found);
+        if (kOp == kBackward && grad_lse) row_numbers.shift -= grad_lse[f * vector_free + at];
+    } else {
+        row_numbers = read_row(numbers, f * numbers_free + at);
+    }
+
+    // 4. Results.
+    for (int bundle = 0; bundle < bundles; ++bundle) {
+        if (kPhase == 2 || bundle > 0) load(bundle);
 #pragma unroll
-            for (int h = 0; h < kHold; ++h) {
-                const int n = slot_of(bundle, h);
-                if (n < count) emit(my_out + n, held, h, row_numbers);
-            }
+        for (int h = 0; h < kHold; ++h) {
+            const int n = slot_of(bundle, h);
+            if (n < count) emit(out + n, held, h, row_numbers);
         }
-        if (!kPersist) break;
     }
 }

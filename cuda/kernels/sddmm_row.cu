@@ -16,8 +16,6 @@
 // key whose index it looked up: stores are as coalesced as the loads of the indices.
 #include "row.cuh"
 
-constexpr bool kPersist = MG_PERSIST;  // a CTA takes items until there are no more
-
 constexpr bool kLoop = MG_LOOP;  // rows longer than LANES · VECTORS pieces, taken in passes
 constexpr int kKeep = MG_KEEP;   // run-time mask: 0 none, 1 over columns, 2 over rows
 
@@ -28,108 +26,106 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_LOOP ? 5 : 6)
               const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,  //
               const int4 *__restrict__ items, const i64 *__restrict__ row_offsets,
               const int *__restrict__ columns, int item_count, int rows, int pieces,
-              float scale) {
+              float scale, i64 positions, int gap) {
     const int lane = threadIdx.x % 32;
-    const int stride = gridDim.x * kWarps;
-    for (int at = blockIdx.x * kWarps + threadIdx.x / 32; at < item_count; at += stride) {
-        const RowItem item = row_item(items, at);
-        if (item.count == 0) {
-            if (kPersist) continue;
-            return;
+    // Slots between this part and the next hold zeros.
+    if (blockIdx.x == 0 && int(threadIdx.x) < gap)
+        out[blockIdx.y * out_free + positions + threadIdx.x] = from_float<out_t>(0.0f);
+    const int at = blockIdx.x * kWarps + threadIdx.x / 32;
+    if (at >= item_count) return;
+    const RowItem item = row_item(items, at);
+    if (item.count == 0) return;
+    const int entry = item.row / rows, row = item.row - entry * rows;
+    const i64 first = row_offsets[item.row] + item.begin;
+    const int piece = lane % kLanes;
+
+    // Whether this lane has something at pass `pass`, vector v.
+    const auto inside = [&](int pass, int v) {
+        return kExact || piece + v * kLanes + pass * (kLanes * kVectors) < pieces;
+    };
+
+    const i64 f = blockIdx.y;
+    const char *const q_base = reinterpret_cast<const char *>(q + f * q_free + entry * q_entry) +
+                               u64(row) * q_row + piece * 16;
+    const char *const k_base =
+        reinterpret_cast<const char *>(k + f * k_free + entry * k_entry) + piece * 16;
+    const u8 *const kept = keep + f * keep_free + entry * keep_entry;
+    const bool row_dropped = kKeep == 2 && !kept[row * keep_at];
+    out_t *const scores = out + f * out_free + first;
+
+    // 1. This lane's share of the row of q.
+    float mine[kVectors][kElements];
+    const auto load_q = [&](int pass) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int offset = (pass * kVectors + v) * kLanes * 16;
+            Piece held;
+            held.clear();
+            if (inside(pass, v)) held.load(q_base + offset);
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) mine[v][i] = held[i];
         }
-        const int entry = item.row / rows, row = item.row - entry * rows;
-        const i64 first = row_offsets[item.row] + item.begin;
-        const int piece = lane % kLanes;
+    };
+    if (!kLoop) load_q(0);
 
-        // Whether this lane has something at pass `pass`, vector v.
-        const auto inside = [&](int pass, int v) {
-            return kExact || piece + v * kLanes + pass * (kLanes * kVectors) < pieces;
-        };
-
-        const i64 f = blockIdx.y;
-        const char *const q_base = reinterpret_cast<const char *>(q + f * q_free + entry * q_entry) +
-                                   u64(row) * q_row + piece * 16;
-        const char *const k_base =
-            reinterpret_cast<const char *>(k + f * k_free + entry * k_entry) + piece * 16;
-        const u8 *const kept = keep + f * keep_free + entry * keep_entry;
-        const bool row_dropped = kKeep == 2 && !kept[row * keep_at];
-        out_t *const scores = out + f * out_free + first;
-
-        // 1. This lane's share of the row of q.
-        float mine[kVectors][kElements];
-        const auto load_q = [&](int pass) {
+    int next[kRegisters];
+    const auto look_up = [&](int base) {
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-                const int offset = (pass * kVectors + v) * kLanes * 16;
-                Piece held;
-                held.clear();
-                if (inside(pass, v)) held.load(q_base + offset);
+        for (int m = 0; m < kRegisters; ++m)  // beyond the end: the last key once more
+            next[m] = __ldg(columns + first + min(base + own_key(lane, m), item.count - 1));
+    };
+    look_up(0);
+    for (int base = 0; base < item.count; base += kRound) {
+        int column[kRegisters];
 #pragma unroll
-                for (int i = 0; i < kElements; ++i) mine[v][i] = held[i];
+        for (int m = 0; m < kRegisters; ++m) column[m] = next[m];
+        if (base + kRound < item.count) look_up(base + kRound);
+
+        // 2. Partial scores: step s of group g meets key s · kGroups + g.
+        float sum[kSteps];
+#pragma unroll
+        for (int start = 0; start < kSteps; start += kBatch) {
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) sum[start + b] = 0.0f;
+            if (base + start * kGroups >= item.count) continue;
+            const char *from[kBatch];
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+                const int s = start + b;
+                from[b] = row_address(k_base, of_step(column, s), k_row);
             }
-        };
-        if (!kLoop) load_q(0);
-
-        int next[kRegisters];
-        const auto look_up = [&](int base) {
+            const int passes = kLoop ? (pieces + kLanes * kVectors - 1) / (kLanes * kVectors) : 1;
+            for (int pass = 0; pass < passes; ++pass) {
+                if (kLoop) load_q(pass);
+                Piece theirs[kBatch][kVectors];
 #pragma unroll
-            for (int m = 0; m < kRegisters; ++m)  // beyond the end: the last key once more
-                next[m] = __ldg(columns + first + min(base + own_key(lane, m), item.count - 1));
-        };
-        look_up(0);
-        for (int base = 0; base < item.count; base += kRound) {
-            int column[kRegisters];
+                for (int b = 0; b < kBatch; ++b)
 #pragma unroll
-            for (int m = 0; m < kRegisters; ++m) column[m] = next[m];
-            if (base + kRound < item.count) look_up(base + kRound);
-
-            // 2. Partial scores: step s of group g meets key s · kGroups + g.
-            float sum[kSteps];
+                    for (int v = 0; v < kVectors; ++v) {
+                        const char *p = from[b] + (pass * kVectors + v) * kLanes * 16;
+                        if (!kExact) theirs[b][v].clear();
+                        if (inside(pass, v)) theirs[b][v].load(p);
+                    }
 #pragma unroll
-            for (int start = 0; start < kSteps; start += kBatch) {
+                for (int b = 0; b < kBatch; ++b)
 #pragma unroll
-                for (int b = 0; b < kBatch; ++b) sum[start + b] = 0.0f;
-                if (base + start * kGroups >= item.count) continue;
-                const char *from[kBatch];
+                    for (int v = 0; v < kVectors; ++v)
 #pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    const int s = start + b;
-                    from[b] = row_address(k_base, of_step(column, s), k_row);
-                }
-                const int passes = kLoop ? (pieces + kLanes * kVectors - 1) / (kLanes * kVectors) : 1;
-                for (int pass = 0; pass < passes; ++pass) {
-                    if (kLoop) load_q(pass);
-                    Piece theirs[kBatch][kVectors];
-#pragma unroll
-                    for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-                        for (int v = 0; v < kVectors; ++v) {
-                            const char *p = from[b] + (pass * kVectors + v) * kLanes * 16;
-                            if (!kExact) theirs[b][v].clear();
-                            if (inside(pass, v)) theirs[b][v].load(p);
-                        }
-#pragma unroll
-                    for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-                        for (int v = 0; v < kVectors; ++v)
-#pragma unroll
-                            for (int i = 0; i < kElements; ++i)
-                                sum[start + b] = fmaf(mine[v][i], theirs[b][v][i], sum[start + b]);
-                }
-            }
-
-            // 3. Each lane ends with the scores of its own keys.
-#pragma unroll
-            for (int m = 0; m < kRegisters; ++m) {
-                transpose_sum<kTurn>(sum + m * kTurn, lane);
-                const float score = scale * lane_sum<kTurn, kLanes>(sum[m * kTurn]);
-                const int key = base + own_key(lane, m);
-                if (lane % kLanes >= kTurn || key >= item.count) continue;
-                bool live = !row_dropped;
-                if (kKeep == 1) live = kept[column[m] * keep_at];
-                scores[key] = from_float<out_t>(live ? score : 0.0f);
+                        for (int i = 0; i < kElements; ++i)
+                            sum[start + b] = fmaf(mine[v][i], theirs[b][v][i], sum[start + b]);
             }
         }
-        if (!kPersist) break;
+
+        // 3. Each lane ends with the scores of its own keys.
+#pragma unroll
+        for (int m = 0; m < kRegisters; ++m) {
+            transpose_sum<kTurn>(sum + m * kTurn, lane);
+            const float score = scale * lane_sum<kTurn, kLanes>(sum[m * kTurn]);
+            const int key = base + own_key(lane, m);
+            if (lane % kLanes >= kTurn || key >= item.count) continue;
+            bool live = !row_dropped;
+            if (kKeep == 1) live = kept[column[m] * keep_at];
+            scores[key] = from_float<out_t>(live ? score : 0.0f);
+        }
     }
 }

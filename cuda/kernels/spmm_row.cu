@@ -17,8 +17,6 @@
 // whatever stands there could be NaN.
 #include "row.cuh"
 
-constexpr bool kPersist = MG_PERSIST;  // a CTA takes items until there are no more
-
 constexpr int kKeep = MG_KEEP;    // run-time mask: 0 none, 1 over gathered rows, 2 over result rows
 constexpr int kOrder = MG_ORDER;  // slots: 0 in order of positions, 1 int32 list, 2 int64 list
 template <bool kWide> struct Place { using type = int; };
@@ -37,114 +35,109 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kDtype == 2 ? 5 : 4)
              const int *__restrict__ indices, const place_t *__restrict__ order, int item_count,
              int rows, int pieces, float scale) {
     const int lane = threadIdx.x % 32;
-    const int stride = gridDim.x * kWarps;
-    for (int at = blockIdx.x * kWarps + threadIdx.x / 32; at < item_count; at += stride) {
-        const RowItem item = row_item(items, at);
-        const int entry = item.row / rows, row = item.row - entry * rows;
-        const i64 first = offsets[item.row] + item.begin;
-        const int piece = blockIdx.y * (kLanes * kVectors) + lane % kLanes;
-        int offset[kVectors];  // bytes from the row's start; lanes that overhang read a piece twice
+    const int at = blockIdx.x * kWarps + threadIdx.x / 32;
+    if (at >= item_count) return;
+    const RowItem item = row_item(items, at);
+    const int entry = item.row / rows, row = item.row - entry * rows;
+    const i64 first = offsets[item.row] + item.begin;
+    const int piece = blockIdx.y * (kLanes * kVectors) + lane % kLanes;
+    int offset[kVectors];  // bytes from the row's start; lanes that overhang read a piece twice
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-            offset[v] = 16 * (kExact ? piece + v * kLanes : min(piece + v * kLanes, pieces - 1));
+    for (int v = 0; v < kVectors; ++v)
+        offset[v] = 16 * (kExact ? piece + v * kLanes : min(piece + v * kLanes, pieces - 1));
 
-        const i64 f = blockIdx.z;
-        const char *const base_x = reinterpret_cast<const char *>(x + f * x_free + entry * x_entry);
-        const u8 *const kept = keep + f * keep_free + entry * keep_entry;
-        const value_t *const weights = values + f * values_free + (kOrder ? 0 : first);
-        const int count = kKeep == 2 && !kept[row * keep_at] ? 0 : item.count;
+    const i64 f = blockIdx.z;
+    const char *const base_x = reinterpret_cast<const char *>(x + f * x_free + entry * x_entry);
+    const u8 *const kept = keep + f * keep_free + entry * keep_entry;
+    const value_t *const weights = values + f * values_free + (kOrder ? 0 : first);
+    const int count = kKeep == 2 && !kept[row * keep_at] ? 0 : item.count;
 
-        float sum[kVectors][kElements];
+    float sum[kVectors][kElements];
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
 #pragma unroll
-            for (int i = 0; i < kElements; ++i) sum[v][i] = 0.0f;
+        for (int i = 0; i < kElements; ++i) sum[v][i] = 0.0f;
 
-        // 1. Index and slot of this lane's keys are looked up one round ahead, the values only when
-        //    the rows of x are on their way too.
-        int next[kRegisters];
-        place_t next_slot[kRegisters];
-        const auto look_up = [&](int base) {
+    // 1. Index and slot of this lane's keys are looked up one round ahead, the values only when
+    //    the rows of x are on their way too.
+    int next[kRegisters];
+    place_t next_slot[kRegisters];
+    const auto look_up = [&](int base) {
 #pragma unroll
-            for (int m = 0; m < kRegisters; ++m) {
-                const int key = base + own_key(lane, m);
-                next[m] = -1;
-                if (key >= count) continue;
-                next[m] = __ldg(indices + first + key);
-                next_slot[m] = kOrder ? __ldg(order + first + key) : key;
-                if (kKeep == 1 && !kept[next[m] * keep_at]) next[m] = -1;
-            }
-        };
-        // 2. One round; a checked one may hold keys that are not there.
-        const auto round = [&](int base, bool checked) {
-            int index[kRegisters];
-            float weight[kRegisters];
+        for (int m = 0; m < kRegisters; ++m) {
+            const int key = base + own_key(lane, m);
+            next[m] = -1;
+            if (key >= count) continue;
+            next[m] = __ldg(indices + first + key);
+            next_slot[m] = kOrder ? __ldg(order + first + key) : key;
+            if (kKeep == 1 && !kept[next[m] * keep_at]) next[m] = -1;
+        }
+    };
+    // 2. One round; a checked one may hold keys that are not there.
+    const auto round = [&](int base, bool checked) {
+        int index[kRegisters];
+        float weight[kRegisters];
 #pragma unroll
-            for (int m = 0; m < kRegisters; ++m) {
-                index[m] = next[m];
-                weight[m] = 0.0f;
-                if (!checked || index[m] >= 0) weight[m] = to_float(weights[next_slot[m]]);
-            }
-            if (base + kRound < count) look_up(base + kRound);
-            // Rolled where indices need no choice of register: unrolled, the loads of all batches move to
-            // the front and half as many warps fit.
+        for (int m = 0; m < kRegisters; ++m) {
+            index[m] = next[m];
+            weight[m] = 0.0f;
+            if (!checked || index[m] >= 0) weight[m] = to_float(weights[next_slot[m]]);
+        }
+        if (base + kRound < count) look_up(base + kRound);
+        // Rolled where indices need no choice of register: unrolled, the loads of all batches move to
+        // the front and half as many warps fit.
 #pragma unroll(kRegisters == 1 ? 1 : kSteps)
-            for (int start = 0; start < kSteps; start += kBatch) {
-                if (checked && base + start * kGroups >= count) break;
-                Piece theirs[kBatch][kVectors];
+        for (int start = 0; start < kSteps; start += kBatch) {
+            if (checked && base + start * kGroups >= count) break;
+            Piece theirs[kBatch][kVectors];
 #pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    const int j = of_step(index, start + b);
-                    const char *const from = row_address(base_x, j, x_row);
+            for (int b = 0; b < kBatch; ++b) {
+                const int j = of_step(index, start + b);
+                const char *const from = row_address(base_x, j, x_row);
 #pragma unroll
-                    for (int v = 0; v < kVectors; ++v) {
-                        if (checked) theirs[b][v].clear();
-                        if (!checked || j >= 0) theirs[b][v].load(from + offset[v]);
-                    }
-                }
-#pragma unroll
-                for (int b = 0; b < kBatch; ++b) {
-                    const float w = of_step(weight, start + b);
-#pragma unroll
-                    for (int v = 0; v < kVectors; ++v)
-#pragma unroll
-                        for (int i = 0; i < kElements; ++i)
-                            sum[v][i] = fmaf(w, theirs[b][v][i], sum[v][i]);
+                for (int v = 0; v < kVectors; ++v) {
+                    if (checked) theirs[b][v].clear();
+                    if (!checked || j >= 0) theirs[b][v].load(from + offset[v]);
                 }
             }
-        };
-        look_up(0);
-        int base = 0;
-        if (kKeep != 1)
-            for (; base + kRound <= count; base += kRound) round(base, false);
-        for (; base < count; base += kRound) round(base, true);
+#pragma unroll
+            for (int b = 0; b < kBatch; ++b) {
+                const float w = of_step(weight, start + b);
+#pragma unroll
+                for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+                    for (int i = 0; i < kElements; ++i)
+                        sum[v][i] = fmaf(w, theirs[b][v][i], sum[v][i]);
+            }
+        }
+    };
+    look_up(0);
+    int base = 0;
+    if (kKeep != 1)
+        for (; base + kRound <= count; base += kRound) round(base, false);
+    for (; base < count; base += kRound) round(base, true);
 
-        // 3. Groups add up; the first one writes.
+    // 3. Groups add up; the first one writes.
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v)
+    for (int v = 0; v < kVectors; ++v)
 #pragma unroll
-            for (int i = 0; i < kElements; ++i)
-                sum[v][i] = scale * lane_sum<kLanes, 32>(sum[v][i]);
-        if (lane >= kLanes) {
-            if (kPersist) continue;
-            return;
+        for (int i = 0; i < kElements; ++i)
+            sum[v][i] = scale * lane_sum<kLanes, 32>(sum[v][i]);
+    if (lane >= kLanes) return;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        const int column = (piece + v * kLanes) * kElements;
+        if (!kExact && piece + v * kLanes >= pieces) continue;
+        if (item.partial >= 0) {
+            const i64 line = f * partials_free + i64(item.partial) * (pieces * kElements);
+            Pack<float, kElements>::store(partials + line + column, sum[v]);
+            continue;
         }
+        out_t *const to = out + f * out_free + entry * out_entry + row * out_row + column;
+        if (kAdd) {
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-            const int column = (piece + v * kLanes) * kElements;
-            if (!kExact && piece + v * kLanes >= pieces) continue;
-            if (item.partial >= 0) {
-                const i64 line = f * partials_free + i64(item.partial) * (pieces * kElements);
-                Pack<float, kElements>::store(partials + line + column, sum[v]);
-                continue;
-            }
-            out_t *const to = out + f * out_free + entry * out_entry + row * out_row + column;
-            if (kAdd) {
-#pragma unroll
-                for (int i = 0; i < kElements; ++i) sum[v][i] += to_float(to[i]);
-            }
-            Pack<out_t, kElements>::store(to, sum[v]);
+            for (int i = 0; i < kElements; ++i) sum[v][i] += to_float(to[i]);
         }
-        if (!kPersist) break;
+        Pack<out_t, kElements>::store(to, sum[v]);
     }
 }

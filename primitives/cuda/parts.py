@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import Argument
 from mixgrain.cuda.recording import current
 from mixgrain.formats.errors import UnsupportedError
@@ -21,8 +20,8 @@ CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 THREADS = 128
 # Grids count matrices in y or z.
 MOST_MATRICES = 65_535
-# Fewer fine positions than this take less time than a fork and join.
-FORK_POSITIONS = 1 << 18
+# Fewer fine positions than this gain less than a fork and join cost.
+FORK_POSITIONS = 1 << 20
 
 
 def check_dtypes(op: str, *dtypes: torch.dtype) -> None:
@@ -85,13 +84,11 @@ def is_fine(part: PartPlan) -> bool:
     return part.kind == "crow"
 
 
-SHAPES: dict[str, tuple[int, float]] = {}
+def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) -> None:
+    """Launch work for every part, fine parts beside the coarse ones where there is much of them.
 
-
-def at_once(
-    parts: list[PartPlan], work: Callable[[PartPlan], None], free: int, op: str = ""
-) -> None:
-    """Launch work for every part, fine parts beside the coarse ones where both are worth it.
+    Coarse parts go first: a device hands out the CTAs of one kernel before those of the next, so
+    what two lanes gain is that the fine kernel fills the coarse one's end.
 
     Args:
         parts: of the layout.
@@ -106,35 +103,28 @@ def at_once(
         for part in parts:
             work(part)
         return
-    k, share = SHAPES.get(op, (0, 1.0))
     with recording.fork():
-        with recording.side():
-            recording.share = (k, 0.0, share)
-            for part in fine:
-                work(part)
-        recording.share = None
         for part in coarse:
             work(part)
-    if share < 1:
-        recording.share = (0, share, 1.0)
-        for part in fine:
-            work(part)
-    recording.share = None
+        with recording.side():
+            for part in fine:
+                work(part)
 
 
-def share_of(count: int, free: int, device: int, whole: int) -> tuple[int, int, int, int]:
-    """First item, items, CTAs in x, PERSIST."""
-    recording = current()
-    share = recording.share if recording is not None else None
-    k, lo, hi = share or (0, 0.0, 1.0)
-    first, stop = (
-        round(count * lo / 4) * 4,
-        min(round(count * hi / 4) * 4 if hi < 1 else count, count),
-    )
-    full = -(-(stop - first) // 4)
-    if not k:
-        return first, stop - first, full, 0
-    return first, stop - first, min(full, max(1, k * facts(device).multiprocessors // free)), 1
+def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
+    """Slots between the parts that no kernel clears: panel kernels clear theirs, row kernels too.
+
+    Returns:
+        (start, stop) of each gap.
+    """
+    found, at, cleared = [], 0, 0
+    for part in parts:
+        if at + cleared < part.starts[0]:
+            found.append((at + cleared, part.starts[0]))
+        at, cleared = part.starts[-1], part.scalars[-1] if is_fine(part) else 0
+    if at + cleared < slots:
+        found.append((at + cleared, slots))
+    return found
 
 
 def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:

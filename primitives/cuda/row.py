@@ -12,7 +12,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan
-from .parts import CODES, MOST_MATRICES, mask, mask_side, runs, share_of
+from .parts import CODES, mask, mask_side, runs
 
 WARPS = 4  # row.cuh: kWarps
 THREADS = 32 * WARPS
@@ -66,7 +66,7 @@ def _near(t: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _sddmm_kernel(
-    device: int, width: int, operand: torch.dtype, out: torch.dtype, side: int, persist: int
+    device: int, width: int, operand: torch.dtype, out: torch.dtype, side: int
 ) -> Kernel:
     elements = 16 // operand.itemsize
     pieces = width // elements
@@ -79,7 +79,6 @@ def _sddmm_kernel(
         "EXACT": int(lanes * vectors * passes == pieces),
         "LOOP": int(passes > 1),
         "KEEP": side,
-        "PERSIST": persist,
     }
     return kernel(request("sddmm_row", constants), device)
 
@@ -99,15 +98,12 @@ def sddmm_row(
         return
     width, device = q.shape[3], q.device.index
     side = mask_side(keep, not keep_rows)
-    begin, count, across, persist = share_of(
-        items.shape[0], min(values.shape[0], MOST_MATRICES), device, WARPS
-    )
-    run = _sddmm_kernel(device, width, q.dtype, values.dtype, side, persist)
+    run = _sddmm_kernel(device, width, q.dtype, values.dtype, side)
     q, k = _near(q), _near(k)
     first = part.starts[0] * values.element_size()
     for kept, out, left, right in runs(keep, values, q, k):
         run(
-            (across, out.shape[0]),
+            (-(-items.shape[0] // WARPS), out.shape[0]),
             THREADS,
             (
                 out.data_ptr() + first,
@@ -115,13 +111,15 @@ def sddmm_row(
                 *_rows(left),
                 *_rows(right),
                 *mask(kept),
-                items.data_ptr() + 16 * begin,
+                items.data_ptr(),
                 row_offsets.data_ptr(),
                 columns.data_ptr(),
-                np.int32(count),
+                np.int32(items.shape[0]),
                 np.int32(q.shape[2]),
                 np.int32(width * q.element_size() // 16),
                 np.float32(scale),
+                np.int64(columns.numel()),
+                np.int32(part.scalars[2]),
             ),
         )
 
@@ -136,7 +134,6 @@ def _spmm_kernel(
     order: int,
     side: int,
     add: bool,
-    persist: int,
 ) -> tuple[Kernel, int]:
     """The kernel and its number of column tiles."""
     elements = 16 // operand.itemsize
@@ -152,7 +149,6 @@ def _spmm_kernel(
         "KEEP": side,
         "ORDER": order,
         "ADD": int(add),
-        "PERSIST": persist,
     }
     return kernel(request("spmm_row", constants), device), tiles
 
@@ -184,12 +180,7 @@ def spmm_row(
     width, device = x.shape[3], x.device.index
     # Kernels name the gathered side first: rows of S are what its transpose gathers.
     side = mask_side(keep, keep_rows == transposed)
-    begin, count, across, persist = share_of(
-        items.shape[0], min(values.shape[0], MOST_MATRICES), device, WARPS
-    )
-    run, tiles = _spmm_kernel(
-        device, width, x.dtype, values.dtype, out.dtype, ordered, side, add, persist
-    )
+    run, tiles = _spmm_kernel(device, width, x.dtype, values.dtype, out.dtype, ordered, side, add)
     x = _near(x)
     first = part.starts[0] * values.element_size()
     for kept, to, weights, rows in runs(keep, out, values, x):
@@ -198,7 +189,7 @@ def spmm_row(
         target = (to.data_ptr(), *map(np.int64, to.stride()[:3]))
         space = (made.data_ptr() if made is not None else 0, np.int64(partials * width))
         run(
-            (across, tiles, many),
+            (-(-items.shape[0] // WARPS), tiles, many),
             THREADS,
             (
                 *target,
@@ -207,11 +198,11 @@ def spmm_row(
                 np.int64(values.shape[1]),
                 *_rows(rows),
                 *mask(kept),
-                items.data_ptr() + 16 * begin,
+                items.data_ptr(),
                 offsets.data_ptr(),
                 indices.data_ptr(),
                 places,
-                np.int32(count),
+                np.int32(items.shape[0]),
                 lines,
                 np.int32(width * x.element_size() // 16),
                 np.float32(scale),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from .parts import CODES, MOST_MATRICES, aligned_values, at_once, mask_side, share_of
+from .parts import CODES, MOST_MATRICES, aligned_values, at_once, gaps, mask_side
 
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
 ONCE, ROWS, SLOTS = range(3)  # PHASE
@@ -80,12 +79,8 @@ class Call:
         self.out: Tensor | None = None
         if out_dtype is not None:
             self.out = like.new_empty(self.free, slots, dtype=out_dtype)
-            # Slots between the parts; a panel part clears its own gaps.
-            at, spans = 0, ((p.starts[0], p.starts[-1]) for p in self.parts)
-            for start, stop in chain(spans, [(slots, slots)]):
-                if at < start:
-                    self.out[:, at:start].zero_()
-                at = stop
+            for start, stop in gaps(self.parts, slots):
+                self.out[:, start:stop].zero_()
 
     @property
     def once(self) -> bool:
@@ -196,16 +191,19 @@ class Call:
 
     def _row(self, phase: int, part: PartPlan, v: Vectors, start: int, many: int) -> None:
         offsets, columns, row_order = part.tensors
-        long = part.scalars[0]
-        for first, stop, team in ((0, long, TEAM), (long, row_order.shape[0], 1)):
+        long, _, gap = part.scalars
+        lines = row_order.shape[0]
+        behind = part.starts[-1] - part.starts[0]
+        # The last of the launches clears the gap.
+        for first, stop, team, clear in (
+            (0, long, TEAM, 0 if long < lines else gap),
+            (long, lines, 1, gap),
+        ):
             if stop == first:
                 continue
             constants = self.constants(phase, 1, ROW_HOLDS[self.op], team, True)
-            begin, count, across, persist = 0, stop - first, stop - first, 0
-            if team == 1:
-                begin, count, across, persist = share_of(count, many, self.device, WARPS)
-            _kernel(self.device, "row", (*constants, ("PERSIST", persist)))(
-                (across, many),
+            _kernel(self.device, "row", constants)(
+                (stop - first if team > 1 else -(-(stop - first) // WARPS), many),
                 32 * (team if team > 1 else WARPS),
                 (
                     *self.slots(part, start, phase),
@@ -213,9 +211,11 @@ class Call:
                     *self.mask(start),
                     offsets.data_ptr(),
                     columns.data_ptr(),
-                    row_order.data_ptr() + 4 * (first + begin),
-                    np.int32(count),
+                    row_order.data_ptr() + 4 * first,
+                    np.int32(stop - first),
                     np.int32(self.rows),
+                    np.int64(behind),
+                    np.int32(clear),
                 ),
             )
 
@@ -255,7 +255,6 @@ class Call:
             self.parts,
             lambda part: self.run(ROWS, part, Vectors(numbers, starts[id(part)])),
             self.free,
-            "rows",
         )
         return numbers, len(dense), piece_ptr, piece_list
 
@@ -294,9 +293,7 @@ class Call:
 
     def everywhere(self, numbers: Tensor) -> None:
         """Write the slots of every part, given the numbers of the rows."""
-        at_once(
-            self.parts, lambda part: self.run(SLOTS, part, Vectors(numbers)), self.free, "slots"
-        )
+        at_once(self.parts, lambda part: self.run(SLOTS, part, Vectors(numbers)), self.free)
 
 
 def _pointer(t: Tensor | None, start: int, offset: int = 0) -> int:

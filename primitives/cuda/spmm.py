@@ -78,17 +78,16 @@ def _product(
         return out[..., :width].contiguous()
     # Each lane is summed in the order of its parts, then coarse + fine: always the same bits.
     sums: dict[bool, Tensor] = {}
-    firsts: dict[bool, PartPlan] = {}
 
     def add(part: PartPlan) -> None:
         lane = is_fine(part)
-        more = firsts.setdefault(lane, part) is not part
-        out = sums.get(lane)
-        if out is None:
-            out = sums[lane] = x.new_empty(size, dtype=torch.float32)
+        more = lane in sums
+        if not more:
+            sums[lane] = x.new_empty(size, dtype=torch.float32)
+        out = sums[lane]
         _KINDS[part.kind](out, values, x, keep, keep_rows, part, scale, transposed, more)
 
-    at_once(parts, add, values.shape[0], "spmm")
+    at_once(parts, add, values.shape[0])
     return _rounded([sums[lane] for lane in sorted(sums)], dtype)[..., :width].contiguous()
 
 
