@@ -43,11 +43,11 @@ def _layouts() -> tuple[Layout, ...]:
     # Nothing masked, and rows of more blocks than one warp takes.
     made += [full.to_layout("block", n, n, size=size) for size in (16, 32, 64, 128)]
     made += [(full if wide else band).to_layout("row", n, n) for wide in (False, True)]
-    everything = band | patterns.global_tokens([3, 400]) | patterns.random(0.004, 0)
-    made.append(everything.to_layout("mixed", n, n))
-    for part in made[-1].parts:
-        if part.kind == "panel":
-            made.append(part)
+    some = patterns.global_tokens(list(range(0, n, 40)))
+    mixed = (band | some | patterns.random(0.004, 0)).to_layout("mixed", n, n)
+    kinds = [part.kind for part in mixed.parts]
+    assert kinds == ["block", "panel", "row"], kinds
+    made += [mixed, mixed.parts[1]]
     return tuple(made)
 
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.gpu
 
 N, D = 512, 64
 # Blocks and single entries, enough of them to fork; blocks, a panel and entries.
-SCATTERED = P.window(60) | P.random(0.02, 1)
-GLOBALS = P.longformer(40, [3, 77, 300]) | P.random(0.01, 2)
+SCATTERED = P.window(60) | P.random(0.004, 1)
+GLOBALS = P.window(40) | P.global_tokens(range(0, 512, 40)) | P.random(0.004, 2)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
