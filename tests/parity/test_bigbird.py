@@ -85,7 +85,9 @@ def test_outputs(name, training, dtype, close) -> None:
     expected = call(module, hidden.to(dtype), mask)
     got = call(adapted(module), hidden.to(dtype), mask)
     assert got.dtype == dtype and expected.abs().max() > 0.5
-    assert (got - expected).abs().max() < close * expected.abs().max()
+    # Outputs are means of values, and so is their rounding.
+    largest = module.value(hidden.to(dtype)).abs().max()
+    assert (got - expected).abs().max() < close * largest
 
 
 def seen(module, n: int) -> Tensor:

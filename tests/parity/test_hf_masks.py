@@ -6,9 +6,6 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from mixgrain.attention.hf import evaluate as evaluating
 from mixgrain.attention.hf import kinds, readers
 from mixgrain.attention.hf.mask import Mask, make_mask
@@ -18,6 +15,8 @@ from mixgrain.formats import patterns as P
 from mixgrain.formats.errors import ShapeError, UnsupportedError
 
 masking = pytest.importorskip("transformers.masking_utils")
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 BATCH, LONGEST = 3, 40
 
@@ -138,8 +137,8 @@ def compositions(draw, depth=2):
     return join(*terms)
 
 
-@settings(max_examples=20)
-@given(function=compositions(), place=st.sampled_from(sorted(PLACES)))
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(function=compositions(), place=st.sampled_from(sorted(PLACES)))
 def test_any_composition(function, place) -> None:
     assert torch.equal(dense(made(function, place, None)), expected(function, place, None))
 
