@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+
 from mixgrain.attention.hf import evaluate as evaluating
 from mixgrain.attention.hf import kinds, readers
 from mixgrain.attention.hf.mask import Mask, make_mask

@@ -56,7 +56,7 @@ def call(module, hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def largest(module, hidden: Tensor) -> float:
-    """The largest number that is averaged: outputs are means of values, and so is their rounding."""
+    """The largest value: outputs are means of values, and their rounding is of that size."""
     return max(float(f(hidden).abs().max()) for f in (module.value, module.value_global))
 
 
