@@ -337,7 +337,7 @@ def gather_mask(layout: Layout, keep: Tensor, over_rows: bool, free: int) -> Ten
             f"key_mask {tuple(keep.shape)} has a batch dimension but the tensor has none; "
             f"give a mask of shape ({keep.shape[1]},)"
         )
-    return gathered.reshape(keep.shape[0], *([1] * heads_free), -1)
+    return gathered.reshape(keep.shape[0], *([1] * heads_free), gathered.shape[1])
 
 
 def _flatten_sparse(s: SparseTensor) -> tuple[list[Any], Any]:
