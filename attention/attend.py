@@ -145,7 +145,7 @@ def choose_impl(impl: str, device: torch.device) -> str:
         UnsupportedError: an unknown name, or no kernel for the device.
     """
     if not isinstance(impl, str) or impl not in IMPLS:
-        raise UnsupportedError(f"attend: impl={impl!r}; give one of {', '.join(IMPLS)}")
+        raise UnsupportedError(f"attend: impl={impl!r:.80}; give one of {', '.join(IMPLS)}")
     exist = {"cpu": ("fused", "composed"), "cuda": ("composed",)}.get(device.type, ())
     if impl == "auto" and exist:
         return exist[0]
@@ -173,11 +173,13 @@ def plan_for(kept: Pattern | Layout, nq: int, nk: int) -> Plan:
         return _plan(kept)
     if not isinstance(kept, NM):
         return _plan(static_layout(kept, nq, nk, torch.device("cpu")))
+    # index: what torch.compile takes for dynamic sizes are the numbers they are now.
+    n, m = operator.index(kept.n), operator.index(kept.m)
     if kept.within is None:
-        return _plan_nm(operator.index(nq), operator.index(nk), kept.n, kept.m)
+        return _plan_nm(operator.index(nq), operator.index(nk), n, m)
     blocks = kept.within.to_layout("block", nq, nk, 64, device="cpu")
     _trust(blocks)
-    return _plan(blocks, (kept.n, kept.m))
+    return _plan(blocks, (n, m))
 
 
 # torch.compile runs these when it traces a call.

@@ -17,6 +17,13 @@ from torch import Tensor
 from .errors import BackendUnavailableError, DtypeError, LayoutError, ShapeError, UnsupportedError
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+FLOAT8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
 # Index tensors count rows and columns in int32.
 SIDE_LIMIT = 2**31
 _STRIDED = torch.strided
@@ -24,7 +31,7 @@ _STRIDED = torch.strided
 
 def kind_of(value: object) -> str:
     """The type of a value, for messages."""
-    return value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def check_dense(op: str, what: str, value: object) -> None:
@@ -35,11 +42,12 @@ def check_dense(op: str, what: str, value: object) -> None:
             f"{op}: {what} is a {kind_of(value)}; expected a torch.Tensor; make one with {remedy}"
         )
     # Nested tensors may call themselves strided.
-    if value.layout is not _STRIDED or value.is_nested:
-        given = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    if value.layout is not _STRIDED or value.is_nested or value.is_quantized:
+        given = str(value.layout).removeprefix("torch.")
+        given = "nested" if value.is_nested else "quantized" if value.is_quantized else given
         raise DtypeError(
             f"{op}: {what} is a {given} tensor; expected a dense one (torch.strided); convert it "
-            "with .to_dense(), or to_padded_tensor if it is nested"
+            "with .to_dense(), .dequantize() or to_padded_tensor"
         )
 
 

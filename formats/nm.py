@@ -10,10 +10,10 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from .arguments import as_lead, as_shape, check_dense, check_index, check_inside
+from .arguments import as_lead, as_shape, check_dense, check_index, check_inside, kind_of
 from .block import BlockLayout
 from .checks import check_lead, check_nnz, check_shape, check_tensor, fail
-from .errors import LayoutError
+from .errors import DtypeError, LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
 from .nm_arguments import check_columns, check_within
 from .nm_metadata import (
@@ -161,9 +161,11 @@ class NMLayout(Layout):
         shape, lead = as_shape(op, shape), as_lead(op, lead)
         check_dense(op, "choice", choice)
         check_index(op, "choice", choice, choice.dim())
+        check_encoding(n, m, "bytes" if encoding is None else encoding)
+        if not isinstance(dtype, torch.dtype):
+            raise DtypeError(f"{op}: dtype is a {kind_of(dtype)}; expected a torch.dtype")
         if encoding is None:
             encoding = encoding_for(n, m, dtype)
-        check_encoding(n, m, encoding)
         check_within(op, within)
         if choice.dtype != torch.uint8:  # a wider number would be cut to a byte
             check_inside(op, "choice", choice, 0, m)

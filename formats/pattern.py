@@ -221,7 +221,8 @@ class Pattern:
 
     def density(self, nq: int, nk: int) -> float:
         """Kept pairs / all pairs, over batch entries and heads; 0 for an empty rectangle."""
-        total = nq * nk * len(self.entry)
+        frame = self._frame(nq, nk)
+        total = frame.nq * frame.nk * len(self.entry)
         return self.nnz(nq, nk) / total if total else 0.0
 
     def row(self, i: int, nq: int, nk: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,12 +89,17 @@ def as_tensor(data: object, who: str) -> Tensor:
     if isinstance(data, Tensor):
         return data
     if isinstance(data, range):
+        ends = (data.start, data.stop, data.step)
+        if max(map(abs, ends)) >= 2**62 or (data.stop - data.start) // data.step >= 2**31:
+            raise LayoutError(f"{who}: {data} given, fewer than 2**31 positions expected")
         return concretely(lambda: torch.arange(data.start, data.stop, data.step))
     try:
         if isinstance(data, Sequence) and not len(data):
             return torch.empty(0, dtype=torch.int64)
-        return concretely(lambda: torch.tensor(data))
-    except (TypeError, ValueError, RuntimeError) as error:
+        # torch takes no negative strides.
+        plain = data.copy(order="C") if isinstance(data, np.ndarray) else data
+        return concretely(lambda: torch.tensor(plain))
+    except (OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise LayoutError(
             f"{who}: {type(data).__name__} {data!r:.60} is no tensor or sequence of numbers; "
             "pass a tensor, an array or a list"
