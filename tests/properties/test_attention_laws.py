@@ -299,8 +299,8 @@ def test_a_key_mask_is_a_pattern_without_those_keys(
 
 
 @law(0.4, batch=BATCH, n=st.integers(1, 4), m=st.sampled_from((4, 2, 1, 3, 8, 16)), nq=SIDES,
-     nk=SIDES, e=expressions(most=2), within=st.booleans(), masked=st.booleans(), heads=HEADS, seed=seeds,
-     odd=st.sampled_from((None, torch.inf, -torch.inf, torch.nan)))  # fmt: skip
+     nk=SIDES, e=expressions(most=2), within=st.booleans(), masked=st.booleans(), heads=HEADS,
+     seed=seeds, odd=st.sampled_from((None, torch.inf, -torch.inf, torch.nan)))  # fmt: skip
 @example(batch=1, n=1, m=4, nq=1, nk=8, e=("full",), within=False, masked=False, heads=(1, 1),
          seed=0, odd=torch.nan)  # fmt: skip
 @example(batch=1, n=1, m=4, nq=1, nk=1, e=("full",), within=False, masked=False, heads=(1, 1),
