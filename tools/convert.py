@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -286,7 +287,11 @@ def _written(out: Path, force: bool, source: Path) -> Iterator[Path]:
         raise UnsupportedError(f"{out}: there is no folder {out.parent}; make it, or give another")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".mixgrain-") as scratch:
         made = Path(scratch) / f"made{out.suffix}"
-        yield made
+        try:
+            yield made
+        except (SafetensorError, OSError) as error:  # a full disk, a name too long
+            reason = str(error).replace(str(made), str(out))
+            raise OSError(f"{out}: cannot be written ({reason})") from None
         if out.is_dir():  # moved, not removed: nothing is lost if the next line fails
             out.replace(Path(scratch) / "old")
         made.replace(out)

@@ -29,7 +29,7 @@ MOST_PANEL = 1 << 27
 MOST_COUNTED = 1 << 25
 MOST_SAMPLED = 1 << 21
 RUNS_PER_CHUNK = 1 << 19
-PILOT_ROWS = 16
+PILOT_ROWS, LONG_ROW = 16, 1 << 17
 SEED = 20
 
 
@@ -79,7 +79,9 @@ def survey(pattern: Pattern, nq: int, nk: int, size: int = 64) -> Survey:
     factored = static.factor(frame)
     runs, kept = _expected(static, frame)
     core_runs, core_kept = (0.0, 0.0)
-    if factored.core is not None:
+    if factored.core is static:
+        core_runs, core_kept = runs, kept
+    elif factored.core is not None:
         core_runs, core_kept = _expected(factored.core, frame)
     exact = core_runs <= MOST_COUNTED
     if exact:
@@ -191,8 +193,10 @@ def _globals(value: object) -> list[Globals]:
 def _expected(pattern: Pattern, frame: Frame) -> tuple[float, float]:
     """About how many runs and kept pairs a flat pattern has, from a few rows."""
     runs = kept = 0.0
+    # Where rows may be long, fewer of them say enough.
+    look = PILOT_ROWS if pattern.runs_bound(frame) <= LONG_ROW else PILOT_ROWS // 4
     for members in _classes(pattern, frame):
-        rows, _ = stratified(members, torch.zeros_like(members), PILOT_ROWS)
+        rows, _ = stratified(members, torch.zeros_like(members), look)
         for chunk, found in chunked_runs(pattern, frame, rows):
             scale = members.numel() / rows.numel()
             runs += max(found.num_runs, chunk.numel()) * scale

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -166,6 +166,36 @@ def test_a_layout_that_loses_bits_is_found(
     assert run(model, "--to", "row", "--out", tmp_path / "out") == 1
     assert "bit for bit" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_empty_and_tiny_matrices(tmp_path: Path) -> None:
+    tensors = {"empty": torch.zeros(0, 5), "none": torch.zeros(5, 0), "one": torch.ones(1, 1)}
+    save_file({**tensors, "zero": torch.zeros(20, 20)}, tmp_path / "w.safetensors")
+    for kind in ("tile", "nm", "block", "row", "mixed"):
+        options = ["--prune"] if kind == "nm" else []
+        assert run(tmp_path / "w.safetensors", "--to", kind, *options) == 0
+        assert run(tmp_path / f"w.{kind}", "--to", "dense", "--out", tmp_path / "b.safetensors",
+                   "--force") == 0  # fmt: skip
+        back = load_file(tmp_path / "b.safetensors")
+        assert all(same(back[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("what", ["a full disk", "a long name"])
+def test_what_cannot_be_written(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Streams
+) -> None:
+    name = "w" if what == "a full disk" else "w" * 300
+    save_file({name: torch.ones(4, 4)}, tmp_path / "w.safetensors")
+    if what == "a full disk":
+
+        def full(*_: object, **__: object) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("mixgrain.formats.files.save_file", full)
+    assert run(tmp_path / "w.safetensors", "--to", "row") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "w.row: cannot be written" in error, error
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
 # Mistakes
