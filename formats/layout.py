@@ -87,9 +87,19 @@ class Layout(ABC):
         """Where each part's slots start in the last axis of ``values``, and the end."""
         return (0, self.slots)
 
-    @functools.cached_property
+    @property
     def home(self) -> torch.device | None:
         """Device of the index tensors; None for a layout without any, which is at home anywhere."""
+        if not torch.compiler.is_dynamo_compiling():
+            return self._home
+        if self.key != TRACED:
+            known: torch.device | None = fact(self, "_home")
+            return known
+        made: torch.device = cast(Any, self).metadata.device  # an NMLayout
+        return made
+
+    @functools.cached_property
+    def _home(self) -> torch.device | None:
         return next((tensor.device for tensor in self.tensors()), None)
 
     @property

@@ -27,7 +27,10 @@ def parts(value: object) -> list[Any]:
         for one in value:
             found += parts(one)
         return found
-    return [value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        # One that differs from the last call's becomes a dynamic number; this asks what it is.
+        return [operator.index(value)]
+    return [float.fromhex(value.hex()) if isinstance(value, float) else value]
 
 
 def whole(found: Iterator[Any]) -> Any:

@@ -40,10 +40,15 @@ class Source:
 
     def entry(self, *index: int) -> "Source":
         """The source of one entry along the leading dimensions; it shares the tensor."""
+        if torch.compiler.is_dynamo_compiling():
+            found: Source = getattr(kept, _entry(self, *index))
+            return found
         return Source(self.base, (*self.index, *index))
 
     def key(self) -> Hashable:
         """What names the data in a cache key; reads no device memory if there is a version."""
+        if torch.compiler.is_dynamo_compiling():
+            return _name(self)
         base = self.base
         entries = max(1, math.prod(base.shape[: len(self.index)]))
         size = base.numel() // entries * base.element_size()
@@ -123,6 +128,19 @@ def integers(data: object, who: str, ndim: tuple[int, ...] = (1,)) -> Source:
         expected = " or ".join(f"{n}-D" for n in ndim)
         raise ShapeError(f"{who}: shape {tuple(tensor.shape)} given, {expected} expected")
     return Source(tensor)
+
+
+@constant
+def _name(source: Source) -> str:
+    """What tells sources apart within one trace."""
+    key = source.key()
+    same = isinstance(key, tuple) and isinstance(key[0], Reference)
+    return f"{id(source.base)} {source.base._version} {source.index}" if same else repr(key)
+
+
+@constant
+def _entry(source: Source, *index: int) -> str:
+    return keep(f"source {_name(source)} at {index}", source.entry(*index))
 
 
 @constant

@@ -74,9 +74,10 @@ def sddmm_nm(
         one = [t.new_zeros(max(b, 1), max(h, 1), *t.shape[-2:]) for t in (q, k)]
         layout = sddmm_nm(one[0], one[1], pattern, scale, None, dtype).layout
         return sddmm(q, k, layout, scale, key_mask, dtype)
-    encoding = encoding_for(pattern.n, pattern.m, dtype)
-    blank = nm_layout(shape, pattern.n, pattern.m, encoding, (b, h), within)
-    plan = nm_plan(shape, pattern.n, pattern.m, encoding, (b, h), within)
+    n, m = operator.index(pattern.n), operator.index(pattern.m)
+    encoding = encoding_for(n, m, dtype)
+    blank = nm_layout(shape, n, m, encoding, (b, h), within)
+    plan = nm_plan(shape, n, m, encoding, (b, h), within)
     values, metadata = ops.prune(
         fold(expand(q, lead), (b, h)),
         fold(expand(k, lead), (b, h)),
