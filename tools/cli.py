@@ -138,8 +138,8 @@ def parser() -> argparse.ArgumentParser:
         "file",
         metavar="FILE",
         type=Path,
-        help=".safetensors, .npy, .npz or .pt (a state dict) with dense weights; with --to dense, "
-        "what this command wrote",
+        help=".safetensors (or .safetensors.index.json of several), .npy, .npz or .pt (a state "
+        "dict) with dense weights; with --to dense, what this command wrote",
     )
     convert.add_argument(
         "--to", choices=LAYOUTS, required=True, metavar="LAYOUT", help=", ".join(LAYOUTS)

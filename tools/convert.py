@@ -26,7 +26,7 @@ import mixgrain as mg
 from mixgrain.formats.errors import FileFormatError, MixgrainError, UnsupportedError
 
 from .progress import counted
-from .weights import Entry, Weights, open_weights, read_tensor
+from .weights import Entry, Weights, ending_of, open_weights, read_tensor
 
 SPARSE, DENSE, ONE_FILE = "sparse", "dense.safetensors", ".safetensors"
 # Integers of the same width: only they tell −0 from +0 and one NaN from another.
@@ -95,7 +95,7 @@ def to_sparse(path: Path, out: Path | None, force: bool, choice: Choice) -> int:
     """
     weights = open_weights(path)
     chosen = _chosen(weights, path, choice)
-    out = out or path.with_name(f"{path.stem}.{choice.kind}")
+    out = out or path.with_name(f"{path.name.removesuffix(ending_of(path))}.{choice.kind}")
     single = out.suffix == ONE_FILE
     if single and (len(chosen) != 1 or len(weights.entries) != 1):
         raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 import zipfile
@@ -122,6 +123,28 @@ def test_other_files(ending: str, tmp_path: Path, capsys: Streams) -> None:
         return
     assert status == 0
     assert same(mg.load(tmp_path / "out" / "sparse" / "w.safetensors").to_dense(), weight)
+
+
+def test_shards(tmp_path: Path, capsys: Streams) -> None:
+    a, b = sparse(40, 24, 0.3, torch.float32), sparse(24, 40, 0.3, torch.bfloat16)
+    save_file({"a": a, "bias": torch.ones(3)}, tmp_path / "m-1.safetensors", {"format": "pt"})
+    save_file({"b": b}, tmp_path / "m-2.safetensors", {"format": "pt"})
+    places = {"a": "m-1.safetensors", "bias": "m-1.safetensors", "b": "m-2.safetensors"}
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert run(index, "--to", "row", "--out", tmp_path / "out") == 0
+    assert run(tmp_path / "out", "--to", "dense", "--out", tmp_path / "one.safetensors") == 0
+    whole = load_file(tmp_path / "one.safetensors")
+    assert whole.keys() == places.keys() and same(whole["a"], a) and same(whole["b"], b)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "m.safetensors").write_bytes(b"")
+    assert run(index, "--to", "row") == 0 and (tmp_path / "m.row" / "dense.safetensors").exists()
+    places = ["../m.safetensors", "elsewhere/m.safetensors", "/etc/passwd", "none.safetensors", 1]
+    for wrong in [{}, [], {"x": "m-1.safetensors"}, *({"a": place} for place in places)]:
+        index.write_text(json.dumps({"weight_map": wrong}))
+        assert run(index, "--to", "row", "--out", tmp_path / "no") == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "no").exists()
 
 
 def test_one_file(tmp_path: Path) -> None:
@@ -272,6 +295,8 @@ BAD_FILES = {
     "coo.pt": torch_file({"w": torch.eye(3).to_sparse()}),
     "code.npy": declared("(1,)").replace(b"<f8", b"|O ")[:-64] + pickle.dumps([Pickled()]),
     "text.txt": b"hello",
+    "list.safetensors.index.json": b"[]",
+    "broken.safetensors.index.json": b"{" * 100,
 }
 
 
