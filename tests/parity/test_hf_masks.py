@@ -31,6 +31,7 @@ PLACES = {
     "decoding, full sliding cache": (1, 8, 20, 13),
     "several tokens, sliding cache": (5, 11, 20, 14),
     "one token": (1, 1, 0, 0),
+    "queries behind all keys": (4, 10, 8, 0),
 }
 IDS = torch.tensor([[0] * 5 + [1] * 9 + [2] * 26, [0] * 40, [3] * 1 + [4] * 38 + [5]])
 SPANS = torch.where(IDS == 1, -1, IDS)
@@ -42,6 +43,11 @@ PACKED = torch.tensor([0] * 5 + [1] * 9 + [2] * 26)[None].expand(3, -1)
 def custom(b, h, q, k):
     """What nobody knows: depends on the batch entry and on absolute positions."""
     return (q * 3 + k * 5 + b) % 4 != 0
+
+
+def other(b, h, q, k):
+    """Another one."""
+    return (q + k) % 3 != b
 
 
 def packed(inner):
@@ -72,6 +78,10 @@ FUNCTIONS = {
     "packed, other positions": masking.packed_sequence_compatibility_function(
         masking.causal_mask_function, POSITIONS * 2, PACKED
     ),
+    "packed, positions fall": masking.packed_sequence_compatibility_function(
+        masking.causal_mask_function, 40 - POSITIONS, PACKED
+    ),
+    "two customs": masking.and_masks(custom, masking.causal_mask_function, other),
     "custom": custom,
     "custom within a window": masking.and_masks(
         masking.sliding_window_causal_mask_function(4), custom
@@ -82,7 +92,7 @@ FUNCTIONS = {
     ),
 }  # fmt: skip
 UNKNOWN = {"custom", "custom within a window", "custom or causal", "padding inside"}
-UNKNOWN |= {"packed, chunks", "packed, other positions"}
+UNKNOWN |= {"packed, chunks", "packed, other positions", "packed, positions fall", "two customs"}
 
 
 def expected(function, place, attention_mask) -> torch.Tensor:
@@ -219,6 +229,12 @@ def test_attention_mask_of_another_shape() -> None:
         make_mask(2, 9, 9, attention_mask=torch.ones(2, 9, 9))
     with pytest.raises(ShapeError, match="batch 2"):
         make_mask(2, 9, 9, attention_mask=torch.ones(3, 9))
+
+
+def test_a_table_for_fewer_entries() -> None:
+    """transformers reads such a table out of range; so do we, and do not guess what is meant."""
+    with pytest.raises(IndexError):
+        make_mask(2, 9, 9, mask_function=masking.packed_sequence_mask_function(IDS[:1, :9]))
 
 
 def test_a_static_cache_gives_its_offset_as_a_tensor() -> None:
