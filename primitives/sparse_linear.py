@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
 
 from mixgrain.formats.errors import LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
@@ -78,11 +77,8 @@ class SparseLinear(torch.nn.Module):
         if layout is not None:
             _check(layout, shape)
             layout = layout.to(place)
-            self.values = torch.nn.Parameter(target.new_empty(layout.slots))
-        else:
-            self.values = UninitializedParameter(  # type: ignore[assignment]
-                device=target.device, dtype=target.dtype  # type: ignore[call-arg]
-            )
+        slots = 0 if layout is None else layout.slots
+        self.values = torch.nn.Parameter(target.new_empty(slots))
         self.positions = LayoutModule(layout)
         if bias:
             self.bias = torch.nn.Parameter(target.new_empty(self.out_features))
@@ -117,7 +113,8 @@ class SparseLinear(torch.nn.Module):
             raise ShapeError(
                 f"SparseLinear.from_sparse: bias has shape {tuple(bias.shape)}; expected ({n_out},)"
             )
-        made = cls(n_in, n_out, s.layout, bias=bias is not None, device="meta", dtype=s.dtype)
+        _check(s.layout, (n_out, n_in))
+        made = cls(n_in, n_out, bias=bias is not None, device="meta", dtype=s.dtype)
         made.positions = LayoutModule(s.layout)
         made.values = torch.nn.Parameter(s.values.detach().clone())
         if bias is not None:
@@ -228,12 +225,11 @@ class SparseLinear(torch.nn.Module):
         except ShapeError as error:
             errors.append(f"{prefix}{error}")
             return
-        values = self.values
         self.positions = found
-        if not values.is_meta:
-            self.positions.to(values.device)
-        if isinstance(values, UninitializedParameter):
-            values.materialize((found.layout.slots,))
+        if not self.values.is_meta:
+            self.positions.to(self.values.device)
+        # The parameter stays the same object: an optimiser may hold it.
+        self.values.data = self.values.data.new_empty(found.layout.slots)
 
     def extra_repr(self) -> str:
         """Sizes; the layout follows as a module of its own."""
