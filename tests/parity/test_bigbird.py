@@ -208,6 +208,8 @@ def test_the_whole_model(training) -> None:
     expected = theirs(ids, attention_mask=mask)[0]
     got = ours(ids, attention_mask=mask)[0]
     assert (got - expected)[mask.bool()].abs().max() < 4e-6 * expected.abs().max()
+    with torch.inference_mode():
+        assert torch.equal(ours(ids, attention_mask=mask)[0], got)
     # Too short for sparse attention: transformers changes both to full attention.
     short = [one(ids[:, :40], attention_mask=mask[:, :40])[0] for one in (theirs, ours)]
     assert (short[0] - short[1]).abs().max() < 1e-5

@@ -190,6 +190,17 @@ def test_equal_masks_share_a_layout() -> None:
     assert first.pattern.to_layout("mixed", 9, 9) is again.pattern.to_layout("mixed", 9, 9)
 
 
+def test_equal_long_documents_share_a_layout() -> None:
+    """Every forward brings tensors of its own; only their content says that they are the same."""
+    n = 20_000
+    for make in (
+        lambda: masking.chunked_causal_mask_function(512, torch.tensor([0, 9])),
+        lambda: masking.packed_sequence_mask_function(torch.arange(n).repeat(2, 1) // 700),
+    ):
+        first, again = (make_mask(2, n, n, mask_function=make()) for _ in range(2))
+        assert first.pattern.expression_key() == again.pattern.expression_key()
+
+
 def test_entries_that_agree_are_one_pattern() -> None:
     function = lambda b, h, q, k: (q + k) % 3 == 0  # noqa: E731
     assert make_mask(4, 9, 9, mask_function=function).pattern.lead == (1, 1)
