@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import check_dense
 from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -20,6 +21,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
         ShapeError: not 4-D, or sizes that do not fit each other.
         DtypeError: dtypes that differ or are not floating point.
     """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_dense("attend", name, t)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ShapeError(
@@ -106,6 +109,7 @@ def check_key_mask(mask: Tensor | None, q: Tensor, nk: int) -> Tensor | None:
     """
     if mask is None:
         return None
+    check_dense("attend", "key_mask", mask)
     if mask.dtype != torch.bool:
         raise DtypeError(
             f"attend: key_mask is {mask.dtype}; give bool (B, Nk), True = kept, "
@@ -131,8 +135,12 @@ def check_sink(sink: Tensor | None, q: Tensor) -> Tensor | None:
     """
     if sink is None:
         return None
-    if not sink.is_floating_point():
-        raise DtypeError(f"attend: sink_logits is {sink.dtype}; give floating point (Hq,)")
+    check_dense("attend", "sink_logits", sink)
+    if sink.dtype not in DTYPES:
+        raise DtypeError(
+            f"attend: sink_logits is {sink.dtype}; give (Hq,) of float16, bfloat16, float32 or "
+            "float64"
+        )
     if tuple(sink.shape) != (q.shape[1],) or sink.device != q.device:
         raise ShapeError(
             f"attend: sink_logits {tuple(sink.shape)} on {sink.device}; give ({q.shape[1]},) on "

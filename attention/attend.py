@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, cast, overload
+import operator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import as_flag, as_number
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.pattern_nm import NM
+from mixgrain.formats.tracing import constant
+from mixgrain.primitives.checks import autocast
 from mixgrain.primitives.plans.plan import trust
 
 from .arguments import IMPLS, check_kept, check_key_mask, check_sink, check_tensors
@@ -102,13 +106,17 @@ def attend(
         DtypeError: dtypes that differ or are not floating point.
         UnsupportedError: no kernel for this device, or an unknown ``impl``.
     """
+    q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     nq, nk = q.shape[2], k.shape[2]
     kept = check_kept(pattern_or_layout, q, nk)
     keep = check_key_mask(key_mask, q, nk)
     sink = check_sink(sink_logits, q)
+    enable_gqa = as_flag("attend", "enable_gqa", enable_gqa)
+    return_lse = as_flag("attend", "return_lse", return_lse)
     if scale is None:
         scale = 1.0 / math.sqrt(max(q.shape[3], 1))
+    scale = as_number("attend", "scale", scale)
     chosen = choose_impl(impl, q.device)
     if chosen == "fused":
         from .ops import attention
@@ -136,8 +144,8 @@ def choose_impl(impl: str, device: torch.device) -> str:
     Raises:
         UnsupportedError: an unknown name, or no kernel for the device.
     """
-    if impl not in IMPLS:
-        raise UnsupportedError(f"attend: impl={impl!r}; give one of {', '.join(IMPLS)}")
+    if not isinstance(impl, str) or impl not in IMPLS:
+        raise UnsupportedError(f"attend: impl={impl!r:.80}; give one of {', '.join(IMPLS)}")
     exist = {"cpu": ("fused", "composed"), "cuda": ("composed",)}.get(device.type, ())
     if impl == "auto" and exist:
         return exist[0]
@@ -154,25 +162,42 @@ def static_layout(kept: Pattern | Layout, nq: int, nk: int, device: torch.device
     """A given layout as it is, a static pattern as its mixed layout (remembered)."""
     if isinstance(kept, Layout):
         return kept
-    return _trusted(kept.to_layout("mixed", nq, nk, device=device))
-
-
-def _trusted(layout: object) -> Layout:
-    made = cast(Layout, layout)
-    trust(made)
+    made: Layout = kept.to_layout("mixed", nq, nk, device=device)
+    _trust(made)
     return made
 
 
 def plan_for(kept: Pattern | Layout, nq: int, nk: int) -> Plan:
     """The fused plan of a pattern or layout."""
     if isinstance(kept, Layout):
-        return plan(kept)
+        return _plan(kept)
     if not isinstance(kept, NM):
-        return plan(static_layout(kept, nq, nk, torch.device("cpu")))
+        return _plan(static_layout(kept, nq, nk, torch.device("cpu")))
+    # index: what torch.compile takes for dynamic sizes are the numbers they are now.
+    n, m = operator.index(kept.n), operator.index(kept.m)
     if kept.within is None:
-        return plan_nm(nq, nk, kept.n, kept.m)
-    blocks = _trusted(kept.within.to_layout("block", nq, nk, 64, device="cpu"))
-    return plan(blocks, (kept.n, kept.m))
+        return _plan_nm(operator.index(nq), operator.index(nk), n, m)
+    blocks = kept.within.to_layout("block", nq, nk, 64, device="cpu")
+    _trust(blocks)
+    return _plan(blocks, (n, m))
+
+
+# torch.compile runs these when it traces a call.
+
+
+@constant
+def _trust(layout: Layout) -> None:
+    trust(layout)
+
+
+@constant
+def _plan(layout: Layout, nm: tuple[int, int] = (0, 0)) -> Plan:
+    return plan(layout, nm)
+
+
+@constant
+def _plan_nm(nq: int, nk: int, n: int, m: int) -> Plan:
+    return plan_nm(nq, nk, n, m)
 
 
 def in_stride_order(o: Tensor, q: Tensor) -> Tensor:

@@ -49,7 +49,12 @@ def empty_output(q: Tensor, width: int) -> Tensor:
 def stride_order(x: Tensor) -> tuple[list[int], list[int]]:
     """Dimensions from the largest stride to the smallest, and the inverse permutation."""
     strides = x.stride()
-    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    order: list[int] = []
+    for d in range(x.dim()):  # one comparison at a time, as torch.compile wants it of dynamic sizes
+        at = d
+        while at and strides[order[at - 1]] < strides[d]:
+            at -= 1
+        order.insert(at, d)
     return order, [order.index(d) for d in range(x.dim())]
 
 

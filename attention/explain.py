@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mixgrain.formats.arguments import as_device, as_integer, check_costs, kind_of
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.errors import LayoutError
@@ -128,9 +129,19 @@ def explain(
             are no measurements.
 
     Raises:
-        LayoutError: a pattern or layout without attention, or of another shape.
+        LayoutError: a pattern or layout without attention, or of another shape; sizes that are no
+            numbers of queries, keys or dimensions.
+        UnsupportedError: a device without attention.
     """
-    where = torch.device(device)
+    where = as_device("explain", device)
+    nq, nk = as_integer(nq, "explain(nq)", 0), as_integer(nk, "explain(nk)", 0)
+    head_dim = as_integer(head_dim, "explain(head_dim)", 1)
+    check_costs("explain", costs)
+    if not isinstance(pattern_or_layout, Pattern | Layout):
+        raise LayoutError(
+            f"explain: {kind_of(pattern_or_layout)} given as the pattern; give a pattern "
+            "(mixgrain.patterns) or a Block-, Row- or MixedLayout"
+        )
     costs = costs or (Costs.h200() if where.type == "cuda" else Costs.cpu())
     impl = choose_impl("auto", where)
     made: Plan | None = None

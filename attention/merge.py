@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import check_dense
 from mixgrain.formats.errors import DtypeError, ShapeError
+
+from .arguments import DTYPES
 
 
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,8 +35,13 @@ def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, T
     Source: Milakov and Gimelshein, arXiv 1805.02867.
     """
     for name, t in (("o1", o1), ("lse1", lse1), ("o2", o2), ("lse2", lse2)):
-        if not t.is_floating_point():
-            raise DtypeError(f"merge: {name} is {t.dtype}; give a floating point tensor")
+        check_dense("merge", name, t)
+        if t.dtype not in DTYPES:
+            raise DtypeError(
+                f"merge: {name} is {t.dtype}; give float16, bfloat16, float32 or float64"
+            )
+        if t.device != o1.device:
+            raise ShapeError(f"merge: {name} on {t.device}, o1 on {o1.device}; move one of them")
     if o1.shape != o2.shape or lse1.shape != lse2.shape or o1.shape[:-1] != lse1.shape:
         raise ShapeError(
             f"merge: o1 {tuple(o1.shape)}, lse1 {tuple(lse1.shape)}, o2 {tuple(o2.shape)}, lse2 "

@@ -61,7 +61,7 @@ def attend_reference(
     top = torch.where(top == -torch.inf, 0.0, top)
     weight = torch.where(mask, torch.exp(torch.where(mask, s - top, 0.0)), 0.0)
     total = weight.sum(-1, keepdim=True)
-    empty = ~mask.any(-1, keepdim=True)
+    empty = total == 0  # no key, or none with a score above −inf
     safe = torch.where(empty, 1.0, total)
     o = apply(weight / safe, v, mask)
     lse = torch.where(empty, -torch.inf, top + torch.log(safe))[..., 0]

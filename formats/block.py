@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import as_shape, check_csr, check_dense, check_index, check_inside
 from .checks import (
     check_common,
     check_nnz,
@@ -42,10 +43,34 @@ from .entries import (
     transposed_order,
     unpack_bits,
 )
-from .errors import LayoutError
+from .errors import DtypeError, LayoutError, ShapeError
 from .layout import Layout, entry_slots_of, next_key, register_layout
 
 SIZES = (16, 32, 64, 128)
+
+
+def _check_masks(
+    op: str, mask_index: Tensor, masks: Tensor, block_columns: Tensor, size: int
+) -> None:
+    """Every block's mask is there."""
+    check_index(op, "mask_index", mask_index)
+    check_dense(op, "masks", masks)
+    if masks.dtype != torch.uint8:
+        raise DtypeError(f"{op}: masks is {masks.dtype}; expected uint8, a bit for each column")
+    if tuple(masks.shape[1:]) != (size, size // 8) or masks.dim() != 3:
+        raise ShapeError(
+            f"{op}: masks has shape {tuple(masks.shape)}; expected (M, {size}, {size // 8})"
+        )
+    if mask_index.shape != block_columns.shape:
+        raise ShapeError(
+            f"{op}: mask_index of {mask_index.numel()} for {block_columns.numel()} blocks"
+        )
+    if not mask_index.device == masks.device == block_columns.device:
+        raise ShapeError(
+            f"{op}: mask_index on {mask_index.device}, masks on {masks.device}, block_columns on "
+            f"{block_columns.device}; move them to one device"
+        )
+    check_inside(op, "mask_index", mask_index, -1, masks.shape[0])
 
 
 @register_layout
@@ -111,22 +136,30 @@ class BlockLayout(Layout):
             entry: the distinct pattern of each of the b * h entries; None = one for all.
 
         Raises:
-            LayoutError: a size that is none of 16, 32, 64, 128.
+            LayoutError: a size that is none of 16, 32, 64, 128; offsets that do not run up to the
+                number of blocks, a column or mask that there is not.
+            DtypeError: no tensors of integers.
+            ShapeError: a shape, lead or length that cannot be.
         """
-        if size not in SIZES:
-            raise LayoutError(f"BlockLayout: size {size}; choose one of {SIZES}")
-        lead, entry, distinct = default_entry(lead, entry)
+        op = "BlockLayout.from_blocks"
+        if not isinstance(size, int) or size not in SIZES:
+            raise LayoutError(f"{op}: size {size!r:.80}; choose one of {SIZES}")
+        shape = as_shape(op, shape)
+        lead, entry, distinct = default_entry(op, lead, entry)
         rows, cols = -(-shape[0] // size), -(-shape[1] // size)
+        arrays = (block_offsets, block_columns)
+        check_csr(op, ("block_offsets", "block_columns"), arrays, distinct * rows, cols)
         device = block_columns.device
         if mask_index is None:
             mask_index = torch.full(block_columns.shape, -1, dtype=torch.int32, device=device)
         if masks is None:
             masks = torch.empty(0, size, size // 8, dtype=torch.uint8, device=device)
+        _check_masks(op, mask_index, masks, block_columns, size)
         t_offsets, t_rows, t_order = transposed_order(
             block_offsets, block_columns, rows, cols, distinct
         )
         made = cls(
-            shape=(int(shape[0]), int(shape[1])),
+            shape=shape,
             lead=lead,
             entry=entry,
             entry_slots=(0,),

@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from .tracing import concretely
+
 if TYPE_CHECKING:
     from .layout import Layout
 
@@ -29,14 +31,15 @@ class LRU(Generic[V]):
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
         """The value of `key`, made now if it is not there.
 
-        `make` runs outside the lock. When two threads make the same value the first one stored
+        `make` runs outside the lock and outside whatever traces or transforms the caller, so that
+        the tensors kept are real ones. When two threads make the same value the first one stored
         wins, so that every caller sees one object per key.
         """
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
                 return self._values[key]
-        made = make()
+        made = concretely(make)
         with self._lock:
             value = self._values.setdefault(key, made)
             self._values.move_to_end(key)

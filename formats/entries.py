@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import as_entry, as_lead
+
 INT32_LIMIT = 2**31
 
 
@@ -138,10 +140,14 @@ def count_bits(packed: Tensor) -> Tensor:
 
 
 def default_entry(
-    lead: tuple[int, int], entry: Sequence[int] | None
+    op: str, lead: tuple[int, int], entry: Sequence[int] | None
 ) -> tuple[tuple[int, int], tuple[int, ...], int]:
-    """Lead, entry and the number of distinct patterns; entry None = one pattern for all."""
-    if entry is None:
-        return lead, (0,) * (lead[0] * lead[1]), 1
-    made = tuple(int(u) for u in entry)
+    """Lead, entry and the number of distinct patterns; entry None = one pattern for all.
+
+    Raises:
+        ShapeError: lead is no pair of ints >= 1.
+        LayoutError: entry does not say which pattern each of the b * h entries uses.
+    """
+    lead = as_lead(op, lead)
+    made = as_entry(op, lead, entry)
     return lead, made, max(made) + 1

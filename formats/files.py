@@ -24,7 +24,7 @@ import os
 import types
 import typing
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NoReturn, cast
 
 import torch
@@ -253,10 +253,10 @@ class _Reader:
             raise FileFormatError(
                 f"{self.path}: layout: its fields contradict each other ({error})"
             ) from error
-        s = SparseTensor(layout, tensors["values"], tensors.get("key_mask"), keep_rows)
-        if s.keep is not None:
-            self._keep(s, s.keep)
-        return s
+        s = SparseTensor(layout, tensors["values"])
+        if "key_mask" in tensors:
+            self._keep(s, tensors["key_mask"], keep_rows)
+        return replace(s, keep=tensors.get("key_mask"), keep_rows=keep_rows)
 
     def _names(self, field: str, given: object, expected: set[str]) -> None:
         if not isinstance(given, dict):
@@ -335,8 +335,8 @@ class _Reader:
         if not values.numel() and layout.slots > _WITHOUT_VALUES:
             self.fail("values", f"nothing for {layout.slots} slots", "values for so many")
 
-    def _keep(self, s: SparseTensor, keep: Tensor) -> None:
-        length = s.layout.shape[0 if s.keep_rows else 1]
+    def _keep(self, s: SparseTensor, keep: Tensor, rows: bool) -> None:
+        length = s.layout.shape[0 if rows else 1]
         batch = s.lead_shape[-2] if len(s.lead_shape) > 1 else None
         fits = keep.dim() == 1 or (keep.dim() == 2 and keep.shape[0] in (1, batch) and batch)
         if keep.dtype != torch.bool or not fits or keep.shape[-1] != length:

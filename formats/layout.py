@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .arguments import as_device
+from .tracing import constant, keep, kept
+
 _keys = itertools.count(1)
+
+# The key of every layout that torch.compile traces the making of: it has no identity yet.
+TRACED = 0
 
 
 def next_key() -> int:
@@ -81,9 +87,19 @@ class Layout(ABC):
         """Where each part's slots start in the last axis of ``values``, and the end."""
         return (0, self.slots)
 
-    @functools.cached_property
+    @property
     def home(self) -> torch.device | None:
         """Device of the index tensors; None for a layout without any, which is at home anywhere."""
+        if not torch.compiler.is_dynamo_compiling():
+            return self._home
+        if self.key != TRACED:
+            known: torch.device | None = fact(self, "_home")
+            return known
+        made: torch.device = cast(Any, self).metadata.device  # an NMLayout
+        return made
+
+    @functools.cached_property
+    def _home(self) -> torch.device | None:
         return next((tensor.device for tensor in self.tensors()), None)
 
     @property
@@ -104,7 +120,8 @@ class Layout(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """The same positions with index tensors on ``device``; the same object if already there."""
-        if self.device == torch.device(device):
+        device = as_device(f"{type(self).__name__}.to", device)
+        if self.device == device:
             return self
         changed: dict[str, Any] = {}
         for field in fields(cast(Any, self)):
@@ -114,7 +131,7 @@ class Layout(ABC):
         return cast(Self, replace(cast(Any, self), **changed))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and other.key == self.key
+        return isinstance(other, Layout) and same_positions(self, other)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -176,6 +193,40 @@ class Layout(ABC):
             f"{type(self).__name__}({self.shape[0]}×{self.shape[1]}{lead}, nnz={self.nnz}, "
             f"density={self.density:.4g}, slots={self.slots})"
         )
+
+
+def fact(layout: Layout, name: str) -> Any:
+    """An attribute of a layout, or what its method of this name returns.
+
+    torch.compile reads it when it traces a call, if the layout is there by then, and keeps it: most
+    facts follow from index tensors, whose contents a tracer does not know.
+    """
+    if torch.compiler.is_dynamo_compiling() and layout.key != TRACED:
+        (known,) = _known(layout, name)
+        return take(known) if isinstance(known, str) else known
+    found = getattr(layout, name)
+    return found() if callable(found) else found
+
+
+@constant
+def _known(layout: Layout, name: str) -> tuple[Any]:
+    found = fact(layout, name)
+    return (put(found) if isinstance(found, Layout) else found,)
+
+
+def put(layout: Layout) -> str:
+    """Lay a layout where traced code can ``take`` it from, under the name returned."""
+    return keep(f"layout {layout.key} on {layout.device}", layout)
+
+
+def take(name: str) -> Any:
+    """The layout that was ``put`` there."""
+    return getattr(kept, name)
+
+
+def same_positions(a: Layout, b: Layout) -> bool:
+    """Whether two layouts are known to hold the same positions in the same slots."""
+    return a is b or (a.key == b.key and a.key != TRACED)
 
 
 def register_layout(cls: type[Any]) -> type[Any]:

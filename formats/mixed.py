@@ -23,8 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import as_entry, as_lead, as_shape, kind_of
 from .block import BlockLayout
 from .checks import check_common, check_nnz, fail
+from .errors import LayoutError
 from .layout import Layout, next_key, register_layout
 from .panel import PanelLayout
 from .panel_checks import validate_panels
@@ -83,7 +85,27 @@ class MixedLayout(Layout):
             lead: (b, h).
             entry: the distinct pattern of each entry; None = one for all.
             key: identity; None = a new one.
+
+        Raises:
+            LayoutError: parts that are something else, or of another shape, lead or entry.
+            ShapeError: a shape or lead that cannot be.
         """
+        op = "MixedLayout.from_parts"
+        shape, lead = as_shape(op, shape), as_lead(op, lead)
+        entry = as_entry(op, lead, entry)
+        kinds = (("blocks", blocks, BlockLayout), ("panels", panels, PanelLayout),
+                 ("rest", rest, RowLayout))  # fmt: skip
+        for name, part, cls_of in kinds:
+            if part is not None and not isinstance(part, cls_of):
+                raise LayoutError(
+                    f"{op}: {name} is a {kind_of(part)}; expected a {cls_of.__name__} or None"
+                )
+            if part is not None and (part.shape, part.lead, part.entry) != (shape, lead, entry):
+                raise LayoutError(
+                    f"{op}: {name} has shape {part.shape}, lead {part.lead} and entry "
+                    f"{part.entry!r:.80}; expected {shape}, {lead} and {entry!r:.80}, those of the "
+                    "whole"
+                )
         blocks = blocks if blocks is not None and blocks.slots else None
         panels = panels if panels is not None and panels.slots else None
         rest = rest if rest is not None and rest.slots else None
@@ -93,9 +115,9 @@ class MixedLayout(Layout):
                 starts.append(starts[-1] + -(-part.slots // ALIGN) * ALIGN)
                 nnz += part.nnz
         return cls(
-            shape=(int(shape[0]), int(shape[1])),
+            shape=shape,
             lead=lead,
-            entry=entry if entry is not None else (0,) * (lead[0] * lead[1]),
+            entry=entry,
             entry_slots=(0, starts[-1]),
             nnz=nnz,
             blocks=blocks,

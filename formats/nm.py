@@ -10,10 +10,12 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from .arguments import as_lead, as_shape, check_dense, check_index, check_inside, kind_of
 from .block import BlockLayout
 from .checks import check_lead, check_nnz, check_shape, check_tensor, fail
-from .errors import LayoutError
+from .errors import DtypeError, LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
+from .nm_arguments import check_columns, check_within
 from .nm_metadata import (
     check_encoding,
     check_metadata,
@@ -150,12 +152,23 @@ class NMLayout(Layout):
             within: a BlockLayout of the same shape whose lead broadcasts to ``lead``.
 
         Raises:
-            LayoutError: n:m, encoding, block size or lead that cannot be. The choice itself is not
-                read; ``validate`` does that.
+            LayoutError: n:m, encoding, block size or lead that cannot be. Of the choice only what a
+                byte cannot hold is refused here; ``validate`` reads it.
+            DtypeError: a choice that is no tensor of integers.
+            ShapeError: a shape or lead that cannot be.
         """
+        op = "NMLayout.from_choice"
+        shape, lead = as_shape(op, shape), as_lead(op, lead)
+        check_dense(op, "choice", choice)
+        check_index(op, "choice", choice, choice.dim())
+        check_encoding(n, m, "bytes" if encoding is None else encoding)
+        if not isinstance(dtype, torch.dtype):
+            raise DtypeError(f"{op}: dtype is a {kind_of(dtype)}; expected a torch.dtype")
         if encoding is None:
             encoding = encoding_for(n, m, dtype)
-        check_encoding(n, m, encoding)
+        check_within(op, within)
+        if choice.dtype != torch.uint8:  # a wider number would be cut to a byte
+            check_inside(op, "choice", choice, 0, m)
         if within is None:
             expected = (lead[0] * lead[1], shape[0], -(-shape[1] // m), n)
         else:
@@ -193,7 +206,12 @@ class NMLayout(Layout):
         encoding: str | None = None,
         within: BlockLayout | None = None,
     ) -> NMLayout:
-        """As ``from_choice``, from absolute column numbers: index within the group = column % m."""
+        """As ``from_choice``, from absolute column numbers: index within the group = column % m.
+
+        Raises:
+            LayoutError: as ``from_choice``; a column that is not of its group.
+        """
+        check_columns("NMLayout.from_columns", columns, shape, n, m, lead, within)
         return cls.from_choice(
             columns % m, shape, n, m, lead=lead, dtype=dtype, encoding=encoding, within=within
         )
@@ -215,6 +233,10 @@ class NMLayout(Layout):
         Reads no device memory, except for the first count of live positions in a new ``within``.
         """
         check_encoding(n, m, encoding)
+        op = "NMLayout.from_metadata"
+        check_dense(op, "metadata", metadata)
+        shape, lead = as_shape(op, shape), as_lead(op, lead)
+        check_within(op, within)
         entries = lead[0] * lead[1]
         if within is None:
             rows, groups = padded(*shape, m, encoding)
@@ -323,6 +345,10 @@ class NMLayout(Layout):
     @cached_property
     def T(self) -> NMLayout:
         """A view of the transposed matrix: the same slots, a flag set."""
+        return self.turned()
+
+    def turned(self) -> NMLayout:
+        """What ``T`` remembers, made anew; torch.compile can trace this."""
         return replace(self, shape=self.shape[::-1], transposed=not self.transposed, key=-self.key)
 
     def transpose_slots(self) -> Tensor:

@@ -56,11 +56,15 @@ def encoding_for(n: int, m: int, dtype: torch.dtype) -> str:
 def check_encoding(n: int, m: int, encoding: str) -> None:
     """Raise LayoutError unless 1 ≤ n ≤ m ≤ 16 and ``encoding`` can hold n:m."""
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m <= 16):
-        raise LayoutError(f"N:M of {n}:{m}: expected ints 1 ≤ n ≤ m ≤ 16; choose e.g. n=2, m=4")
-    if encoding != "bytes" and _NIBBLES.get(str(encoding), (0, 0))[:2] != (n, m):
+        raise LayoutError(
+            f"N:M of {n!r:.40}:{m!r:.40}: expected ints 1 ≤ n ≤ m ≤ 16; choose e.g. n=2, m=4"
+        )
+    if not isinstance(encoding, str):
+        raise LayoutError(f"N:M encoding {encoding!r:.40}; choose one of {[*_NIBBLES, 'bytes']}")
+    if encoding != "bytes" and _NIBBLES.get(encoding, (0, 0))[:2] != (n, m):
         fits = [name for name, row in _NIBBLES.items() if row[:2] == (n, m)]
         raise LayoutError(
-            f"N:M encoding {encoding!r} does not hold {n}:{m}; use one of {[*fits, 'bytes']}"
+            f"N:M encoding {encoding!r:.40} does not hold {n}:{m}; use one of {[*fits, 'bytes']}"
         )
 
 

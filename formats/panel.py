@@ -27,8 +27,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import as_device, as_shape, check_sequence
 from .entries import default_entry, distinct_starts, over_entries
+from .errors import LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
+from .panel_arguments import check_arrays, check_written
 from .panel_tools import (
     PITCH,
     PanelSlots,
@@ -111,11 +114,14 @@ class PanelLayout(Layout):
             lead: (b, h).
             entry: the distinct pattern of each of the b * h entries; None = one for all.
         """
-        lead, entry, distinct = default_entry(lead, entry)
+        op = "PanelLayout.from_arrays"
+        shape = as_shape(op, shape)
+        lead, entry, distinct = default_entry(op, lead, entry)
+        check_arrays(op, panel_entry, rows, cols, mask_offset, mask_bits, distinct)
         panel_entry = panel_entry.to(torch.int32)
         slot_offsets, slots = slot_table(panel_entry, rows[1], cols[1], distinct)
         made = cls(
-            shape=(int(shape[0]), int(shape[1])),
+            shape=shape,
             lead=lead,
             entry=entry,
             entry_slots=entry_slots_of(entry, slots),
@@ -158,8 +164,19 @@ class PanelLayout(Layout):
             panel_entry: the distinct pattern of each panel, rising; None = pattern 0.
             device: where the index tensors go.
         """
+        op = "PanelLayout.from_panels"
+        device = as_device(op, device)
+        check_written(op, panels)
+        given = [0] * len(panels)
+        if panel_entry is not None:
+            given = list(check_sequence(op, "panel_entry", panel_entry))
+        if len(given) != len(panels) or not all(isinstance(u, int) for u in given):
+            raise LayoutError(
+                f"{op}: panel_entry {given!r:.80} for {len(panels)} panels; expected an int for "
+                "each of them"
+            )
         rows, cols, mask_offset, mask_bits = arrays_of(panels, device)
-        of = torch.tensor(panel_entry or [0] * len(panels), dtype=torch.int32, device=device)
+        of = torch.tensor(given, dtype=torch.int32, device=device)
         return cls.from_arrays(shape, of, rows, cols, mask_offset, mask_bits, lead, entry)
 
     @property

@@ -11,7 +11,6 @@ Patterns that differ between batch entries or heads are a `Batched` table of fla
 `entry` and `distinct` describe that table for every pattern.
 """
 
-import operator
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import cache, pattern_queries
+from .arguments import SIDE_LIMIT, as_device, as_index, as_integer, check_costs, kind_of
 from .errors import LayoutError, ShapeError
 from .runs import Runs, from_interval
 from .source import Source
@@ -44,9 +44,10 @@ class Frame:
     def __post_init__(self) -> None:
         for name in ("nq", "nk"):
             value = getattr(self, name)
-            if value < 0:
+            if not 0 <= value < SIDE_LIMIT:
                 raise ShapeError(
-                    f"{name} = {value!r} given, a number of rows or keys >= 0 expected"
+                    f"{name} = {value!r} given, a number of rows or keys >= 0 expected, and below "
+                    "2**31: index tensors count in int32"
                 )
 
     @property
@@ -220,7 +221,8 @@ class Pattern:
 
     def density(self, nq: int, nk: int) -> float:
         """Kept pairs / all pairs, over batch entries and heads; 0 for an empty rectangle."""
-        total = nq * nk * len(self.entry)
+        frame = self._frame(nq, nk)
+        total = frame.nq * frame.nk * len(self.entry)
         return self.nnz(nq, nk) / total if total else 0.0
 
     def row(self, i: int, nq: int, nk: int) -> Tensor:
@@ -229,7 +231,7 @@ class Pattern:
         Raises:
             LayoutError: no such row, or the pattern differs between heads or batch entries.
         """
-        return pattern_queries.row(self, i, self._frame(nq, nk))
+        return pattern_queries.row(self, as_index(i, "row(i)"), self._frame(nq, nk))
 
     def block(self, i: int, j: int, size: int, nq: int, nk: int) -> str:
         """Whether block (i, j) of size × size pairs is "empty", "full" or "partial".
@@ -240,6 +242,8 @@ class Pattern:
         Raises:
             LayoutError: no such block.
         """
+        i, j = as_index(i, "block(i)"), as_index(j, "block(j)")
+        size = as_integer(size, "block(size)", 1)
         return pattern_queries.block(self, i, j, size, self._frame(nq, nk))
 
     def to_layout(
@@ -265,10 +269,19 @@ class Pattern:
             LayoutError: an unknown kind, another shape than a fixed one, or a miss during graph
                 capture.
         """
+        if torch.compiler.is_dynamo_compiling():
+            from .pattern_traced import traced_layout
+
+            return traced_layout(self, kind, nq, nk, size, device, costs)
         # Imported here: the split is written in terms of this class.
         from .split import to_layout
 
-        target = torch.empty(0, device=self.device if device is None else device).device
+        nq, nk = as_index(nq, "to_layout(nq)"), as_index(nk, "to_layout(nk)")
+        if not isinstance(kind, str):
+            raise LayoutError(f"to_layout: kind is a {kind_of(kind)}; expected a string")
+        size = as_integer(size, "to_layout(size)", 1)
+        check_costs("to_layout", costs)
+        target = as_device("to_layout", self.device if device is None else device)
 
         def make() -> "Layout":
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -282,8 +295,8 @@ class Pattern:
         return cache.layouts.get(key, make)
 
     def _frame(self, nq: int, nk: int, device: torch.device | str | None = None) -> Frame:
-        device = self.device if device is None else torch.device(device)
-        return Frame(operator.index(nq), operator.index(nk), device)
+        device = as_device(type(self).__name__.lower(), self.device if device is None else device)
+        return Frame(as_index(nq, "nq"), as_index(nk, "nk"), device)
 
     def __repr__(self) -> str:
         shown = (getattr(self, field.name) for field in fields(self))

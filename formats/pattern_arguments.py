@@ -3,21 +3,9 @@
 import math
 import operator
 
+from .arguments import as_integer as as_integer
 from .errors import LayoutError
 from .pattern_static import UNBOUNDED
-
-
-def as_integer(value: object, who: str, least: int) -> int:
-    """`value` as an int >= least; LayoutError otherwise. `who` names the argument."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise LayoutError(f"{who}: {value!r} given, an integer >= {least} expected")
-    return number
 
 
 def as_radius(value: object, who: str) -> int:
@@ -28,7 +16,7 @@ def as_radius(value: object, who: str) -> int:
         return min(as_integer(value, who, 0), UNBOUNDED)
     except LayoutError:
         raise LayoutError(
-            f"{who}: {value!r} given, an integer >= 0 or math.inf (no bound) expected"
+            f"{who}: {value!r:.80} given, an integer >= 0 or math.inf (no bound) expected"
         ) from None
 
 
@@ -37,4 +25,4 @@ def as_seed(value: object, who: str) -> int:
     try:
         return operator.index(value) % (1 << 64)  # type: ignore[arg-type]
     except TypeError:
-        raise LayoutError(f"{who}: {value!r} given, an integer expected") from None
+        raise LayoutError(f"{who}: {value!r:.80} given, an integer expected") from None

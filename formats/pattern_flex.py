@@ -69,13 +69,20 @@ class FlexBlocks(Pattern):
         high, wide = self.size
         none = torch.empty(0, dtype=torch.int64, device=device)
         parts = [(none, none, none)]
+        partial = self._pairs(lists[0], lists[1])
         if len(lists) == 4:
             row, col = self._pairs(lists[2], lists[3])
+            across = -(-nk // wide)
+            if bool(torch.isin(row * across + col, partial[0] * across + partial[1]).any()):
+                raise LayoutError(
+                    "from_block_mask: a block is listed both as full and as partial, so a kernel "
+                    "would count it twice; list it in one of the two"
+                )
             spans = from_sorted_pairs(row, col, lists[2].numel())
             # Neighbouring full blocks are one run before they are repeated for each of their rows.
             tall = spans.select(torch.arange(nq, device=device) // high)
             parts.append((tall.row_of_run(), tall.lo * wide, (tall.hi * wide).clamp_(max=nk)))
-        row, col = self._pairs(lists[0], lists[1])
+        row, col = partial
         step = max(1, ELEMENTS_PER_CHUNK // (high * wide))
         for first in range(0, row.numel(), step):
             top, left = row[first : first + step] * high, col[first : first + step] * wide
@@ -91,12 +98,22 @@ class FlexBlocks(Pattern):
     def _pairs(self, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(block row, block column) of a block list in C order."""
         slot = torch.arange(columns.shape[1], device=columns.device)
+        if bool(((counts < 0) | (counts > columns.shape[1])).any()):
+            raise LayoutError(
+                f"from_block_mask: counts from {int(counts.min())} to {int(counts.max())} for "
+                f"lists of {columns.shape[1]}; a count says how many of its list are blocks"
+            )
         row, at = torch.nonzero(slot < counts[:, None], as_tuple=True)
         col = columns[row, at].long()
         width = -(-self.shape[1] // self.size[1])
         if bool(((col < 0) | (col >= width)).any()):
             raise LayoutError(f"from_block_mask: block columns must lie within [0, {width})")
         line = (row * width + col).sort()[0]
+        if bool((line[1:] == line[:-1]).any()):
+            raise LayoutError(
+                "from_block_mask: a block column is listed twice in a block row, which a kernel "
+                "would count twice; list it once"
+            )
         return line // max(width, 1), line % max(width, 1)
 
     def _evaluate(self, top: Tensor, left: Tensor) -> Tensor:

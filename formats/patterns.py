@@ -10,6 +10,7 @@ rows of the square one.
 from collections.abc import Sequence
 from typing import Any
 
+from .arguments import SIDE_LIMIT, check_sequence
 from .errors import LayoutError
 from .pattern import Pattern
 from .pattern_algebra import at, broadcast, table
@@ -26,7 +27,7 @@ from .pattern_static import (
     Sinks,
     Window,
 )
-from .patterns_given import blocks, from_block_mask, from_csr, from_dense
+from .patterns_given import blocks, from_block_mask, from_csr, from_dense, from_layout
 from .source import integers, positions
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "from_block_mask",
     "from_csr",
     "from_dense",
+    "from_layout",
     "full",
     "global_keys",
     "global_queries",
@@ -190,7 +192,7 @@ def random(density: float, seed: int) -> Pattern:
     """
     valid = isinstance(density, int | float) and not isinstance(density, bool)
     if not valid or not 0 <= density <= 1:
-        raise LayoutError(f"random(density): {density!r} given, a number from 0 to 1 expected")
+        raise LayoutError(f"random(density): {density!r:.80} given, a number from 0 to 1 expected")
     return Random(float(density), as_seed(seed, "random(seed)"))
 
 
@@ -232,6 +234,10 @@ def bigbird(size: int, window: int, random: int, globals: int, seed: int) -> Pat
     near = as_integer(window, "bigbird(window)", 0)
     drawn = as_integer(random, "bigbird(random)", 0)
     first = as_integer(globals, "bigbird(globals)", 0)
+    if first * side >= SIDE_LIMIT:
+        raise LayoutError(
+            f"bigbird: {first} global blocks of {side} given, fewer than 2**31 positions expected"
+        )
     return (
         BlockWindow(side, near)
         | RandomBlocks(drawn, side, as_seed(seed, "bigbird(seed)"), near, first)
@@ -284,11 +290,11 @@ def nm(n: int, m: int) -> Pattern:
 
 
 def _patterns(given: Sequence[Pattern], who: str, most: int) -> list[Pattern]:
-    items = list(given)
+    items = list(check_sequence(who, "patterns", given))
     for item in items:
         if not isinstance(item, Pattern) or isinstance(item, NM) or item.leading_dims > most:
             raise LayoutError(
-                f"{who}: {item!r} given; patterns that are the same for all batch entries"
+                f"{who}: {item!r:.200} given; patterns that are the same for all batch entries"
                 f"{' and heads' if most == 0 else ''} expected (per_batch may hold per_head, "
                 "not the reverse; combine P.nm with the whole table by &)"
             )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from .arguments import kind_of
 from .errors import LayoutError, ShapeError
 from .pattern import Pattern
 from .pattern_algebra import table
@@ -14,6 +15,8 @@ from .source import Source, booleans, integers
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from .layout import Layout
 
 
 def blocks(block_mask: Any, size: int) -> Pattern:
@@ -60,7 +63,7 @@ def from_csr(indptr: Any, indices: Any, shape: tuple[int, int]) -> Pattern:
         ShapeError: not 1-D.
     """
     if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ShapeError(f"from_csr(shape): {shape!r} given, (nq, nk) expected")
+        raise ShapeError(f"from_csr(shape): {shape!r:.80} given, (nq, nk) expected")
     nq, nk = (as_integer(side, "from_csr(shape)", 0) for side in shape)
     pointers, columns = integers(indptr, "from_csr(indptr)"), integers(indices, "from_csr(indices)")
     pattern = Csr(pointers, columns, (nq, nk))
@@ -80,11 +83,32 @@ def from_block_mask(bm: "BlockMask") -> Pattern:
 
     Raises:
         ShapeError: a slice of a BlockMask.
+        TypeError: no BlockMask.
     """
+    if not hasattr(bm, "kv_num_blocks") or not hasattr(bm, "mask_mod"):
+        raise TypeError(
+            f"from_block_mask: a {kind_of(bm)} given, a FlexAttention BlockMask expected; for a "
+            "bool tensor use from_dense, for blocks of one size use blocks"
+        )
     # Imported here: FlexAttention loads much of torch's compiler.
     from .pattern_flex import from_flex
 
     return from_flex(bm)
+
+
+def from_layout(layout: "Layout") -> Pattern:
+    """The pattern of the positions that a layout keeps; its shape is fixed.
+
+    Args:
+        layout: any layout; one that differs between heads or batch entries gives a pattern that
+            does, with equal entries stored once.
+
+    Raises:
+        LayoutError: no layout.
+    """
+    from . import pattern_ragged  # layouts are not needed by patterns otherwise
+
+    return pattern_ragged.from_layout(layout)
 
 
 def _by_lead(source: Source, make: Callable[[Source], Pattern]) -> Pattern:

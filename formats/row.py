@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import as_shape, check_csr
 from .checks import (
     check_common,
     check_nnz,
@@ -83,9 +84,18 @@ class RowLayout(Layout):
             columns: int (NNZ,), rising inside a row.
             lead: (b, h).
             entry: the distinct pattern of each of the b * h entries; None = one for all.
+
+        Raises:
+            LayoutError: offsets that do not run up to the number of columns, or a column outside
+                the shape. That columns rise is for ``validate``.
+            DtypeError: no tensors of integers.
+            ShapeError: a shape, lead or length that cannot be.
         """
-        lead, entry, distinct = default_entry(lead, entry)
-        nq, nk = int(shape[0]), int(shape[1])
+        op = "RowLayout.from_csr"
+        nq, nk = as_shape(op, shape)
+        lead, entry, distinct = default_entry(op, lead, entry)
+        arrays = (row_offsets, columns)
+        check_csr(op, ("row_offsets", "columns"), arrays, distinct * nq, nk)
         t_offsets, t_rows, t_order = transposed_order(row_offsets, columns, nq, nk, distinct)
         counts = row_offsets[::nq].long().diff().tolist() if nq else [0] * distinct
         slots = entry_slots_of(entry, counts)

@@ -251,6 +251,52 @@ def clip(runs: Runs, lo: Tensor, hi: Tensor) -> Runs:
     return Runs(prefix_sum(kept)[runs.offsets], new_lo[kept], new_hi[kept])
 
 
+def changes(runs: Runs, before: Runs, nk: int) -> tuple[Runs, Runs]:
+    """What each row keeps that the row above it does not, and the reverse.
+
+    Args:
+        runs: R rows over nk keys.
+        before: one row, the one above the first.
+        nk: number of keys.
+
+    Returns:
+        Two Runs of R rows.
+    """
+    last = runs.offsets[-2] if runs.num_rows else runs.offsets[-1]
+    shift = before.num_runs
+    offsets = torch.cat((runs.offsets[:1], runs.offsets[:-1] + shift))
+    lo, hi = torch.cat((before.lo, runs.lo[:last])), torch.cat((before.hi, runs.hi[:last]))
+    above = Runs(offsets, lo, hi)
+    return difference(runs, above, nk), difference(above, runs, nk)
+
+
+def turned(runs: Runs, nk: int) -> Runs:
+    """The transposed set: the rows that keep each of nk keys, as runs.
+
+    A key's runs start and end where neighbouring rows differ, so it costs the runs of both sides,
+    not the kept positions.
+    """
+    device = runs.lo.device
+    # A row that keeps nothing ends what is still open.
+    closed = Runs(torch.cat((runs.offsets, runs.offsets[-1:])), runs.lo, runs.hi)
+    starts, ends = changes(closed, empty(1, device), nk)
+    return paired(*starts.pairs(), *ends.pairs(), nk)
+
+
+def paired(row: Tensor, col: Tensor, end_row: Tensor, end_col: Tensor, nk: int) -> Runs:
+    """Runs over rows of each of nk keys, from the rows where they start and where they end.
+
+    Args:
+        row: (T) int64, rising for each key, where a run of key col starts.
+        col: (T) int64.
+        end_row: (T) int64, one past the last row of a run of key end_col.
+        end_col: (T) int64, the same keys as col, each as often.
+        nk: number of keys.
+    """
+    by_key, order = col.sort(stable=True)
+    return Runs(_offsets(by_key, nk), row[order], end_row[end_col.sort(stable=True)[1]])
+
+
 def _on_line(runs: Runs, nk: int) -> tuple[Tensor, Tensor]:
     base = runs.row_of_run() * (nk + 1)
     return base + runs.lo, base + runs.hi

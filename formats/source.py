@@ -1,13 +1,16 @@
 """Source: a caller's tensor as the data of a pattern, read late and named by reference in keys."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .cache import Reference
 from .errors import DtypeError, LayoutError, ShapeError
+from .tracing import concretely, constant, keep, kept
 
 T = TypeVar("T")
 
@@ -37,17 +40,25 @@ class Source:
 
     def entry(self, *index: int) -> "Source":
         """The source of one entry along the leading dimensions; it shares the tensor."""
+        if torch.compiler.is_dynamo_compiling():
+            found: Source = getattr(kept, _entry(self, *index))
+            return found
         return Source(self.base, (*self.index, *index))
 
     def key(self) -> Hashable:
         """What names the data in a cache key; reads no device memory if there is a version."""
+        if torch.compiler.is_dynamo_compiling():
+            return _name(self)
+        base = self.base
+        entries = max(1, math.prod(base.shape[: len(self.index)]))
+        size = base.numel() // entries * base.element_size()
+        if (base.device.type == "cpu" and size <= BYTES_IN_KEY) or base.is_inference():
+            return concretely(self._contents)
+        return (Reference(base), base._version, self.index)
+
+    def _contents(self) -> Hashable:
         tensor = self.tensor.detach()
-        small = (
-            tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= BYTES_IN_KEY
-        )
-        if small or self.base.is_inference():
-            return (str(tensor.dtype), tuple(tensor.shape), tensor.cpu().numpy().tobytes())
-        return (Reference(self.base), self.base._version, self.index)
+        return (str(tensor.dtype), tuple(tensor.shape), tensor.cpu().numpy().tobytes())
 
     def derive(
         self, name: Hashable, device: torch.device, make: Callable[..., T], *others: "Source"
@@ -75,16 +86,25 @@ def as_tensor(data: object, who: str) -> Tensor:
     Raises:
         LayoutError: `data` is no array of numbers.
     """
+    if torch.compiler.is_dynamo_compiling():
+        raise LayoutError(
+            f"{who}: a pattern is made of a tensor inside torch.compile, which cannot know what "
+            "the tensor will hold; make the pattern outside the compiled function and pass it in"
+        )
     if isinstance(data, Tensor):
         return data
     if isinstance(data, range):
-        return torch.arange(data.start, data.stop, data.step)
+        ends = (data.start, data.stop, data.step)
+        if max(map(abs, ends)) >= 2**62 or (data.stop - data.start) // data.step >= 2**31:
+            raise LayoutError(f"{who}: {data} given, fewer than 2**31 positions expected")
+        return concretely(lambda: torch.arange(data.start, data.stop, data.step))
     try:
         if isinstance(data, Sequence) and not len(data):
             return torch.empty(0, dtype=torch.int64)
-        tensor: Tensor = torch.tensor(data)
-        return tensor
-    except (TypeError, ValueError, RuntimeError) as error:
+        # torch takes no negative strides.
+        plain = data.copy(order="C") if isinstance(data, np.ndarray) else data
+        return concretely(lambda: torch.tensor(plain))
+    except (OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise LayoutError(
             f"{who}: {type(data).__name__} {data!r:.60} is no tensor or sequence of numbers; "
             "pass a tensor, an array or a list"
@@ -98,6 +118,9 @@ def integers(data: object, who: str, ndim: tuple[int, ...] = (1,)) -> Source:
         DtypeError: not integers.
         ShapeError: another number of dimensions.
     """
+    if torch.compiler.is_dynamo_compiling() and not isinstance(data, Tensor):
+        listed: Source = getattr(kept, _listed(data, who, ndim))
+        return listed
     tensor = as_tensor(data, who)
     if tensor.dtype not in INTEGERS:
         raise DtypeError(f"{who}: {tensor.dtype} given, integers expected; convert with .long()")
@@ -105,6 +128,25 @@ def integers(data: object, who: str, ndim: tuple[int, ...] = (1,)) -> Source:
         expected = " or ".join(f"{n}-D" for n in ndim)
         raise ShapeError(f"{who}: shape {tuple(tensor.shape)} given, {expected} expected")
     return Source(tensor)
+
+
+@constant
+def _name(source: Source) -> str:
+    """What tells sources apart within one trace."""
+    key = source.key()
+    same = isinstance(key, tuple) and isinstance(key[0], Reference)
+    return f"{id(source.base)} {source.base._version} {source.index}" if same else repr(key)
+
+
+@constant
+def _entry(source: Source, *index: int) -> str:
+    return keep(f"source {_name(source)} at {index}", source.entry(*index))
+
+
+@constant
+def _listed(data: object, who: str, ndim: tuple[int, ...]) -> str:
+    """Keep the source of numbers that are written out in code being traced."""
+    return keep(f"{who} {data!r}", integers(data, who, ndim))
 
 
 def positions(data: object, who: str) -> Source:
@@ -119,6 +161,8 @@ def positions(data: object, who: str) -> Source:
         ShapeError: not 1-D.
     """
     source = integers(data, who)
+    if torch.compiler.is_dynamo_compiling():
+        return source  # checked where it is read, which traced code cannot
     if source.base.device.type == "cpu":
         sorted_positions(source, source.base.device, who)
     return source

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import LayoutError, ShapeError
-from .layout import Layout
+from .arguments import FLOAT8, as_device, as_flag, as_index, check_dense, kind_of
+from .costs import Costs
+from .errors import DtypeError, LayoutError, ShapeError
+from .layout import TRACED, Layout, fact, same_positions
+from .sparse_arguments import arguments_of, check_keep, check_together, factor_of, is_factor
+from .tracing import constant
+
+if TYPE_CHECKING:
+    from .nm import NMLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +41,28 @@ class SparseTensor:
     keep_rows: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.values, Tensor) and (
-            self.values.dim() < 1 or self.values.shape[-1] != self.layout.slots
-        ):
+        if not isinstance(self.layout, Layout):
+            raise LayoutError(
+                f"SparseTensor: layout is a {kind_of(self.layout)}; expected a layout, e.g. of "
+                "pattern.to_layout(kind, nq, nk)"
+            )
+        check_dense("SparseTensor", "values", self.values)
+        if self.values.dtype in FLOAT8:
+            raise DtypeError(
+                f"SparseTensor: values of {self.values.dtype}; expected float16, bfloat16, float32 "
+                "or float64; torch moves no single elements of float8"
+            )
+        as_flag("SparseTensor", "keep_rows", self.keep_rows)
+        if self.keep is not None:
+            check_keep(self.layout, self.keep, self.keep_rows)
+        if self.values.dim() < 1 or self.values.shape[-1] != self.layout.slots:
             raise ShapeError(
                 f"SparseTensor: values {tuple(self.values.shape)} do not fit {self.layout!r}; "
                 f"the last dimension must be its {self.layout.slots} slots"
             )
+
+    # numpy arrays would otherwise multiply element by element, each with the whole matrix.
+    __array_ufunc__ = None
 
     @property
     def lead_shape(self) -> tuple[int, ...]:
@@ -87,10 +108,43 @@ class SparseTensor:
         """Values cast to a dtype, or values and positions moved to a device."""
         if isinstance(target, torch.dtype):
             return replace(self, values=self.values.to(target))
+        target = as_device("SparseTensor.to", target)
         keep = None if self.keep is None else self.keep.to(target)
         return replace(
             self, layout=self.layout.to(target), values=self.values.to(target), keep=keep
         )
+
+    def to_layout(
+        self,
+        target: str | Layout,
+        size: int = 64,
+        n: int = 2,
+        m: int = 4,
+        costs: Costs | None = None,
+    ) -> SparseTensor:
+        """The same positions and values in another layout, bit for bit.
+
+        ``to_dense`` gives the same before and after. A run-time mask is kept; batch and head
+        dimensions stay shared where they were. Positions that only the new layout keeps (the rest
+        of a tile, what fills up a group) hold +0.
+
+        Args:
+            target: "row", "block" or "mixed", which keep exactly the same positions; "tile" or
+                "nm", which keep whole units; or a layout of the same shape and lead.
+            size: side of the blocks: 16, 32, 64 or 128 (block, mixed).
+            n: elements kept of each group (nm).
+            m: columns of a group (nm).
+            costs: rates that "mixed" minimises; the device's defaults if None.
+
+        Returns:
+            A SparseTensor whose values are differentiable with respect to these.
+
+        Raises:
+            LayoutError: an unknown kind, or positions that the target cannot hold.
+        """
+        from .relayout import to_layout  # written in terms of this class
+
+        return to_layout(self, target, size, n, m, costs)
 
     def with_values(self, values: Tensor) -> SparseTensor:
         """The same positions holding other values, shape (*free, slots)."""
@@ -99,6 +153,7 @@ class SparseTensor:
     def part(self, i: int) -> SparseTensor:
         """The i-th disjoint part (blocks, panels, rest), a view of the last axis."""
         parts, offsets = self.layout.parts, self.layout.part_offsets
+        i = as_index(i, "part(i)")
         if not -len(parts) <= i < len(parts):
             raise LayoutError(
                 f"part({i}): {type(self.layout).__name__} has {len(parts)} parts; "
@@ -113,7 +168,7 @@ class SparseTensor:
 
         The layout's own dead slots and those a run-time mask drops, together.
         """
-        static = self.layout.live()
+        static: Tensor | None = fact(self.layout, "live")
         if self.keep is None:
             return static
         kept = gather_mask(self.layout, self.keep, self.keep_rows, self.values.dim() - 1)
@@ -131,17 +186,20 @@ class SparseTensor:
 
         What f returns at dead slots is discarded (NaN included): they hold exact zeros.
         """
-        wants_head = len(inspect.signature(f).parameters) >= 4
+        wants_head = arguments_of(f) >= 4
+        check_together("map", self.layout, self.values, self.keep)
         pieces: list[Tensor] = []
         position = 0
         offsets = self.layout.part_offsets
         for n, part in enumerate(self.layout.parts):
             piece = self.part(n)
-            row, column = part.indices()
+            row, column = fact(part, "indices")
             arguments = [piece.values, row, column]
             if wants_head:
                 arguments.append(piece._heads())
             result = f(*arguments)
+            if isinstance(result, Tensor):
+                check_dense("map", "what f returned", result)
             if not isinstance(result, Tensor) or result.shape != piece.values.shape:
                 given = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
                 raise ShapeError(
@@ -165,18 +223,19 @@ class SparseTensor:
     def _heads(self) -> Tensor:
         h = self.layout.lead[1]
         if h > 1:
-            return self.layout.slot_entry() % h
+            entry: Tensor = fact(self.layout, "slot_entry")
+            return entry % h
         if self.values.dim() == 1:  # nothing is free: one head
             return torch.zeros(1, dtype=torch.int64, device=self.device)
         return torch.arange(self.values.shape[-2], device=self.device)[:, None]
 
     def to_dense(self) -> Tensor:
         """(*leading, nq, nk): values at live slots, +0 elsewhere. Differentiable."""
-        layout = self.layout
+        layout = check_together("to_dense", self.layout, self.values, self.keep)
         nq, nk = layout.shape
-        row, column = layout.indices()
-        flat = (layout.slot_entry() * nq + row) * nk + column
-        values, static = self.values, layout.live()
+        row, column = fact(layout, "indices")
+        flat = (fact(layout, "slot_entry") * nq + row) * nk + column
+        values, static = self.values, fact(layout, "live")
         if self.keep is not None:  # dropped slots write +0 at their own position
             values = torch.where(cast(Tensor, self.live()), values, values.new_zeros(()))
         if static is not None:
@@ -194,22 +253,31 @@ class SparseTensor:
     @property
     def T(self) -> SparseTensor:
         """The transposed matrix in canonical order; values permuted once, differentiably."""
-        order = self.layout.transpose_slots()
-        values = self.values[..., order.clamp(min=0)]
-        padding = order < 0
-        if bool(padding.any()):
-            values = torch.where(padding, values.new_zeros(()), values)
-        return SparseTensor(self.layout.T, values, self.keep, not self.keep_rows)
+        values = self.values
+        layout = check_together("T", self.layout, values, self.keep)
+        if layout.key == TRACED:  # an NMLayout, whose transpose is a view
+            turned = cast("NMLayout", layout).turned()
+        else:
+            turned = fact(layout, "T")
+            order, padding = _order(layout)
+            values = values[..., order]
+            if padding is not None:
+                values = torch.where(padding, values.new_zeros(()), values)
+        return SparseTensor(turned, values, self.keep, not self.keep_rows)
 
     def __mul__(self, scalar: float | Tensor) -> SparseTensor:
         """Scale every value; a tensor must broadcast over (*free, 1)."""
-        return self.with_values(self.values * scalar)
+        if not is_factor(scalar):
+            return NotImplemented
+        return self.with_values(self.values * factor_of("*", scalar, self.values))
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: float | Tensor) -> SparseTensor:
         """Divide every value."""
-        return self.with_values(self.values / scalar)
+        if not is_factor(scalar):
+            return NotImplemented
+        return self.with_values(self.values / factor_of("/", scalar, self.values))
 
     def __neg__(self) -> SparseTensor:
         """Change every sign."""
@@ -219,7 +287,7 @@ class SparseTensor:
         """Sum of two tensors with the same layout key; a run-time mask of either is kept."""
         if not isinstance(other, SparseTensor):
             return NotImplemented
-        if other.layout.key != self.layout.key:
+        if not same_positions(other.layout, self.layout):
             raise LayoutError(
                 f"+: the layouts differ ({self.layout!r} and {other.layout!r}); add tensors made "
                 "with one layout object, e.g. sparsify(x, …, layout=s.layout)"
@@ -234,7 +302,7 @@ class SparseTensor:
 
     def __sub__(self, other: SparseTensor) -> SparseTensor:
         """Difference of two tensors with the same layout key."""
-        return self + (-other)
+        return self + (-other) if isinstance(other, SparseTensor) else NotImplemented
 
     def __repr__(self) -> str:
         extra = "" if self.keep is None else (", row mask" if self.keep_rows else ", key mask")
@@ -243,6 +311,14 @@ class SparseTensor:
             f"{str(self.dtype).removeprefix('torch.')}, nnz={self.nnz}, "
             f"density={self.density:.4g}{extra})"
         )
+
+
+@constant
+def _order(layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """The slot each slot of the transpose takes its value from, and which of those are padding."""
+    order = layout.transpose_slots()
+    padding = order < 0
+    return order.clamp(min=0), padding if bool(padding.any()) else None
 
 
 def gather_mask(layout: Layout, keep: Tensor, over_rows: bool, free: int) -> Tensor:
@@ -255,7 +331,7 @@ def gather_mask(layout: Layout, keep: Tensor, over_rows: bool, free: int) -> Ten
         free: number of free dimensions of the values.
     """
     b, h = layout.lead
-    index = layout.indices()[0 if over_rows else 1]
+    index = fact(layout, "indices")[0 if over_rows else 1]
     if keep.dim() == 1:
         return keep[index]
     if b > 1:
@@ -271,7 +347,7 @@ def gather_mask(layout: Layout, keep: Tensor, over_rows: bool, free: int) -> Ten
             f"key_mask {tuple(keep.shape)} has a batch dimension but the tensor has none; "
             f"give a mask of shape ({keep.shape[1]},)"
         )
-    return gathered.reshape(keep.shape[0], *([1] * heads_free), -1)
+    return gathered.reshape(keep.shape[0], *([1] * heads_free), gathered.shape[1])
 
 
 def _flatten_sparse(s: SparseTensor) -> tuple[list[Any], Any]:

@@ -8,9 +8,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from .arguments import as_flag, as_number, check_dense
 from .block import SIZES, BlockLayout
 from .entries import pack_bits
-from .errors import DtypeError, LayoutError, ShapeError
+from .errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from .layout import Layout
 from .nm import NMLayout, choose
 from .nm_metadata import check_encoding
@@ -76,12 +77,14 @@ def sparsify(
         ShapeError: not a matrix, more than two leading dimensions, or a layout of another shape.
         LayoutError: options that contradict each other, or elements the layout cannot hold.
     """
-    if not isinstance(dense, Tensor) or dense.dtype not in _BITS:
-        given = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
+    check_dense("sparsify", "dense", dense)
+    if dense.dtype not in _BITS:
         accepted = ", ".join(str(dtype) for dtype in _BITS)
         raise DtypeError(
-            f"sparsify: given {given}, expected a tensor of {accepted}; cast it, e.g. with .float()"
+            f"sparsify: given {dense.dtype}, expected a tensor of {accepted}; cast it, e.g. with "
+            ".float()"
         )
+    prune = as_flag("sparsify", "prune", prune)
     if not 2 <= dense.dim() <= 4:
         raise ShapeError(
             f"sparsify: given shape {tuple(dense.shape)}, expected (nq, nk) with 0-2 leading "
@@ -90,11 +93,17 @@ def sparsify(
     if layout is not None:
         _check_sampling(kind, prune, layout)
         return SparseTensor(layout, _sample(dense, layout))
-    if kind not in KINDS:
-        raise LayoutError(f"sparsify: kind {kind!r}; choose one of {KINDS}, or give layout=")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise LayoutError(f"sparsify: kind {kind!r:.80}; choose one of {KINDS}, or give layout=")
     _check_density(kind, prune, density)
-    if kind in ("block", "mixed") and size not in SIZES:
-        raise LayoutError(f"sparsify: size {size}; choose one of {SIZES}")
+    if kind in ("block", "mixed") and not (isinstance(size, int) and size in SIZES):
+        raise LayoutError(f"sparsify: size {size!r:.80}; choose one of {SIZES}")
+    if dense.device.type == "meta":
+        raise UnsupportedError(
+            "sparsify: dense is on meta and holds no values to choose positions by; give a tensor "
+            "with data, or layout="
+        )
+    dense = dense.resolve_neg()  # bits are looked at below
     (nq, nk), outer = dense.shape[-2:], dense.shape[:-2]
     if kind == "tile" and outer:
         raise LayoutError(
@@ -116,7 +125,7 @@ def _check_sampling(kind: str | None, prune: bool, layout: Layout) -> None:
             f"sparsify: layout={type(layout).__name__}, expected a layout; from a pattern, make "
             "one with pattern.to_layout(kind, nq, nk)"
         )
-    if kind not in (None, layout.kind):
+    if kind is not None and (not isinstance(kind, str) or kind != layout.kind):
         raise LayoutError(
             f"sparsify: kind {kind!r} and a {type(layout).__name__}; leave kind out with layout="
         )
@@ -131,6 +140,8 @@ def _check_density(kind: str, prune: bool, density: float | None) -> None:
     if not wanted and density is not None:
         todo = "n and m say what 'nm' keeps" if kind == "nm" else "pass prune=True with it"
         raise LayoutError(f"sparsify: density={density} has no effect; {todo}")
+    if density is not None:
+        density = as_number("sparsify", "density", density)
     if wanted and (density is None or not 0 <= density <= 1):
         raise LayoutError(
             f"sparsify: prune=True with density={density}; expected the part of the units of "
@@ -267,6 +278,11 @@ def _sample(dense: Tensor, layout: Layout) -> Tensor:
     b, h = layout.lead
     outer = tuple(dense.shape[:-2])
     fits = (b == 1 or (len(outer) == 2 and outer[0] == b)) and (h == 1 or outer[-1:] == (h,))
+    if layout.home not in (None, dense.device):
+        raise ShapeError(
+            f"sparsify: dense on {dense.device}, layout on {layout.home}; move one of them, e.g. "
+            f"layout.to({str(dense.device)!r})"
+        )
     if tuple(dense.shape[-2:]) != tuple(layout.shape) or not fits:
         lead = f"leading dimensions ({b if b > 1 else 'any'}, {h if h > 1 else 'any'}) and "
         raise ShapeError(

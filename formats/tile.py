@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .arguments import as_shape, check_dense, check_index, check_inside
 from .checks import (
     check_nnz,
     check_offsets,
@@ -21,7 +22,7 @@ from .checks import (
     fail,
 )
 from .entries import transposed_order
-from .errors import LayoutError
+from .errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from .layout import Layout, next_key, register_layout
 
 SIZE = 16  # rows and columns of a tile
@@ -102,9 +103,26 @@ class TileLayout(Layout):
             columns: int (tiles,), tile columns; in row order, each tile once.
             shape: (n_out, n_in), need not be multiples of 16.
 
-        Nothing is checked here; ``validate`` does.
+        Only what lies outside of the shape is refused here; ``validate`` looks at the order.
+
+        Raises:
+            LayoutError: a tile outside the shape.
+            DtypeError: no tensors of integers.
+            ShapeError: a shape that cannot be, or two lengths.
         """
+        op = "TileLayout.from_tiles"
+        shape = as_shape(op, shape)
         tile_rows, tile_columns = (-(-n // SIZE) for n in shape)
+        check_index(op, "rows", rows)
+        check_index(op, "columns", columns)
+        if rows.shape != columns.shape or rows.device != columns.device:
+            raise ShapeError(
+                f"{op}: rows {tuple(rows.shape)} on {rows.device}, columns {tuple(columns.shape)} "
+                f"on {columns.device}; expected one of each for a tile, on one device"
+            )
+        check_inside(op, "rows", rows, 0, tile_rows)
+        check_inside(op, "columns", columns, 0, tile_columns)
+        rows, columns = rows.long(), columns.long()
         offsets = torch.zeros(tile_rows + 1, dtype=torch.int32, device=rows.device)
         torch.cumsum(torch.bincount(rows, minlength=tile_rows), 0, out=offsets[1:])
         t_offsets, t_rows, t_order = transposed_order(offsets, columns, tile_rows, tile_columns, 1)
@@ -122,6 +140,13 @@ class TileLayout(Layout):
     @classmethod
     def from_tile_mask(cls, kept: Tensor, shape: tuple[int, int]) -> TileLayout:
         """The layout that keeps tile (i, j) where ``kept`` (tile rows, tile columns) is True."""
+        op = "TileLayout.from_tile_mask"
+        shape = as_shape(op, shape)
+        check_dense(op, "kept", kept)
+        if kept.dtype != torch.bool:
+            raise DtypeError(f"{op}: kept is {kept.dtype}; expected bool; write kept != 0")
+        if kept.device.type == "meta":
+            raise UnsupportedError(f"{op}: kept is on meta and says nothing; give it data")
         expected = tuple(-(-n // SIZE) for n in shape)
         if tuple(kept.shape) != expected:
             raise LayoutError(

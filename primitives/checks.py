@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import check_dense
 from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
@@ -19,6 +20,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
     """Raise DtypeError unless the dtype is one of the four floats."""
+    if not isinstance(dtype, torch.dtype):
+        raise DtypeError(
+            f"{op}: {what} is a {type(dtype).__name__}; expected a dtype such as torch.float32"
+        )
     if dtype not in FLOATS:
         raise DtypeError(
             f"{op}: {what} is {name_of(dtype)}; expected one of "
@@ -26,11 +31,15 @@ def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
         )
 
 
+def check_floats(op: str, what: str, t: Tensor) -> None:
+    """Raise DtypeError unless ``t`` is a dense tensor of one of the four floats."""
+    check_dense(op, what, t)
+    check_dtype(op, what, t.dtype)
+
+
 def check_matrix(op: str, what: str, t: Tensor) -> None:
     """Raise unless ``t`` is a float tensor of at least two dimensions."""
-    if not isinstance(t, Tensor):
-        raise DtypeError(f"{op}: {what} is a {type(t).__name__}; expected a torch.Tensor")
-    check_dtype(op, what, t.dtype)
+    check_floats(op, what, t)
     if t.dim() < 2:
         raise ShapeError(
             f"{op}: {what} has shape {tuple(t.shape)}; expected (*leading, rows, columns)"
@@ -53,7 +62,7 @@ def check_sparse(op: str, s: SparseTensor) -> None:
             f"{op}: the sparse operand is a {type(s).__name__}; expected a SparseTensor, e.g. "
             "from sddmm or sparsify(dense, kind)"
         )
-    check_dtype(op, "the sparse operand", s.dtype)
+    check_floats(op, "the sparse operand", s.values)
 
 
 def check_key_mask(op: str, mask: Tensor | None, nk: int) -> None:
@@ -65,6 +74,7 @@ def check_key_mask(op: str, mask: Tensor | None, nk: int) -> None:
         raise DtypeError(
             f"{op}: key_mask is {given}; expected bool, True = kept; write key_mask.bool()"
         )
+    check_dense(op, "key_mask", mask)
     if mask.dim() not in (1, 2) or mask.shape[-1] != nk:
         raise ShapeError(
             f"{op}: key_mask has shape {tuple(mask.shape)}; expected (batch, {nk}) or ({nk},)"
@@ -83,3 +93,19 @@ def check_fits(op: str, layout: Layout, nq: int, nk: int) -> None:
 def accumulation(*dtypes: torch.dtype) -> torch.dtype:
     """float64 if any is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as torch.matmul sees them under torch.autocast; unchanged outside of it.
+
+    All floats but float64 become the dtype of the autocast of the first one's device.
+    """
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors  # the checks say what is wrong
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.errors import LayoutError, ShapeError, UnsupportedError
-from mixgrain.formats.layout import Layout
+from mixgrain.formats.layout import TRACED, Layout
 from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.panel import PanelLayout
 from mixgrain.formats.row import RowLayout
 from mixgrain.formats.tile import TileLayout
+from mixgrain.formats.tracing import constant
 
+from .blank import nm_plan
 from .plans import (
     block,
     cuda_block,
@@ -119,4 +122,22 @@ def plan_for(op: str, layout: Layout, *tensors: Tensor | None) -> Plan:
             f"on {', '.join(cells)}: move tensors and layout with .cpu() and .to('cpu'), or use "
             'mixgrain.primitives.reference (impl="reference" in attend), which runs anywhere'
         )
+    if torch.compiler.is_dynamo_compiling():
+        return _traced(planner, layout)
+    return planner(layout)
+
+
+def _traced(planner: Planner, layout: Layout) -> Plan:
+    """The plan that traced code asks for, made or remembered while it is being traced."""
+    if layout.key != TRACED:
+        return _planned(planner, layout)
+    # Chosen by score in this very trace: only the metadata is not known yet.
+    assert isinstance(layout, NMLayout)
+    blank = nm_plan(layout.stored_shape, layout.n, layout.m, layout.encoding, layout.lead,
+                    layout.within, layout.transposed)  # fmt: skip
+    return Plan([layout.metadata, *blank.tensors[1:]], blank.dims, blank.name)
+
+
+@constant
+def _planned(planner: Planner, layout: Layout) -> Plan:
     return planner(layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 import torch
@@ -9,15 +10,14 @@ from torch import Tensor
 
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.errors import ShapeError, UnsupportedError
-from mixgrain.formats.layout import next_key
-from mixgrain.formats.nm import NMLayout
+from mixgrain.formats.layout import TRACED, next_key
 from mixgrain.formats.nm_metadata import encoding_for
 from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops
+from .blank import nm_layout, nm_plan
 from .fold import expand, fold, fold_mask, free_shape, join_lead
-from .plans import nm
 from .plans.plan import trust
 
 
@@ -50,7 +50,8 @@ def sddmm_nm(
             f"sddmm with P.nm: no {q.device.type} kernels in this version; move q and k with "
             '.cpu(), or use mixgrain.primitives.reference (impl="reference" in attend)'
         )
-    shape = (q.shape[-2], k.shape[-2])
+    # A layout is of one shape: index makes a size that torch.compile left open what it is now.
+    shape = (operator.index(q.shape[-2]), operator.index(k.shape[-2]))
     within: BlockLayout | None = None
     if pattern.within is not None:
         made = pattern.within.to_layout("block", *shape, size=64, device=q.device)
@@ -65,19 +66,29 @@ def sddmm_nm(
             f"sddmm: leading dimensions {lead} for dynamic N:M, whose positions differ between all "
             "of them; expected at most (batch, heads); flatten the batch dimensions"
         )
-    b, h = (1, 1, *lead)[-2:]
-    encoding = encoding_for(pattern.n, pattern.m, dtype)
-    blank = NMLayout.from_metadata(
-        torch.empty(0), shape, pattern.n, pattern.m, encoding=encoding, lead=(b, h), within=within
-    )
+    b, h = map(operator.index, (1, 1, *lead)[-2:])
+    if 0 in lead:
+        # No matrix to choose from: any choice will do, and what is empty stays a free dimension.
+        from .sddmm import sddmm
+
+        one = [t.new_zeros(max(b, 1), max(h, 1), *t.shape[-2:]) for t in (q, k)]
+        layout = sddmm_nm(one[0], one[1], pattern, scale, None, dtype).layout
+        return sddmm(q, k, layout, scale, key_mask, dtype)
+    n, m = operator.index(pattern.n), operator.index(pattern.m)
+    encoding = encoding_for(n, m, dtype)
+    blank = nm_layout(shape, n, m, encoding, (b, h), within)
+    plan = nm_plan(shape, n, m, encoding, (b, h), within)
     values, metadata = ops.prune(
         fold(expand(q, lead), (b, h)),
         fold(expand(k, lead), (b, h)),
         fold_mask(key_mask, (b, h), lead),
-        nm.plan_of(blank),
+        plan,
         float(scale),
         dtype,
     )
-    layout = replace(blank, metadata=metadata, key=next_key())
-    trust(layout)
+    if torch.compiler.is_dynamo_compiling():
+        layout = replace(blank, metadata=metadata, key=TRACED)
+    else:
+        layout = replace(blank, metadata=metadata, key=next_key())
+        trust(layout)
     return SparseTensor(layout, values.reshape(*free_shape((b, h), lead), layout.slots), key_mask)

@@ -72,7 +72,7 @@ class _Layouts(LRU[_Signatures]):
 
     def find(self, layout: Layout) -> _Signatures | None:
         """The calls of a layout, which counts as used."""
-        key = (layout.key, layout.home)
+        key = (layout.key, layout._home)  # `home` itself asks whether this is being traced
         found = self._values.get(key)
         if found is not None:
             try:  # noqa: SIM105  # contextlib.suppress takes a microsecond
@@ -268,7 +268,7 @@ def learn(
         return None
     with torch.no_grad():
         call = term.prepare(tensors, keep)
-    kept = _layouts.get((layout.key, layout.home), dict)
+    kept = _layouts.get((layout.key, layout._home), dict)
     if len(kept) >= SIGNATURES:
         kept.clear()
     kept[key] = call

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from mixgrain.formats.errors import ShapeError
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops
-from .checks import accumulation, check_matrix, check_same_dtype, check_sparse
+from .checks import accumulation, autocast, check_floats, check_same_dtype, check_sparse
 from .dispatch import plan_for
 from .fold import fold_mask
 
@@ -33,8 +35,11 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     for tiles; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, for 2:4.
     """
     check_sparse("linear", w)
-    check_matrix("linear", "x", x if x.dim() > 1 else x[None])
-    check_same_dtype("linear", "x", "w", x, w.values)
+    check_floats("linear", "x", x)
+    if not x.dim():
+        raise ShapeError(f"linear: x is a single number; expected (..., {w.layout.shape[1]})")
+    x, values = autocast(x, w.values)
+    check_same_dtype("linear", "x", "w", x, values)
     layout = w.layout
     n_out, n_in = layout.shape
     if layout.lead != (1, 1) or w.values.dim() != 1:
@@ -45,15 +50,17 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[-1] != n_in:
         raise ShapeError(f"linear: x has {x.shape[-1]} columns; expected {n_in}, those of w")
     if bias is not None:
+        check_floats("linear", "bias", bias)
+        (bias,) = autocast(bias)
         check_same_dtype("linear", "x", "bias", x, bias)
         if tuple(bias.shape) != (n_out,):
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
-    plan = plan_for("linear", layout, w.values, x, bias, w.keep)
-    tokens = x.reshape(-1, n_in) if x.numel() else x.new_zeros(x.shape[:-1].numel(), n_in)
+    plan = plan_for("linear", layout, values, x, bias, w.keep)
+    tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
     # A bias joins the sums before they are rounded.
     dtype = x.dtype if bias is None else accumulation(x.dtype)
     out = ops.spmm(
-        w.values[None],
+        values[None],
         tokens.T[None, None],
         fold_mask(w.keep, layout.lead, ()),
         w.keep_rows,

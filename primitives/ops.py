@@ -1,11 +1,12 @@
-"""What Python calls of the custom operators, and their gradients: closed under differentiation.
+"""What Python calls of the custom operators, and their derivatives: closed under differentiation.
 
-Gradients are again these operators and plain torch arithmetic, so that derivatives of any order
-exist. Dead slots of the values they are given are ignored, NaN included; those of the values they
-return are zero.
+Derivatives, in reverse and forward mode, are again these operators and plain torch arithmetic, so
+that those of any order exist. Dead slots of the values they are given are ignored, NaN included;
+those of the values they return are zero. batching.py has the rules of ``torch.func.vmap``.
 
 Defined with ``Library.define`` and an ``autograd.Function`` at the Autograd key: half the time per
-call of ``torch.library.custom_op`` with ``register_autograd``.
+call of ``torch.library.custom_op`` with ``register_autograd``. The functions are single-level ones:
+whichever transform of ``torch.func`` is being run, the dispatcher has peeled off the others.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
+from . import batching  # noqa: F401  # registers the rules of vmap
 from .checks import accumulation
+from .keys import Saved, below, differentiable, forward_rule, without_autocast
 from .plans.plan import Plan
-from .schemas import LIB, SCHEMAS
+from .schemas import LIB
 
 _ops = torch.ops.mixgrain
 _op_sddmm = _ops.sddmm.default
@@ -99,14 +104,8 @@ def prune(
 # Gradients
 
 
-def _below(op: Callable[..., Any], *arguments: Any) -> Any:
-    """Run the kernel itself: dispatch below the Autograd key."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
-
-
 class _Context(torch.autograd.function.FunctionCtx):
-    """What the forwards below leave for their backwards."""
+    """What the forwards below leave for their derivatives."""
 
     keep: Keep
     rows: bool
@@ -117,12 +116,23 @@ class _Context(torch.autograd.function.FunctionCtx):
     needs_input_grad: tuple[bool, ...]
 
 
-class _Sddmm(torch.autograd.Function):
+def _save(ctx: _Context, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)  # type: ignore[arg-type]  # takes None
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)  # type: ignore[arg-type]
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+class _Sddmm(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
         ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
-        ctx.save_for_backward(q, k)
-        made: Tensor = _below(_op_sddmm, q, k, *rest)
+        ctx.dtypes = (rest[6],)
+        _save(ctx, q, k)
+        made: Tensor = below(_op_sddmm, q, k, *rest)
         return made
 
     @staticmethod
@@ -133,14 +143,25 @@ class _Sddmm(torch.autograd.Function):
         dk = spmm_t(grad, q, *shared, k.dtype) if ctx.needs_input_grad[1] else None
         return dq, dk, *[None] * 7
 
+    @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dq: Tensor | None, dk: Tensor | None, *_: Any
+    ) -> Tensor | None:
+        q, k = saved
+        rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
+        first = None if dq is None else sddmm(dq, k, *rest)
+        return _plus(first, None if dk is None else sddmm(q, dk, *rest))
 
-class _Prune(torch.autograd.Function):
+
+class _Prune(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         ctx.keep, ctx.plan, ctx.scale = rest[0], Plan(*rest[1:4]), rest[4]
-        values, metadata = _below(_op_prune, q, k, *rest)
+        ctx.dtypes = (rest[5],)
+        values, metadata = below(_op_prune, q, k, *rest)
         ctx.mark_non_differentiable(metadata)
-        ctx.save_for_backward(q, k, metadata)
+        _save(ctx, q, k, metadata)
         return values, metadata
 
     @staticmethod
@@ -152,13 +173,25 @@ class _Prune(torch.autograd.Function):
         dk = spmm_t(grad, q, *shared, k.dtype) if ctx.needs_input_grad[1] else None
         return dq, dk, *[None] * 6
 
+    @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dq: Tensor | None, dk: Tensor | None, *_: Any
+    ) -> tuple[Any, None]:
+        q, k, metadata = saved
+        plan = ctx.plan._replace(tensors=[metadata, *ctx.plan.tensors[1:]])
+        rest = (ctx.keep, False, plan, ctx.scale, ctx.dtypes[0])
+        first = None if dq is None else sddmm(dq, k, *rest)
+        return _plus(first, None if dk is None else sddmm(q, dk, *rest)), None
 
-class _Spmm(torch.autograd.Function):
+
+class _Spmm(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, values: Tensor, x: Tensor, *rest: Any) -> Tensor:
         ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
-        ctx.save_for_backward(values, x)
-        made: Tensor = _below(_op_spmm, values, x, *rest)
+        ctx.dtypes = (rest[6],)
+        _save(ctx, values, x)
+        made: Tensor = below(_op_spmm, values, x, *rest)
         return made
 
     @staticmethod
@@ -169,13 +202,24 @@ class _Spmm(torch.autograd.Function):
         dx = spmm_t(values, grad, *shared, x.dtype) if ctx.needs_input_grad[1] else None
         return dv, dx, *[None] * 7
 
+    @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dv: Tensor | None, dx: Tensor | None, *_: Any
+    ) -> Tensor | None:
+        values, x = saved
+        rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
+        first = None if dv is None else spmm(dv, x, *rest)
+        return _plus(first, None if dx is None else spmm(values, dx, *rest))
 
-class _SpmmT(torch.autograd.Function):
+
+class _SpmmT(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, values: Tensor, x: Tensor, *rest: Any) -> Tensor:
         ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
-        ctx.save_for_backward(values, x)
-        made: Tensor = _below(_op_spmm_t, values, x, *rest)
+        ctx.dtypes = (rest[6],)
+        _save(ctx, values, x)
+        made: Tensor = below(_op_spmm_t, values, x, *rest)
         return made
 
     @staticmethod
@@ -186,15 +230,27 @@ class _SpmmT(torch.autograd.Function):
         dx = spmm(values, grad, *shared, x.dtype) if ctx.needs_input_grad[1] else None
         return dv, dx, *[None] * 7
 
+    @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dv: Tensor | None, dx: Tensor | None, *_: Any
+    ) -> Tensor | None:
+        values, x = saved
+        rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
+        first = None if dv is None else spmm_t(dv, x, *rest)
+        return _plus(first, None if dx is None else spmm_t(values, dx, *rest))
 
-class _Softmax(torch.autograd.Function):
+
+class _Softmax(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
         ctx.dtypes = (values.dtype,)
         ctx.set_materialize_grads(False)
-        p, lse = _below(_op_softmax, values, *rest)
+        p, lse = below(_op_softmax, values, *rest)
         ctx.save_for_backward(p)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(p, lse)
         return p, lse
 
     @staticmethod
@@ -210,16 +266,29 @@ class _Softmax(torch.autograd.Function):
         ds = softmax_backward(p, grad, grad_lse, ctx.keep, ctx.rows, ctx.plan, ctx.dtypes[0])
         return ds, *[None] * 7
 
+    @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, ds: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        p, lse = saved
+        if ds is None:
+            return None, None
+        shared = (ctx.keep, ctx.rows, ctx.plan)
+        dp = softmax_backward(p, ds, None, *shared, p.dtype)
+        dl = row_sum(p.to(lse.dtype) * ds, *shared) if lse.numel() else torch.zeros_like(lse)
+        return dp, dl
 
-class _SoftmaxBackward(torch.autograd.Function):
+
+class _SoftmaxBackward(_SingleLevelFunction):
     @staticmethod
     def forward(
         ctx: _Context, p: Tensor, grad: Tensor, grad_lse: Tensor | None, *rest: Any
     ) -> Tensor:
         ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
-        ctx.dtypes = (p.dtype, grad.dtype)
-        ctx.save_for_backward(p, grad, grad_lse)  # type: ignore[arg-type]  # takes None
-        made: Tensor = _below(_op_softmax_backward, p, grad, grad_lse, *rest)
+        ctx.dtypes = (p.dtype, grad.dtype, rest[5])
+        _save(ctx, p, grad, grad_lse)
+        made: Tensor = below(_op_softmax_backward, p, grad, grad_lse, *rest)
         return made
 
     @staticmethod
@@ -244,26 +313,60 @@ class _SoftmaxBackward(torch.autograd.Function):
         dl = ph.to(grad_lse.dtype) if grad_lse is not None and ctx.needs_input_grad[2] else None
         return dp, dg, dl, *[None] * 6
 
+    @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: _Context,
+        saved: Saved,
+        dp: Tensor | None,
+        dg: Tensor | None,
+        dl: Tensor | None,
+        *_: Any,
+    ) -> Tensor | None:
+        # y = p (g − Σ p g + l):  dy = p (dg − Σ p dg + dl) + dp (g − Σ p g + l) − p Σ dp g
+        p, g, grad_lse = saved
+        shared = (ctx.keep, ctx.rows, ctx.plan)
+        wide = accumulation(p.dtype, g.dtype)
+        dtype = ctx.dtypes[2]
+        made = None
+        if dg is not None or dl is not None:
+            dg = torch.zeros_like(g) if dg is None else dg
+            made = softmax_backward(p, dg, dl, *shared, dtype)
+        if dp is None:
+            return made
+        inside = -row_sum(p.to(wide) * g, *shared)
+        if grad_lse is not None:
+            inside = inside + grad_lse
+        live = row_expand(torch.ones_like(inside), *shared, wide) > 0
+        spread = row_expand(row_sum(dp.to(wide) * g, *shared), *shared, wide)
+        second = dp * (g + row_expand(inside, *shared, wide)) - p * spread
+        return _plus(made, torch.where(live, second, 0).to(dtype))
 
-class _RowSum(torch.autograd.Function):
+
+class _RowSum(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, values: Tensor, *rest: Any) -> Tensor:
         ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
         ctx.dtypes = (values.dtype,)
-        made: Tensor = _below(_op_row_sum, values, *rest)
+        made: Tensor = below(_op_row_sum, values, *rest)
         return made
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         return row_expand(grad, ctx.keep, ctx.rows, ctx.plan, ctx.dtypes[0]), *[None] * 5
 
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: _Context, saved: Saved, dv: Tensor, *_: Any) -> Tensor:
+        return row_sum(dv, ctx.keep, ctx.rows, ctx.plan)
 
-class _RowExpand(torch.autograd.Function):
+
+class _RowExpand(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, vector: Tensor, *rest: Any) -> Tensor:
         ctx.keep, ctx.rows, ctx.plan = rest[0], rest[1], Plan(*rest[2:5])
-        ctx.dtypes = (vector.dtype,)
-        made: Tensor = _below(_op_row_expand, vector, *rest)
+        ctx.dtypes = (vector.dtype, rest[5])
+        made: Tensor = below(_op_row_expand, vector, *rest)
         return made
 
     @staticmethod
@@ -271,8 +374,13 @@ class _RowExpand(torch.autograd.Function):
         made = row_sum(grad, ctx.keep, ctx.rows, ctx.plan).to(ctx.dtypes[0])
         return made, *[None] * 6
 
+    @staticmethod
+    @forward_rule
+    def jvp(ctx: _Context, saved: Saved, dv: Tensor, *_: Any) -> Tensor:
+        return row_expand(dv, ctx.keep, ctx.rows, ctx.plan, ctx.dtypes[1])
 
-_FUNCTIONS: dict[str, tuple[type[torch.autograd.Function], Callable[..., Any], int]] = {
+
+_FUNCTIONS: dict[str, tuple[type[_SingleLevelFunction], Callable[..., Any], int]] = {
     "sddmm": (_Sddmm, _op_sddmm, 2),
     "spmm": (_Spmm, _op_spmm, 2),
     "spmm_t": (_SpmmT, _op_spmm_t, 2),
@@ -284,18 +392,7 @@ _FUNCTIONS: dict[str, tuple[type[torch.autograd.Function], Callable[..., Any], i
 }
 
 
-def _autograd(name: str) -> Callable[..., Any]:
-    function, op, inputs = _FUNCTIONS[name]
-
-    def run(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in arguments[:inputs]
-        ):
-            return function.apply(*arguments)
-        return _below(op, *arguments)
-
-    return run
-
-
-for _name in SCHEMAS:
-    LIB.impl(_name, _autograd(_name), "Autograd")
+for _name, (_function, _op, _inputs) in _FUNCTIONS.items():
+    LIB.impl(_name, differentiable(_function, _op, _inputs), "Autograd")
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        LIB.impl(_name, without_autocast(_op), _key)

@@ -32,6 +32,7 @@ from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
 _FLOAT = torch.float32
+_NUMBERS = (float, int)
 _new = object.__new__
 
 
@@ -142,8 +143,10 @@ def sddmm(
     q: Tensor, k: Tensor, layout: Any, scale: float, keep: Tensor | None, out_dtype: Any
 ) -> SparseTensor | None:
     """What ``sddmm`` returns, or None: not seen before, or not to be had this way."""
-    # A scale of 0 and one of −0 are equal keys.
-    if torch.compiler.is_dynamo_compiling() or type(layout) not in LAYOUT_TYPES or not scale:
+    if torch.compiler.is_dynamo_compiling() or type(layout) not in LAYOUT_TYPES:
+        return None
+    # Other numbers are checked the long way; a scale of 0 and one of −0 are equal keys.
+    if type(scale) not in _NUMBERS or not scale:
         return None
     calls = find(layout) if type(q) in TENSORS and type(k) in TENSORS else None
     if calls is None or not plain() or not (keep is None or usable(keep)):
@@ -258,6 +261,8 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
         return None
     layout, values, keep = s.layout, s.values, s.keep
     if type(layout) not in LAYOUT_TYPES or type(values) not in TENSORS:
+        return None
+    if want_lse is not True and want_lse is not False:
         return None
     calls = find(layout)
     if calls is None or not plain() or not (keep is None or usable(keep)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import as_number
 from mixgrain.formats.errors import LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -12,7 +13,14 @@ from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops, recorded
-from .checks import check_dtype, check_fits, check_key_mask, check_matrix, check_same_dtype
+from .checks import (
+    autocast,
+    check_dtype,
+    check_fits,
+    check_key_mask,
+    check_matrix,
+    check_same_dtype,
+)
 from .dispatch import plan_for
 from .fold import expand, fold, fold_mask, free_shape, join_lead
 
@@ -56,8 +64,10 @@ def sddmm(
     seen = recorded.sddmm(q, k, layout, scale, key_mask, out_dtype)
     if seen is not None:
         return seen
+    scale = as_number("sddmm", "scale", scale)
     check_matrix("sddmm", "q", q)
     check_matrix("sddmm", "k", k)
+    q, k = autocast(q, k)
     check_same_dtype("sddmm", "q", "k", q, k)
     if q.shape[-1] != k.shape[-1]:
         raise ShapeError(

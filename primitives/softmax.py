@@ -7,13 +7,15 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import as_flag
 from mixgrain.formats.errors import LayoutError, ShapeError
+from mixgrain.formats.layout import same_positions
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops, recorded
-from .checks import check_dtype, check_sparse
+from .checks import check_dtype, check_floats, check_sparse
 from .dispatch import plan_for
-from .fold import fold_mask, fold_values, fold_vector, free_shape, unfold_vector
+from .fold import fold_mask, fold_values, fold_vector, unfold_vector
 
 
 @overload
@@ -55,6 +57,7 @@ def softmax(
     check_sparse("softmax", s)
     dtype = s.dtype if out_dtype is None else out_dtype
     check_dtype("softmax", "out_dtype", dtype)
+    return_lse = as_flag("softmax", "return_lse", return_lse)
     layout, lead = s.layout, s.lead_shape
     plan = plan_for("softmax", layout, s.values, s.keep)
     p, lse = ops.softmax(
@@ -66,7 +69,7 @@ def softmax(
         return_lse,
     )
     recorded.learn_softmax(s, return_lse, out_dtype, plan)
-    made = s.with_values(p.reshape(*free_shape(layout.lead, lead), layout.slots))
+    made = s.with_values(p.reshape(s.values.shape))
     return (made, unfold_vector(lse, layout.lead, lead)) if return_lse else made
 
 
@@ -91,17 +94,20 @@ def softmax_backward(
     """
     check_sparse("softmax_backward", p)
     if isinstance(grad, SparseTensor):
-        if grad.layout.key != p.layout.key:
+        if not same_positions(grad.layout, p.layout):
             raise LayoutError(
                 f"softmax_backward: p has {p.layout!r}, grad {grad.layout!r}; expected one layout"
             )
         grad = grad.values
+    check_floats("softmax_backward", "grad", grad)
     layout, lead = p.layout, p.lead_shape
     if grad.shape != p.values.shape:
         raise ShapeError(
             f"softmax_backward: grad has values {tuple(grad.shape)}, p {tuple(p.values.shape)}; "
             "expected the same"
         )
+    if grad_lse is not None:
+        check_floats("softmax_backward", "grad_lse", grad_lse)
     plan = plan_for("softmax_backward", layout, p.values, grad, grad_lse, p.keep)
     folded = None
     if grad_lse is not None:

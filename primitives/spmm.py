@@ -8,7 +8,7 @@ from mixgrain.formats.errors import ShapeError
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops, recorded
-from .checks import check_matrix, check_sparse
+from .checks import autocast, check_matrix, check_sparse
 from .dispatch import plan_for
 from .fold import expand, fold, fold_mask, fold_values, join_lead, unfold
 
@@ -41,15 +41,16 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
     check_sparse("spmm", s)
     check_matrix("spmm", "x", x)
     layout = s.layout
+    values, x = autocast(s.values, x)
     if x.shape[-2] != layout.shape[1]:
         raise ShapeError(
             f"spmm: s is {layout.shape[0]}×{layout.shape[1]} and x has {x.shape[-2]} rows; "
             f"expected x of {layout.shape[1]} rows"
         )
-    plan = plan_for("spmm", layout, s.values, x, s.keep)
+    plan = plan_for("spmm", layout, values, x, s.keep)
     lead = join_lead("spmm", layout.lead, s.lead_shape, x.shape[:-2])
     out = ops.spmm(
-        fold_values(s.values, layout.lead, lead),
+        fold_values(values, layout.lead, lead),
         fold(expand(x, lead), layout.lead),
         fold_mask(s.keep, layout.lead, lead),
         s.keep_rows,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {
     "vocab_size": 99,
@@ -59,6 +61,24 @@ MODELS = {
     "llama": Model("LlamaConfig", GROUPED),  # grouped queries
     "qwen3": Model("Qwen3Config", GROUPED, extra={"head_dim": 16}),  # D other than E / H
     "mistral": Model("MistralConfig", GROUPED, extra={"sliding_window": 6}),  # window in each layer
+    "deepseek": Model(  # D other than Dv
+        "DeepseekV3Config",
+        SMALL,
+        extra={
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+        },
+    ),
     "gpt-oss": Model(  # sinks; full and sliding layers
         "GptOssConfig",
         GROUPED,
@@ -110,3 +130,18 @@ def on(model: Any, implementation: str) -> Any:
 def outputs(model: Any, **given: Any) -> Tensor:
     """The first output: hidden states or logits."""
     return model(**given)[0]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest value of b."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradient of each module, weight and bias together: that of a key's bias alone is 0."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts.setdefault(name.rpartition(".")[0], []).append(parameter.grad.flatten())
+    return {name: torch.cat(grads) for name, grads in parts.items()}

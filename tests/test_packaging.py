@@ -50,7 +50,8 @@ def test_the_three_lists_of_names_agree() -> None:
     text = (ROOT / "src/mixgrain/__init__.py").read_text()
     imports = re.findall(r"from mixgrain\.([\w.]+) import (.+)", text)
     typed = {name: home for home, names in imports for name in names.split(", ")}
-    typed["patterns"] += ".patterns"
+    for module in ("huggingface", "interchange", "patterns"):
+        typed[module] += f".{module}"
     assert typed == mg._HOMES
     assert sorted(typed) == sorted(mg.__all__)
 

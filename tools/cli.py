@@ -1,4 +1,4 @@
-"""The command line: `mixgrain demo`, `show`, `explain` and `bench`.
+"""The command line: `mixgrain demo`, `show`, `explain`, `convert`, `bench` and `warm`.
 
 Nothing heavy is imported before a sub-command runs, so that `--help` answers at once. A user's
 mistake ends with one line and status 2, never with a traceback; an interrupt with status 130.
@@ -20,6 +20,7 @@ PATTERN_HELP = (
     "an expression of the names of mixgrain.patterns, e.g. 'window(256) | global_tokens([0, 7])'"
 )
 LONGEST = 1 << 24
+LAYOUTS = ("tile", "nm", "block", "row", "mixed", "dense")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -37,6 +38,17 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def share(text: str) -> float:
+    """A converter for argparse: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a number from 0 to 1 expected")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,12 +88,10 @@ def parser() -> argparse.ArgumentParser:
     show = verbs.add_parser(
         "show",
         help="draw a pattern as blocks, panels and single entries",
-        description="Draws the kept positions of a pattern in the terminal and sums up how they lie"
-        " in memory.",
+        description="Draws the kept positions of a pattern in the terminal and as a PNG, and sums "
+        "up how they lie in memory. Patterns too large for a layout are drawn by the share kept.",
     )
-    show.add_argument("pattern", metavar="PATTERN", help=PATTERN_HELP)
-    show.add_argument("--nq", type=whole(1, LONGEST), default=1024, help="queries (default: 1024)")
-    show.add_argument("--nk", type=whole(1, LONGEST), help="keys (default: as many as queries)")
+    _add_pattern(show, 1024)
     show.add_argument(
         "--size",
         type=int,
@@ -89,7 +99,18 @@ def parser() -> argparse.ArgumentParser:
         default=64,
         help="side of the blocks (default: 64)",
     )
-    show.add_argument("--png", type=Path, metavar="FILE", help="write a picture, too")
+    show.add_argument(
+        "--batch", type=whole(0, LONGEST), default=0, help="batch entry to draw (default: 0)"
+    )
+    show.add_argument("--head", type=whole(0, LONGEST), default=0, help="head to draw (default: 0)")
+    show.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        default=Path("mixgrain-show.png"),
+        help="the picture (default: mixgrain-show.png)",
+    )
+    show.add_argument("--no-png", action="store_true", help="draw in the terminal only")
     show.set_defaults(run=_show)
 
     explain = verbs.add_parser(
@@ -98,14 +119,63 @@ def parser() -> argparse.ArgumentParser:
         description="Prints the plan of mixgrain.attend for a pattern: its parts, densities,"
         " padding and predicted times.",
     )
-    explain.add_argument("pattern", metavar="PATTERN", help=PATTERN_HELP)
-    explain.add_argument(
-        "--n", type=whole(1, 1 << 20), default=4096, help="queries and keys (default: 4096)"
-    )
+    _add_pattern(explain, 4096)
     explain.add_argument(
         "--head-dim", type=whole(1, 256), default=64, help="features per head (default: 64)"
     )
     explain.set_defaults(run=_explain)
+
+    convert = verbs.add_parser(
+        "convert",
+        help="turn a file of dense weights into a sparse layout, or back",
+        description="Reads dense weights, holds the chosen ones in a sparse layout, checks that "
+        "they come back bit for bit, and prints a table. The result is a folder: "
+        "OUT/sparse/NAME.safetensors for each converted tensor, which mixgrain.load reads, and "
+        "OUT/dense.safetensors for all others. An OUT that ends in .safetensors is one file with "
+        "one tensor. `--to dense` turns either back into an ordinary safetensors file.",
+    )
+    convert.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help=".safetensors (or .safetensors.index.json of several), .npy, .npz or .pt (a state "
+        "dict) with dense weights; with --to dense, what this command wrote",
+    )
+    convert.add_argument(
+        "--to", choices=LAYOUTS, required=True, metavar="LAYOUT", help=", ".join(LAYOUTS)
+    )
+    convert.add_argument(
+        "--out", type=Path, help="the result (default: beside FILE, named after it and the layout)"
+    )
+    convert.add_argument(
+        "--tensors",
+        action="append",
+        metavar="GLOB",
+        help="names of tensors to convert, e.g. 'layers.*.weight'; may be repeated "
+        "(default: all matrices of floating-point numbers)",
+    )
+    convert.add_argument(
+        "--prune",
+        action="store_true",
+        help="keep the largest values and drop the others; without it nothing may be lost",
+    )
+    convert.add_argument(
+        "--density",
+        type=share,
+        metavar="PART",
+        help="with --prune, the part of tiles, blocks or elements to keep, 0 to 1",
+    )
+    convert.add_argument("--n", type=whole(1, 256), default=2, help="nm: kept of m (default: 2)")
+    convert.add_argument("--m", type=whole(1, 256), default=4, help="nm: a group (default: 4)")
+    convert.add_argument(
+        "--size",
+        type=int,
+        choices=(16, 32, 64, 128),
+        default=64,
+        help="side of the blocks of block and mixed (default: 64)",
+    )
+    convert.add_argument("--force", action="store_true", help="replace an OUT that exists")
+    convert.set_defaults(run=_convert)
 
     bench = verbs.add_parser(
         "bench",
@@ -118,7 +188,36 @@ def parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--out", type=Path, metavar="FILE", help="write the rows as JSON")
     bench.set_defaults(run=_bench)
+
+    warm = verbs.add_parser(
+        "warm",
+        help="compile the CUDA kernels ahead of their first use",
+        description="Compiles every kernel into the cache (MIXGRAIN_CACHE_DIR, or mixgrain in the "
+        "user's cache folder). No GPU is needed when architectures are named.",
+    )
+    warm.add_argument(
+        "--arch",
+        action="append",
+        metavar="ARCH",
+        help="e.g. sm_90a; may be repeated (default: that of this machine's GPUs)",
+    )
+    warm.set_defaults(run=_warm)
     return top
+
+
+def _add_pattern(verb: argparse.ArgumentParser, default: int) -> None:
+    verb.add_argument("pattern", metavar="PATTERN", help=PATTERN_HELP)
+    length = whole(1, LONGEST)
+    verb.add_argument(
+        "--n", type=length, default=default, help=f"queries and keys (default: {default})"
+    )
+    verb.add_argument("--nq", type=length, help="queries (default: N)")
+    verb.add_argument("--nk", type=length, help="keys (default: as many as queries)")
+
+
+def _lengths(options: argparse.Namespace) -> tuple[int, int]:
+    nq = options.nq or options.n
+    return nq, options.nk or nq
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -132,19 +231,21 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from .expression import parse
-    from .picture import check_drawable, draw, summary
+    from .picture import draw_subject, subject, sum_up
+    from .progress import waiting
 
     pattern = parse(options.pattern)
-    nq, nk = options.nq, options.nk or options.nq
-    check_drawable(pattern, nq, nk)
-    layout = pattern.to_layout("mixed", nq, nk, size=options.size)
-    print(pattern)
-    print(draw(layout, plain=not _can_print("█▒│·×")))
-    print(summary(layout))
-    if options.png:
-        from .plot import write_layout
+    with waiting("looking at the pattern"):
+        shown = subject(
+            pattern, *_lengths(options), options.size, batch=options.batch, head=options.head
+        )
+        picture = draw_subject(shown, plain=not _can_print("░▒▓█│·×"))
+    print(f"{pattern}\n{picture}\n{sum_up(shown)}", flush=True)
+    if not options.no_png:
+        from .plot import write_subject
 
-        write_layout(options.png, layout, str(pattern))
+        with waiting("writing the picture"):
+            write_subject(options.png, shown)
         print(f"picture: {options.png}")
     return 0
 
@@ -153,9 +254,33 @@ def _explain(options: argparse.Namespace) -> int:
     from mixgrain.attention.explain import explain
 
     from .expression import parse
+    from .progress import waiting
+    from .survey import check_affordable
 
-    print(explain(parse(options.pattern), options.n, options.n, head_dim=options.head_dim))
+    pattern, (nq, nk) = parse(options.pattern), _lengths(options)
+    with waiting("planning"):
+        check_affordable(pattern, nq, nk)
+        found = explain(pattern, nq, nk, head_dim=options.head_dim)
+    print(found)
     return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .convert import Choice, to_dense, to_sparse
+
+    if options.to == "dense":
+        return to_dense(options.file, options.out, options.force)
+    choice = Choice(
+        options.to, options.prune, options.density, options.n, options.m, options.size,
+        tuple(options.tensors or ()),
+    )  # fmt: skip
+    return to_sparse(options.file, options.out, options.force, choice)
+
+
+def _warm(options: argparse.Namespace) -> int:
+    from .warm import warm
+
+    return warm(options.arch or [])
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -182,15 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when it did what was asked, 1 when a check failed, 2 for a user's mistake, 130 when
         interrupted.
     """
-    try:
-        options = parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has printed its message, or the help
-        return stop.code if isinstance(stop.code, int) else 2
-    run: Callable[[argparse.Namespace], int] = options.run
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without × still gets its table
     try:
-        status = run(options)
+        status = _run(argv)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -207,6 +327,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("mixgrain: this needs more memory than there is; ask for less", file=sys.stderr)
         return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its message, or the help
+        return stop.code if isinstance(stop.code, int) else 2
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Pictures of layouts as PNG: which positions are kept, and in which kind of part they lie."""
+"""Pictures as PNG: which positions are kept, and in which kind of part they lie."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixgrain.formats.layout import Layout
+from mixgrain.formats.pattern_nm import NM
 
-from .picture import cell_sizes, count_cells, summary
+from .cells import cell_for, cell_sizes, count_cells
+from .picture import Subject, sum_up
 
 Image = NDArray[np.float64]
 
@@ -18,13 +21,21 @@ INK = "#22272e"
 MUTED = "#6b7480"
 GRID = "#e3e6ea"
 # One colour for each kind of part, told apart by all common kinds of colour vision.
-COLOURS = {"block": "#1f6fb2", "panel": "#e8871e", "row": "#b5197a", "nm": "#5c3fa8"}
+COLOURS = {
+    "block": "#1f6fb2",
+    "panel": "#e8871e",
+    "row": "#b5197a",
+    "nm": "#5c3fa8",
+    "kept": "#2c8a57",
+}
 # Dead slots: what a tile holds besides the kept positions.
 PADDING = 0.16
 LABELS = {
     "block": "blocks",
     "panel": "panels",
     "row": "single entries",
+    "nm": "N:M chooses here",
+    "kept": "kept",
 }
 
 
@@ -49,18 +60,33 @@ def layout_image(layout: Layout, pixels: int = 512) -> Image:
     A pixel takes the colour of the part that keeps most of its positions, the stronger the more of
     them are kept; slots that hold nothing are pale.
     """
-    cell = max(1, -(-max(layout.shape) // pixels))
+    cell = cell_for(layout.shape, pixels)
     sizes = cell_sizes(layout.shape, cell).numpy()
     image = np.ones((*sizes.shape, 3))
     most = np.zeros(sizes.shape)
     for counted in count_cells(layout, cell):
         kept, held = (t.numpy() / sizes for t in (counted.kept, counted.held))
-        # A lone key column is thinner than a pixel and must still be seen.
-        ink = np.where(kept > 0, 0.6 + 0.4 * np.sqrt(kept.clip(0, 1)), PADDING * (held > 0))
+        ink = np.where(kept > 0, _ink(kept), PADDING * (held > 0))
         wins = (kept > most) | ((most == 0) & (held > 0) & (kept == 0))
-        painted = 1 - ink[..., None] * (1 - rgb(COLOURS[counted.kind]))
-        image[wins] = painted[wins]
+        image[wins] = _painted(ink, counted.kind)[wins]
         most = np.maximum(most, kept)
+    return image
+
+
+def share_image(shares: NDArray[np.float64], kind: str) -> Image:
+    """Kept shares (height, width), 0 to 1, as an image (height, width, 3) in one colour."""
+    # Shares of far different sizes stand side by side, hence the root.
+    return _painted(np.where(shares > 0, 0.3 + 0.7 * shares.clip(0, 1) ** 0.25, 0.0), kind)
+
+
+def _ink(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    # A lone key column is thinner than a pixel and must still be seen.
+    ink: NDArray[np.float64] = 0.6 + 0.4 * np.sqrt(shares.clip(0, 1))
+    return ink
+
+
+def _painted(ink: NDArray[np.float64], kind: str) -> Image:
+    image: Image = 1 - ink[..., None] * (1 - rgb(COLOURS[kind]))
     return image
 
 
@@ -76,11 +102,22 @@ def frame(axes: Any, caption: str) -> None:
 
 def draw_layout(axes: Any, layout: Layout, caption: str = "") -> None:
     """Draws the layout's first entry: queries downwards, keys to the right."""
-    nq, nk = layout.shape
-    # No more image than screen: of two image rows on one screen row, one would vanish.
-    pixels = int(min(axes.get_window_extent().bounds[2:]))
-    axes.imshow(layout_image(layout, pixels), extent=(0, nk, nq, 0), interpolation="nearest")
+    _place(axes, layout_image(layout, _pixels(axes)), layout.shape)
     frame(axes, caption)
+
+
+def _pixels(axes: Any) -> int:
+    # No more image than screen: of two image rows on one screen row, one would vanish.
+    return max(1, int(min(axes.get_window_extent().bounds[2:])))
+
+
+def _place(axes: Any, image: Image, shape: tuple[int, int]) -> None:
+    """Shows an image as nq × nk, as long as neither side then is less than a quarter."""
+    nq, nk = shape
+    ratio = nq / nk
+    # Data units are positions, so an aspect of 1 keeps them square.
+    aspect = min(max(ratio, 0.25), 4.0) / ratio
+    axes.imshow(image, extent=(0, nk, nq, 0), interpolation="nearest", aspect=aspect)
 
 
 def legend_patches(kinds: list[str]) -> list[Any]:
@@ -94,26 +131,45 @@ def legend_patches(kinds: list[str]) -> list[Any]:
     return patches
 
 
-def write_layout(path: Path, layout: Layout, title: str) -> None:
-    """Writes one layout as a PNG with its title, legend and summary."""
-    figure = new_figure(7.2, 7.9)
-    axes = figure.add_axes((0.09, 0.15, 0.84, 0.766))
-    draw_layout(axes, layout)
-    axes.set_xlabel(f"{layout.shape[1]:,} keys", fontsize=9, color=MUTED)
-    axes.set_ylabel(f"{layout.shape[0]:,} queries", fontsize=9, color=MUTED)
-    shown = title if len(title) <= 80 else title[:79] + "…"
-    figure.text(0.5, 0.955, shown, ha="center", fontsize=11, color=INK, family="monospace")
-    patches = legend_patches([part.kind for part in layout.parts])
+def write_subject(path: Path, shown: Subject) -> None:
+    """Writes one entry of a pattern as a PNG with its title, legend and summary."""
+    title, (nq, nk) = str(shown.whole), shown.shape
+    # Inches: the picture is at most `side` wide and high, with room for text above and below.
+    side, left, below, above = 6.0, 0.65, 1.2, 0.7
+    height = side * min(1.0, max(nq / nk, 0.25))
+    width, tall = side + left + 0.55, height + below + above
+    figure = new_figure(width, tall)
+    axes = figure.add_axes((left / width, below / tall, side / width, height / tall))
+    note = ""
+    if shown.layout is not None:
+        _place(axes, layout_image(shown.layout, _pixels(axes)), shown.shape)
+        patches = legend_patches([part.kind for part in shown.layout.parts])
+    else:
+        shares, _, whole = shown.shares(_pixels(axes))
+        kind = "nm" if isinstance(shown.pattern, NM) else "kept"
+        _place(axes, share_image(shares.numpy(), kind), shown.shape)
+        patches = legend_patches([kind])
+        note = "" if whole else ", from a sample of the queries"
+    frame(axes, "")
+    axes.set_xlabel(f"{nk:,} keys{note}", fontsize=9, color=MUTED, loc="center")
+    axes.set_ylabel(f"{nq:,} queries", fontsize=9, color=MUTED)
+    # A "$" would start mathematics.
+    lines = textwrap.wrap(title.replace("$", r"\$"), 80)
+    text = "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
+    top = 1 - (above - 0.3) / tall
+    figure.text(0.5, top, text, ha="center", va="bottom", fontsize=9, color=INK, family="monospace")
     if patches:
         figure.legend(
-            handles=patches,
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0.945),
-            ncols=4,
-            frameon=False,
-            fontsize=8.5,
-        )
+            handles=patches, loc="upper center", bbox_to_anchor=(0.5, top + 0.02 / tall), ncols=4,
+            frameon=False, fontsize=8.5,
+        )  # fmt: skip
+    summed = [
+        line
+        for long in sum_up(shown).splitlines()
+        for line in textwrap.wrap(long, 108, subsequent_indent="    ", drop_whitespace=False)
+    ]
     figure.text(
-        0.05, 0.02, summary(layout), fontsize=6.6, color=INK, family="monospace", va="bottom"
-    )
-    figure.savefig(path, metadata={"Title": title})
+        0.3 / width, 0.14 / tall, "\n".join(summed), fontsize=6.6, color=INK, family="monospace",
+        va="bottom",
+    )  # fmt: skip
+    figure.savefig(path, format="png", metadata={"Title": title})

@@ -19,23 +19,28 @@ from mixgrain.formats.pattern import Pattern
 from ..attend import Impl, attend
 from .mask import Mask
 
-# Arguments that change the result, and what to do instead. Anything not listed is accepted, unless
-# the model's own eager attention names it.
+# Arguments that change the result: what they ask for. Anything not listed is accepted, unless the
+# model's own eager attention names it.
 REFUSED = {
-    "softcap": "a cap on the scores; see mg.sddmm and map for such variants",
-    "position_bias": "a bias added to the scores",
-    "attention_bias": "a bias added to the scores",
-    "attn_bias": "a bias added to the scores",
-    "alibi": "a bias added to the scores",
+    "softcap": "a cap on the scores",
+    "position_bias": "a bias on the scores",
+    "attention_bias": "a bias on the scores",
+    "attn_bias": "a bias on the scores",
+    "alibi": "a bias on the scores",
     "head_mask": "factors on the heads",
-    "sinks": "sinks per query; only one logit per head, s_aux, is known",
+    "sinks": "sinks that are not one logit per head",
     "indices": "keys chosen at run time",
     "block_indices": "blocks chosen at run time",
     "sparse_indices": "keys chosen at run time",
     "output_attentions": "the attention weights, which are never all in memory",
     "cache": "a paged cache",
-    "cu_seq_lens_q": "sequences packed by lengths; pack them by position_ids instead",
-    "cu_seq_lens_k": "sequences packed by lengths; pack them by position_ids instead",
+    "cu_seq_lens_q": "sequences packed by lengths",
+    "cu_seq_lens_k": "sequences packed by lengths",
+}
+HINTS = {
+    "softcap": "build it of mg.sddmm, map, mg.softmax and mg.spmm, or ",
+    "cu_seq_lens_q": "leave it out and pass position_ids that start again with each sequence, or ",
+    "cu_seq_lens_k": "leave it out and pass position_ids that start again with each sequence, or ",
 }
 # What an eager attention function may name without our taking notice: handled here, or neutral.
 KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "kwargs"}
@@ -47,6 +52,8 @@ DROPPED = -65504.0
 _dense: LRU[Pattern] = LRU(16)
 
 
+# Compiled models call it as it is, between their graphs: masks are no tensors that can be traced.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -114,8 +121,9 @@ def refuse(module: torch.nn.Module, dropout: float, rest: dict[str, Any]) -> Non
             continue
         if name in REFUSED:
             raise UnsupportedError(
-                f"{who}: {name} is {REFUSED[name]}, which attention by mixgrain does not compute; "
-                'use set_attn_implementation("eager") for this model'
+                f"{who}: {name} asks for {REFUSED[name]}, which mixgrain's attention does not "
+                f"compute; {HINTS.get(name, '')}use "
+                'set_attn_implementation("eager") for this model'
             )
         if name in _named_by_eager(module):
             raise UnsupportedError(
@@ -193,7 +201,7 @@ def _from_values(mask: Tensor) -> Pattern:
     if mask.requires_grad or not bool((kept | dropped).all()):
         raise UnsupportedError(
             f"attention_mask {tuple(mask.shape)}, {mask.dtype}: holds other values than 0 (kept) "
-            f"and at most {DROPPED:.0f} (dropped), so it is a bias, which attention by mixgrain "
+            f"and at most {DROPPED:.0f} (dropped), so it is a bias, which mixgrain's attention "
             "does not compute; give bool if you mean a mask"
         )
     return P.from_dense(kept)

@@ -76,6 +76,8 @@ _HANDED_ON = (
 )
 
 
+# Compiled models call it as it is, between their graphs: it makes Python objects from values.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def make_mask(
     batch_size: int,
     q_length: int,

@@ -32,6 +32,10 @@ _KINDS: dict[str, _Maker] = {
 }
 
 
+# Bytes: a cache line, what torch aligns its own allocations to.
+ALIGNED = 64
+
+
 class Matrix:
     """The entries of a layout, each a list of parts.
 
@@ -106,7 +110,10 @@ def pad(t: Tensor, length: int) -> Tensor:
 
 
 def operand(x: Tensor, length: int, dtype: torch.dtype, gone: Tensor | None = None) -> Tensor:
-    """A dense operand ready for the parts: contiguous, padded, converted.
+    """A dense operand ready for the parts: contiguous, aligned, padded, converted.
+
+    Products of one and the same matrix have other bits where it starts elsewhere in a cache line,
+    as the matrices of a batch do when their sizes are odd; a result must not depend on its place.
 
     Args:
         x: (N, D).
@@ -115,4 +122,6 @@ def operand(x: Tensor, length: int, dtype: torch.dtype, gone: Tensor | None = No
         gone: bool (length,), rows to zero whatever they hold (NaN times zero is NaN), or None.
     """
     x = pad(x.to(dtype), length).contiguous()
+    if x.data_ptr() % ALIGNED:
+        x = x.clone()
     return x if gone is None else x.masked_fill(gone[:, None], 0)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlockLayout", "Costs", "LayoutError", "MixedLayout", "MixgrainError", "NMLayout", "RowLayout",
-    "SparseTensor", "TileLayout", "attend", "clear_caches", "explain", "huggingface", "linear",
-    "load", "merge", "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
+    "BlockLayout", "Costs", "LayoutError", "LayoutModule", "MixedLayout", "MixgrainError",
+    "NMLayout", "RowLayout", "SparseAttention", "SparseLinear", "SparseTensor", "TileLayout",
+    "attend", "clear_caches", "explain", "huggingface", "interchange", "linear", "load", "merge",
+    "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from mixgrain.attention.attend import attend
     from mixgrain.attention.explain import explain
     from mixgrain.attention.merge import merge
-    from mixgrain.formats import patterns
+    from mixgrain.attention.modules import SparseAttention
+    from mixgrain.formats import interchange, patterns
     from mixgrain.formats.block import BlockLayout
     from mixgrain.formats.cache import clear_caches
     from mixgrain.formats.costs import Costs
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from mixgrain.formats.sparse import SparseTensor
     from mixgrain.formats.sparsify import sparsify
     from mixgrain.formats.tile import TileLayout
+    from mixgrain.primitives.layout_module import LayoutModule
     from mixgrain.primitives.linear import linear
     from mixgrain.primitives.sddmm import sddmm
     from mixgrain.primitives.softmax import softmax
+    from mixgrain.primitives.sparse_linear import SparseLinear
     from mixgrain.primitives.spmm import spmm
 else:
     from importlib import import_module
@@ -40,12 +44,14 @@ else:
     _HOMES = {
         "BlockLayout": "formats.block", "MixedLayout": "formats.mixed", "NMLayout": "formats.nm",
         "RowLayout": "formats.row", "TileLayout": "formats.tile", "SparseTensor": "formats.sparse",
-        "LayoutError": "formats.errors", "MixgrainError": "formats.errors",
-        "Costs": "formats.costs", "clear_caches": "formats.cache", "load": "formats.files",
-        "patterns": "formats.patterns", "save": "formats.files", "sparsify": "formats.sparsify",
-        "huggingface": "attention.huggingface", "linear": "primitives.linear",
-        "sddmm": "primitives.sddmm", "softmax": "primitives.softmax", "spmm": "primitives.spmm",
-        "attend": "attention.attend", "explain": "attention.explain", "merge": "attention.merge",
+        "LayoutError": "formats.errors", "MixgrainError": "formats.errors", "load": "formats.files",
+        "Costs": "formats.costs", "clear_caches": "formats.cache", "sparsify": "formats.sparsify",
+        "interchange": "formats.interchange", "patterns": "formats.patterns",
+        "save": "formats.files", "huggingface": "attention.huggingface", "merge": "attention.merge",
+        "linear": "primitives.linear", "sddmm": "primitives.sddmm", "softmax": "primitives.softmax",
+        "spmm": "primitives.spmm", "attend": "attention.attend", "explain": "attention.explain",
+        "LayoutModule": "primitives.layout_module", "SparseAttention": "attention.modules",
+        "SparseLinear": "primitives.sparse_linear",
     }  # fmt: skip
 
     def __getattr__(name):

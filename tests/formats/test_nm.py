@@ -300,7 +300,7 @@ def test_validate_names_the_field() -> None:
 
 def test_constructors_refuse_what_cannot_be() -> None:
     big = blocks_of(P.causal().dense(256, 256)[None], 128)
-    choice = torch.zeros(1, 1, 1, 1)
+    choice = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
     with pytest.raises(LayoutError, match="16, 32 or 64"):
         NMLayout.from_choice(choice, (256, 256), 2, 4, within=big)
     small = blocks_of(P.causal().dense(64, 64)[None], 16)

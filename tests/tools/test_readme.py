@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from doc_pages import blocks as blocks_of
+from doc_pages import outputs
 
 from mixgrain.tools import cli, readme
 from mixgrain.tools.demo.report import TABLE, read_table
@@ -19,7 +21,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.M | re.S)
+    return [block.body for block in blocks_of(TEXT, language)]
 
 
 def code_lines(block: str) -> list[str]:
@@ -31,8 +33,8 @@ def names() -> dict[str, Any]:
     """What all Python of the README leaves behind, run from top to bottom."""
     torch.manual_seed(0)
     found: dict[str, Any] = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), found)
+    for block, said, made in outputs(TEXT, "README.md", found):
+        assert made == said, f"README.md:{block.line} prints something else"
     return found
 
 

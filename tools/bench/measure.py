@@ -110,7 +110,7 @@ def intervals(call: Callable[[], object]) -> list[tuple[str, float, float]]:
     found = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.profiler.DeviceType.CUDA
     )
     return [(name, start - found[0][0], end - found[0][0]) for start, end, name in found]
 

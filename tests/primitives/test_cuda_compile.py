@@ -10,7 +10,16 @@ from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.errors import CompileError, MissingError
 from mixgrain.primitives.cuda import block, panel
-from mixgrain.primitives.cuda.requests import BRAIN, DTYPES, FLOAT, HALF, requests
+from mixgrain.primitives.cuda.warm import (
+    BRAIN,
+    DTYPES,
+    FLOAT,
+    HALF,
+    MASKS,
+    MIXED_DTYPES,
+    WIDTHS,
+    requests,
+)
 
 try:
     nvrtc.library()
@@ -29,18 +38,22 @@ HOPPER = {"sddmm_block_sm90", "spmm_block_sm90"}
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_file_is_asked_for(arch):
-    names = {wanted.name for wanted in requests(arch)}
+    names = {wanted.name for wanted in requests(arch)}  # the common ones are of every file
     assert names == EVERYWHERE | (HOPPER if arch == "90a" else set())
     assert {path.stem for path in service.KERNELS.glob("*.cu")} == EVERYWHERE | HOPPER
 
 
+def everything(arch: str) -> list[service.Request]:
+    return requests(arch, DTYPES + MIXED_DTYPES, WIDTHS, MASKS)
+
+
 def test_a_choice_is_a_part_of_all():
-    everything = set(requests("90a"))
+    all_of_them = set(everything("90a"))
     for dtype in DTYPES:
         for width in (64, 128):
             some = requests("90a", [dtype], [width], [0])
-            assert 0 < len(some) < len(everything)
-            assert set(some) <= everything
+            assert 0 < len(some) < len(all_of_them)
+            assert set(some) <= all_of_them
 
 
 def rounded() -> list[service.Request]:
@@ -62,7 +75,7 @@ def chosen(arch: str) -> list[service.Request]:
 
     All of them together are hours; every ninth is of another dtype, width, mask and phase.
     """
-    found = [wanted for wanted in requests(arch) if wanted.name not in HOPPER]
+    found = [wanted for wanted in everything(arch) if wanted.name not in HOPPER]
     by_name: dict[str, list[service.Request]] = {}
     for wanted in found:
         by_name.setdefault(wanted.name, []).append(wanted)

@@ -29,6 +29,8 @@ DTYPES = ((HALF, HALF), (BRAIN, BRAIN), (FLOAT, FLOAT))
 MIXED_DTYPES = ((HALF, FLOAT), (BRAIN, FLOAT), (FLOAT, HALF), (FLOAT, BRAIN))
 #: Head dimensions, or columns of x, that kernels are cut for differently.
 WIDTHS = (8, 16, 32, 64, 80, 96, 128, 200, 256, 512)
+#: The common ones among them.
+COMMON = (64, 128)
 #: Without a run-time mask; with one over columns; over rows.
 MASKS = (0, 1, 2)
 
@@ -53,9 +55,9 @@ def _layouts() -> tuple[Layout, ...]:
 
 def requests(
     arch: str,
-    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = DTYPES + MIXED_DTYPES,
-    widths: Sequence[int] = WIDTHS,
-    masks: Sequence[int] = MASKS,
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = DTYPES,
+    widths: Sequence[int] = COMMON,
+    masks: Sequence[int] = (0,),
 ) -> list[Request]:
     """The kernels that calls of these kinds ask for on an architecture, each once.
 
@@ -65,8 +67,9 @@ def requests(
         widths: head dimensions and columns.
         masks: 0 without a run-time mask, 1 over columns, 2 over rows.
 
-    Every operator, forward and backward, over every kind of layout. Rows of other widths, and
-    float32 products that torch lets round to TF32, compile when first used.
+    Every operator, forward and backward, over every kind of layout; without arguments those of the
+    common calls. The others, and float32 products that torch lets round to TF32, compile when first
+    used.
     """
     found: dict[Request, None] = {}
     with pretending(arch):

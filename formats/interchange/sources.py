@@ -1,0 +1,94 @@
+"""What describes positions: a pattern with its shape, a layout, or a SparseTensor's layout."""
+
+from __future__ import annotations
+
+import torch
+
+from ..block import SIZES, BlockLayout
+from ..errors import LayoutError, ShapeError
+from ..layout import Layout
+from ..pattern import Frame, Pattern
+from ..pattern_arguments import as_integer
+from ..pattern_ragged import from_layout
+from ..sparse import SparseTensor
+from ..split import to_layout
+
+Positions = Pattern | Layout | SparseTensor
+
+
+def as_pattern(
+    source: Positions, nq: int | None, nk: int | None, who: str
+) -> tuple[Pattern, Frame]:
+    """The pattern and the rectangle it is asked for.
+
+    Args:
+        source: a static pattern, a layout, or a SparseTensor without a key mask.
+        nq: number of queries; None = that of the layout.
+        nk: number of keys; None = that of the layout.
+        who: names the caller in errors.
+
+    Raises:
+        LayoutError: something else, P.nm, or a tensor that carries a key mask.
+        ShapeError: a pattern without nq and nk, or other ones than the layout's.
+    """
+    if isinstance(source, SparseTensor):
+        if source.keep is not None:
+            raise LayoutError(
+                f"{who}: the tensor carries a key mask, which is no part of its layout; pass "
+                "s.layout and give the mask to the other library"
+            )
+        source = source.layout
+    if isinstance(source, Layout):
+        shape = (source.shape[0] if nq is None else nq, source.shape[1] if nk is None else nk)
+        if shape != source.shape:
+            raise ShapeError(f"{who}: nq, nk = {shape} given with {source!r}; leave them out")
+        return from_layout(source), Frame(*source.shape, source.device)
+    if not isinstance(source, Pattern):
+        raise LayoutError(f"{who}: {type(source).__name__} given, a pattern or a layout expected")
+    if not source._static:
+        raise LayoutError(
+            f"{who}: {source!r} keeps what scores best as it runs; only static patterns can be "
+            "written down"
+        )
+    if nq is None or nk is None:
+        raise ShapeError(f"{who}: nq = {nq}, nk = {nk}; a pattern needs both")
+    shape = (as_integer(nq, f"{who}(nq)", 0), as_integer(nk, f"{who}(nk)", 0))
+    frame = Frame(*shape, source.device)
+    for flat in source.distinct:
+        flat.check(frame)
+    return source, frame
+
+
+def as_blocks(
+    source: Positions, nq: int | None, nk: int | None, size: int, who: str
+) -> BlockLayout:
+    """The positions as a BlockLayout of one of our block sizes."""
+    layout = source.layout if isinstance(source, SparseTensor) else source
+    pattern, frame = as_pattern(source, nq, nk, who)
+    if isinstance(layout, BlockLayout) and layout.size == size:
+        return layout
+    made = to_layout(pattern, "block", frame.nq, frame.nk, size, frame.device)
+    assert isinstance(made, BlockLayout)
+    return made
+
+
+def as_block_size(given: int | tuple[int, int], who: str) -> tuple[int, int, int]:
+    """(rows, columns, our size): a block of another library and the largest of ours that tiles it.
+
+    Raises:
+        LayoutError: sides that no block of ours divides.
+    """
+    sides = (given, given) if isinstance(given, int) else tuple(given)
+    if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
+        fitting = [size for size in SIZES if not any(side % size for side in sides)]
+        if fitting:
+            return sides[0], sides[1], fitting[-1]
+    raise LayoutError(
+        f"{who}: blocks of {given!r}; rows and columns must be multiples of {SIZES[0]}, e.g. 128 "
+        "or (256, 128)"
+    )
+
+
+def entry_table(layout: BlockLayout) -> torch.Tensor:
+    """int64 (b, h): the distinct pattern of each leading entry."""
+    return torch.tensor(layout.entry, device=layout.device).reshape(layout.lead)
