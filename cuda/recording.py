@@ -119,10 +119,16 @@ class Recording:
         self._forked = 0
 
     def given(self, like: Tensor, residue: int) -> Operand:
-        """An operand described by a tensor (a meta tensor will do)."""
+        """An operand described by a tensor (a meta tensor will do).
+
+        Where there is one element only, no stride is ever taken, and any number may stand there:
+        here the one of a contiguous tensor, so that all such tensors are described alike.
+        """
         self.slots.append(None)
-        slot = len(self.slots) - 1
-        return Operand(self, slot, 0, tuple(like.shape), like.stride(), like.dtype, residue)
+        slot, shape = len(self.slots) - 1, tuple(like.shape)
+        triples = zip(shape, like.stride(), strides_of(shape), strict=True)
+        strides = tuple(plain if n == 1 else step for n, step, plain in triples)
+        return Operand(self, slot, 0, shape, strides, like.dtype, residue)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Operand:
         """A tensor that the call allocates."""

@@ -257,15 +257,20 @@ def tf32() -> str:
     return str(torch.backends.cuda.matmul.fp32_precision)
 
 
+def learnable(*tensors: Tensor | None) -> bool:
+    """Whether a call that went the long way may go the short one next time."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and plain()
+        and all(t is None or usable(t) for t in tensors)
+        and not torch.cuda.is_current_stream_capturing()  # plans may be copies for the capture
+    )
+
+
 def learn(
     layout: Layout, key: Hashable, term: Term, tensors: tuple[Tensor, ...], keep: Tensor | None
-) -> Call | None:
-    """Keep the call of a signature that went the long way; None where it cannot be kept."""
-    given = tensors if keep is None else (*tensors, keep)
-    if torch.compiler.is_dynamo_compiling() or not (plain() and all(map(usable, given))):
-        return None
-    if torch.cuda.is_current_stream_capturing():
-        return None
+) -> Call:
+    """Keep the call of a signature; it has to be ``learnable``."""
     with torch.no_grad():
         call = term.prepare(tensors, keep)
     kept = _layouts.get((layout.key, layout._home), dict)

@@ -23,6 +23,7 @@ from .eager import (
     Term,
     find,
     learn,
+    learnable,
     plain,
     tf32,
     usable,
@@ -132,9 +133,9 @@ def _sddmm_key(
 ) -> Any:
     dtype = q.dtype
     return (
-        "sddmm", q.shape, q.stride(), dtype, a & 15, q.get_device(),
-        k.shape, k.stride(), k.dtype, b & 15, k.get_device(), q.is_neg() or k.is_neg(),
-        scale, out, None if keep is None else _mask_key(keep),
+        "sddmm", q.shape, q.is_contiguous() or q.stride(), dtype, a & 15, q.get_device(),
+        k.shape, k.is_contiguous() or k.stride(), k.dtype, b & 15, k.get_device(),
+        q.is_neg() or k.is_neg(), scale, out, None if keep is None else _mask_key(keep),
         tf32() if dtype is _FLOAT else None,
     )  # fmt: skip
 
@@ -176,7 +177,7 @@ def learn_sddmm(
     lead: tuple[int, ...],
 ) -> None:
     """Keep the call that went the long way."""
-    if torch.compiler.is_dynamo_compiling() or not (usable(q) and isinstance(scale, float | int)):
+    if not learnable(q, k, keep) or type(scale) not in _NUMBERS:
         return
     wide = float(scale)
     scalars = (wide, q.dtype if out_dtype is None else out_dtype)
@@ -184,7 +185,7 @@ def learn_sddmm(
     term = Term("sddmm", layout, lead, both, values, False, plan, scalars)
     key = _sddmm_key(q, k, scale, keep, out_dtype, q.data_ptr(), k.data_ptr())
     call = learn(layout, key, term, (q, k), keep)
-    if call is not None and q.shape[:-2] == lead == k.shape[:-2]:
+    if q.shape[:-2] == lead == k.shape[:-2]:
         kinds = ("values", "dense")
         shared = (False, plan)
         of_q = Term("spmm", layout, lead, kinds, dense, *shared, (wide, q.dtype))
@@ -196,8 +197,9 @@ def _spmm_key(s: SparseTensor, x: Tensor, a: int, b: int) -> Any:
     values, keep = s.values, s.keep
     kind, dtype = values.dtype, x.dtype
     return (
-        "spmm", values.shape, values.stride(), kind, a & 15, values.get_device(),
-        x.shape, x.stride(), dtype, b & 15, x.get_device(), values.is_neg() or x.is_neg(),
+        "spmm", values.shape, values.is_contiguous() or values.stride(), kind, a & 15,
+        x.shape, x.is_contiguous() or x.stride(), dtype, b & 15,
+        values.get_device(), x.get_device(), values.is_neg() or x.is_neg(),
         None if keep is None else (s.keep_rows, *_mask_key(keep)),
         tf32() if dtype is _FLOAT or kind is _FLOAT else None,
     )  # fmt: skip
@@ -229,16 +231,14 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
 def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) -> None:
     """Keep the call that went the long way."""
     layout, values = s.layout, s.values
-    if torch.compiler.is_dynamo_compiling() or not (usable(x) and usable(values)):
-        return
-    if type(layout) not in LAYOUT_TYPES:
+    if type(layout) not in LAYOUT_TYPES or not learnable(values, x, s.keep):
         return
     kinds, dense = ("values", "dense"), ("dense",)
     term = Term("spmm", layout, lead, kinds, dense, s.keep_rows, plan, (1.0, x.dtype))
     key = _spmm_key(s, x, values.data_ptr(), x.data_ptr())
     call = learn(layout, key, term, (values, x), s.keep)
     complete = values.shape[:-1] == free_shape(layout.lead, lead) and x.shape[:-2] == lead
-    if call is not None and complete:
+    if complete:
         shared = (s.keep_rows, plan)
         both = ("dense", "dense")
         of_v = Term("sddmm", layout, lead, both, ("values",), *shared, (1.0, values.dtype))
@@ -249,8 +249,8 @@ def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) ->
 def _softmax_key(s: SparseTensor, want_lse: bool, out: Any, a: int) -> Any:
     values, keep = s.values, s.keep
     return (
-        "softmax", values.shape, values.stride(), values.dtype, a & 15, values.get_device(),
-        values.is_neg(), want_lse, out,
+        "softmax", values.shape, values.is_contiguous() or values.stride(), values.dtype, a & 15,
+        values.get_device(), values.is_neg(), want_lse, out,
         None if keep is None else (s.keep_rows, *_mask_key(keep)),
     )  # fmt: skip
 
@@ -288,17 +288,14 @@ def learn_softmax(
 ) -> None:
     """Keep the call that went the long way."""
     layout, values, lead = s.layout, s.values, s.lead_shape
-    if torch.compiler.is_dynamo_compiling() or not usable(values):
-        return
-    if type(layout) not in LAYOUT_TYPES:
+    if type(layout) not in LAYOUT_TYPES or not learnable(values, s.keep):
         return
     kinds = ("values", "vector") if want_lse else ("values",)
     scalars = (values.dtype if out_dtype is None else out_dtype, want_lse)
     term = Term("softmax", layout, lead, ("values",), kinds, s.keep_rows, plan, scalars)
     key = _softmax_key(s, want_lse, out_dtype, values.data_ptr())
     call = learn(layout, key, term, (values,), s.keep)
-    if call is not None:
-        both = ("values", "values", "vector")
-        shared = (s.keep_rows, plan, (values.dtype,))
-        back = Term("softmax_backward", layout, lead, both, ("values",), *shared)
-        call.gradients = (Gradient(back),)
+    both = ("values", "values", "vector")
+    shared = (s.keep_rows, plan, (values.dtype,))
+    back = Term("softmax_backward", layout, lead, both, ("values",), *shared)
+    call.gradients = (Gradient(back),)

@@ -158,6 +158,14 @@ def test_an_operand_answers_as_a_tensor(shape, strides):
     assert a[:1].expand(5, -1, -1).stride() == t[:1].expand(5, -1, -1).stride()
 
 
+def test_strides_of_single_elements_do_not_count():
+    rec = Recording(0)
+    odd = torch.zeros(100).as_strided((1, 3, 1, 8), (7, 8, 5, 1))
+    assert rec.given(odd, 0).stride() == (24, 8, 8, 1)
+    apart = torch.zeros(100).as_strided((2, 3, 1, 8), (48, 16, 5, 1))
+    assert rec.given(apart, 0).stride() == (48, 16, 8, 1)
+
+
 def test_two_lanes_fork_and_join_once(driver):
     rec = Recording(0)
     a = rec.given(torch.zeros(4), 0)

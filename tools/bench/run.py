@@ -121,7 +121,9 @@ def line(row: dict[str, Any], ours: float | None) -> str:
     ms = row.get("ms")
     if not ms:
         return f"{head}    failed"
-    ratio = f"  {ms / ours:5.2f}×" if ours and row["work"] != "launch" else ""
+    if row["work"] == "launch":
+        return f"{head} {row['host_us']:9.1f} µs of host time  {row['shape']}"
+    ratio = f"  {ms / ours:5.2f}×" if ours else ""
     share = f"floor {row['floor_ms'] / ms:4.0%}"
     return f"{head} {ms * 1e3:9.1f} µs  {share}{ratio}  host {row['host_us']} µs"
 
