@@ -289,13 +289,15 @@ class Pattern:
                     f"{self!r}: no {kind!r} layout for {nq} × {nk} yet, and a graph is being "
                     "captured; plan first: call to_layout, or run the model once, before it"
                 )
-            return to_layout(self, kind, nq, nk, size, target, costs)
+            where = torch.device("cpu") if target.type == "meta" else target  # meta counts nothing
+            return to_layout(self, kind, nq, nk, size, where, costs).to(target)
 
         key = (self.expression_key(), kind, nq, nk, size, target, costs)
         return cache.layouts.get(key, make)
 
     def _frame(self, nq: int, nk: int, device: torch.device | str | None = None) -> Frame:
-        device = as_device(type(self).__name__.lower(), self.device if device is None else device)
+        name, device = type(self).__name__.lower(), self.device if device is None else device
+        device = as_device(name, device, data=True)
         return Frame(as_index(nq, "nq"), as_index(nk, "nk"), device)
 
     def __repr__(self) -> str:

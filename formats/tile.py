@@ -20,6 +20,7 @@ from .checks import (
     check_tensor,
     check_transposed,
     fail,
+    same_numbers,
 )
 from .entries import transposed_order
 from .errors import DtypeError, LayoutError, ShapeError, UnsupportedError
@@ -218,7 +219,7 @@ class TileLayout(Layout):
         Raises:
             LayoutError: the first field at fault, what it holds and what is expected.
         """
-        if self.lead != (1, 1) or self.entry != (0,):
+        if not same_numbers(self.lead, (1, 1)) or not same_numbers(self.entry, (0,)):
             raise fail(
                 self, "lead", f"{self.lead}, {self.entry}", "(1, 1), (0,): tiles have no heads"
             )
