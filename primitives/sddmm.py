@@ -52,6 +52,7 @@ def sddmm(
     Returns:
         A SparseTensor with values (*free, slots). Sums are float32 (float64 for float64) and
         rounded once. Dead slots are zero. Differentiable with respect to q and k, any order.
+        torch.autocast casts q and k as it does for torch.matmul (here, in spmm and in linear).
 
     Raises:
         ShapeError: shapes that do not fit each other or the layout.
