@@ -289,8 +289,10 @@ class Pattern:
                     f"{self!r}: no {kind!r} layout for {nq} × {nk} yet, and a graph is being "
                     "captured; plan first: call to_layout, or run the model once, before it"
                 )
-            where = torch.device("cpu") if target.type == "meta" else target  # meta counts nothing
-            return to_layout(self, kind, nq, nk, size, where, costs).to(target)
+            if target.type == "meta":  # where nothing can be counted
+                cpu = torch.device("cpu")
+                return to_layout(self, kind, nq, nk, size, cpu, costs).to(target)
+            return to_layout(self, kind, nq, nk, size, target, costs)
 
         key = (self.expression_key(), kind, nq, nk, size, target, costs)
         return cache.layouts.get(key, make)
