@@ -100,6 +100,15 @@ def attend(
         keys is 0 with lse −inf and zero gradients (with a sink: 0 and the sink). float16 and
         bfloat16 are computed in float32 and rounded once ("composed": after each primitive).
 
+    torch.autocast casts q, k and v as it does for torch's scaled_dot_product_attention.
+
+    Under torch.compile and torch.export the positions are constants of the graph, made when it is
+    traced. Another pattern or length compiles once more, and so does another head dimension unless
+    ``scale`` is given. A pattern of tensors is made outside the compiled function, and a change of
+    such a tensor in place is not seen.
+
+    "fused" has first derivatives in reverse mode, "composed" those of any order in both modes.
+
     Raises:
         LayoutError: a pattern or layout that does not fit, or has no attention.
         ShapeError: shapes that do not fit each other.

@@ -34,6 +34,11 @@ def kind_of(value: object) -> str:
     return f"class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
+def shape_of(value: Tensor) -> str:
+    """The shape of any tensor, for messages; nested ones have none."""
+    return "nested" if value.is_nested else str(tuple(value.shape))
+
+
 def check_dense(op: str, what: str, value: object) -> None:
     """Raise DtypeError unless ``value`` is a tensor whose elements lie at strides in memory."""
     if not isinstance(value, Tensor):
@@ -114,10 +119,11 @@ def as_entry(op: str, lead: tuple[int, int], value: object) -> tuple[int, ...]:
     if value is None:
         return (0,) * count
     try:
-        if isinstance(value, str | bytes):
+        # The length first: a range may be longer than memory.
+        if isinstance(value, str | bytes) or len(value) != count:  # type: ignore[arg-type]
             raise TypeError
         made = tuple(operator.index(u) for u in value)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         made = ()
     if len(made) != count or set(made) != set(range(len(set(made)))):
         raise LayoutError(
@@ -127,12 +133,12 @@ def as_entry(op: str, lead: tuple[int, int], value: object) -> tuple[int, ...]:
     return made
 
 
-def as_device(op: str, value: Any) -> torch.device:
-    """A device that tensors can be made on.
+def as_device(op: str, value: Any, data: bool = False) -> torch.device:
+    """A device that tensors can be made on; with ``data``, one that keeps what they hold.
 
     Raises:
         TypeError: neither a string nor a torch.device.
-        UnsupportedError: a name that torch does not know.
+        UnsupportedError: a name that torch does not know; meta where data are needed.
         BackendUnavailableError: a device that this machine or this build of torch lacks.
     """
     if not isinstance(value, str | torch.device):
@@ -146,6 +152,10 @@ def as_device(op: str, value: Any) -> torch.device:
             f"{op}: device {value!r:.80} given, expected one that torch knows, e.g. 'cpu' or "
             f"'cuda:0' ({str(error).splitlines()[0]:.160})"
         ) from None
+    if device.type == "meta" and data:
+        raise UnsupportedError(
+            f"{op}: device 'meta' given, which holds no indices; make them on 'cpu' and move them"
+        )
     if device.type in ("cpu", "meta"):
         return device
     try:

@@ -277,7 +277,7 @@ class BlockLayout(Layout):
             LayoutError: the first field at fault, what it holds and what is expected.
         """
         check_common(self)
-        if self.size not in SIZES:
+        if not isinstance(self.size, int) or self.size not in SIZES:
             raise fail(self, "size", f"{self.size}", f"one of {SIZES}")
         nqb, nkb = self.block_shape
         u, int32 = self.distinct, torch.int32

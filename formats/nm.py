@@ -364,7 +364,12 @@ class NMLayout(Layout):
         check_encoding(self.n, self.m, self.encoding)
         check_shape(self)
         check_lead(self)
+        if not isinstance(self.transposed, bool):
+            raise fail(self, "transposed", f"a {kind_of(self.transposed)}", "True or False")
         shape = self.stored_shape
+        check_within("NMLayout.validate", self.within)
+        if not isinstance(self.metadata, Tensor):
+            raise fail(self, "metadata", f"a {kind_of(self.metadata)}", "a tensor")
         if self.within is not None:
             self.within.validate()
         expected = NMLayout.from_metadata(
@@ -378,7 +383,7 @@ class NMLayout(Layout):
         )
         for name in ("entry", "within_entry", "entry_slots", "nnz"):
             given, wanted = getattr(self, name), getattr(expected, name)
-            if given != wanted:
+            if type(given) is not type(wanted) or given != wanted:
                 raise fail(self, name, f"{given}", f"{wanted} for {self.n}:{self.m} of {shape}")
         check_tensor(self, "metadata", *metadata_shape(self.grid, self.encoding, self.m))
         check_metadata(self.metadata, self.encoding, self.m)

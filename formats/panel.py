@@ -165,7 +165,7 @@ class PanelLayout(Layout):
             device: where the index tensors go.
         """
         op = "PanelLayout.from_panels"
-        device = as_device(op, device)
+        device = as_device(op, device, data=True)
         check_written(op, panels)
         given = [0] * len(panels)
         if panel_entry is not None:

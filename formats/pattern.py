@@ -289,13 +289,17 @@ class Pattern:
                     f"{self!r}: no {kind!r} layout for {nq} × {nk} yet, and a graph is being "
                     "captured; plan first: call to_layout, or run the model once, before it"
                 )
+            if target.type == "meta":  # where nothing can be counted
+                cpu = torch.device("cpu")
+                return to_layout(self, kind, nq, nk, size, cpu, costs).to(target)
             return to_layout(self, kind, nq, nk, size, target, costs)
 
         key = (self.expression_key(), kind, nq, nk, size, target, costs)
         return cache.layouts.get(key, make)
 
     def _frame(self, nq: int, nk: int, device: torch.device | str | None = None) -> Frame:
-        device = as_device(type(self).__name__.lower(), self.device if device is None else device)
+        name, device = type(self).__name__.lower(), self.device if device is None else device
+        device = as_device(name, device, data=True)
         return Frame(as_index(nq, "nq"), as_index(nk, "nk"), device)
 
     def __repr__(self) -> str:

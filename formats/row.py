@@ -80,7 +80,8 @@ class RowLayout(Layout):
         Args:
             shape: (nq, nk) of one entry.
             row_offsets: int (U * nq + 1,), where each row starts; the distinct patterns follow
-                each other.
+                each other. Shared where it is int64 (as columns are where int32): do not change
+                it afterwards.
             columns: int (NNZ,), rising inside a row.
             lead: (b, h).
             entry: the distinct pattern of each of the b * h entries; None = one for all.

@@ -300,6 +300,13 @@ class SparseTensor:
         values = self.values + other.values
         return SparseTensor(self.layout, values, keep, rows)
 
+    def __radd__(self, other: object) -> SparseTensor:
+        # Not left to Python, which would have lists and arrays speak of concatenation.
+        raise TypeError(
+            f"+: a {kind_of(other)} and a SparseTensor given, two SparseTensors expected; map adds "
+            "by position"
+        )
+
     def __sub__(self, other: SparseTensor) -> SparseTensor:
         """Difference of two tensors with the same layout key."""
         return self + (-other) if isinstance(other, SparseTensor) else NotImplemented

@@ -25,7 +25,7 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (..., n_out) in x.dtype, summed in float32 (float64 for float64). Differentiable with
-        respect to x, the values of w, and bias.
+        respect to x, the values of w, and bias. torch.autocast casts all three.
 
     Raises:
         ShapeError: sizes that do not fit; a weight with leading dimensions.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixgrain.formats.arguments import as_number
+from mixgrain.formats.arguments import as_number, shape_of
 from mixgrain.formats.errors import LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -52,6 +52,7 @@ def sddmm(
     Returns:
         A SparseTensor with values (*free, slots). Sums are float32 (float64 for float64) and
         rounded once. Dead slots are zero. Differentiable with respect to q and k, any order.
+        torch.autocast casts q and k as it does for torch.matmul (here, in spmm and in linear).
 
     Raises:
         ShapeError: shapes that do not fit each other or the layout.
@@ -114,7 +115,7 @@ def resolve(op: str, layout: Layout | Pattern, nq: int, nk: int, device: torch.d
         return layout
     if isinstance(layout, Tensor):
         raise LayoutError(
-            f"{op}: given a dense {tuple(layout.shape)} tensor where a layout or pattern is "
+            f"{op}: given a dense {shape_of(layout)} tensor where a layout or pattern is "
             "expected; make a pattern of a bool mask with patterns.from_dense(mask)"
         )
     raise LayoutError(

@@ -27,7 +27,8 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
 
     Returns:
         (*leading, nq, D) in x.dtype, summed over all parts in float32 (float64 if either operand
-        is) and rounded once. Differentiable with respect to both, any order.
+        is) and rounded once. Differentiable with respect to both, any order. torch.autocast casts
+        both operands.
 
     Raises:
         ShapeError: shapes that do not fit.

@@ -20,11 +20,11 @@ from torch import Tensor
 from ..block import SIZES
 from ..entries import unpack_bits
 from ..errors import LayoutError, ShapeError
+from ..layout_runs import part_of
 from ..pattern import Frame, Pattern
 from ..pattern_arguments import as_integer
 from ..pattern_queries import chunked_runs
 from ..pattern_ragged import ragged
-from ..runs import Runs
 from ..runs import from_intervals as merged
 from .arrays import as_array, as_shape, check_within, indices
 from .block_lists import check_lists, listed
@@ -71,7 +71,7 @@ def to_intervals(
     stacked = stacked.unflatten(0, (b, h)).permute(1, 2, 0, 3)  # heads, ends, batch, queries
     stacked = stacked.expand(-1, -1, max(b, total), -1)
     mask: Tensor = stacked.reshape(h, width, max(b, total) * frame.nq)
-    return mask
+    return mask.contiguous()
 
 
 def _ends(flat: Pattern, frame: Frame, most: int, who: str) -> Tensor:
@@ -141,15 +141,9 @@ def from_intervals(mask_func: Tensor, shape: tuple[int, int], batch: int = 1) ->
     row, at = (pairs[..., 0] < pairs[..., 1]).nonzero(as_tuple=True)
     lo, hi = pairs[row, at].unbind(1)
     runs = merged(row, lo, hi, count * heads * nq, nk)
-    entries = [_part(runs, e * nq, nq) for e in range(count * heads)]
+    entries = [part_of(runs, e * nq, nq) for e in range(count * heads)]
     lead = None if count * heads == 1 else (count, heads)
     return ragged(entries, lead, (nq, nk), who)
-
-
-def _part(runs: Runs, first: int, rows: int) -> Runs:
-    offsets = runs.offsets[first : first + rows + 1]
-    inside = slice(int(offsets[0]), int(offsets[-1]))
-    return Runs(offsets - offsets[0], runs.lo[inside].clone(), runs.hi[inside].clone())
 
 
 class BlockIndices(NamedTuple):
@@ -336,5 +330,5 @@ def from_bsa(
     block_line = (i * h + j) * rows + line
     coarse = merged(block_line[some], lo[some], hi[some], b * h * rows, nk)
     of = torch.arange(nq, device=index.device) // side
-    entries = [_part(coarse, e * rows, rows).select(of) for e in range(b * h)]
+    entries = [part_of(coarse, e * rows, rows).select(of) for e in range(b * h)]
     return ragged(entries, None if b * h == 1 else (b, h), (nq, nk), who)

@@ -63,10 +63,9 @@ def as_blocks(
     source: Positions, nq: int | None, nk: int | None, size: int, who: str
 ) -> BlockLayout:
     """The positions as a BlockLayout of one of our block sizes."""
-    layout = source.layout if isinstance(source, SparseTensor) else source
+    if isinstance(source, BlockLayout) and source.size == size and nq is None and nk is None:
+        return source
     pattern, frame = as_pattern(source, nq, nk, who)
-    if isinstance(layout, BlockLayout) and layout.size == size:
-        return layout
     made = to_layout(pattern, "block", frame.nq, frame.nk, size, frame.device)
     assert isinstance(made, BlockLayout)
     return made

@@ -118,6 +118,7 @@ def test_linear(kind: str) -> None:
     check(lambda x, values, bias: mg.linear(x, w.with_values(values), bias), *given)
 
 
+@pytest.mark.slow  # compiles C++
 def test_inductor() -> None:
     q, k, v = tensors(1, 2, N, 8)
     x = torch.randn(1, 2, N, 8)
@@ -158,10 +159,10 @@ def test_another_length_compiles_once_more(name: str, impl: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     f = lambda q: mg.attend(q, q, q, PATTERNS[name], impl=impl)  # noqa: E731
     compiled = torch.compile(f, fullgraph=True, backend=counter, dynamic=True)
-    for n in (30, 41, 30, 52, 41):
+    for n in (30, 41, 30, 41):
         q = torch.randn(2, 4, n, 8)
         torch.testing.assert_close(compiled(q), f(q), rtol=0, atol=0)
-    assert counter.frame_count <= 3
+    assert counter.frame_count == 2
 
 
 def test_an_equal_pattern_and_a_second_compilation_plan_nothing(monkeypatch) -> None:
