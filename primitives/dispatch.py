@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.errors import LayoutError, ShapeError, UnsupportedError
-from mixgrain.formats.layout import TRACED, Layout, fact
+from mixgrain.formats.layout import TRACED, Layout
 from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.panel import PanelLayout
@@ -108,9 +108,7 @@ def plan_for(op: str, layout: Layout, *tensors: Tensor | None) -> Plan:
             f"{op}: not for the transpose of an NMLayout, whose rows are not stored together; it "
             "exists for NMLayout itself; spmm and linear take the transpose"
         )
-    # As a fact: the tracer of torch 2.11 does not go into this property.
-    home = layout.home if layout.key == TRACED else fact(layout, "home")
-    device = home or next((t.device for t in tensors if t is not None), layout.device)
+    device = layout.home or next((t.device for t in tensors if t is not None), layout.device)
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ShapeError(

@@ -47,6 +47,8 @@ _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _tracing: Callable[[], object] = torch._C._get_tracing_state
+_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+_FLOAT = torch.float32
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
@@ -209,20 +211,6 @@ class Call:
         return self.term.unfolded(made) if self._viewed else made
 
 
-def _describe(tensors: Sequence[Tensor | None]) -> tuple[tuple[Hashable, ...], list[int]]:
-    """The signature of tensors, and their addresses."""
-    key: list[Hashable] = []
-    pointers = []
-    for t in tensors:
-        if t is None:
-            key.append(None)
-            continue
-        pointer = t.data_ptr()
-        pointers.append(pointer)
-        key += (t.shape, t.stride(), t.dtype, pointer & 15)
-    return tuple(key), pointers
-
-
 class Gradient:
     """A term of a backward pass, with its calls by signature."""
 
@@ -234,22 +222,31 @@ class Gradient:
 
     def __call__(self, tensors: tuple[Tensor | None, ...], keep: Tensor | None) -> Any:
         """Compute; by the operators when this is itself to be differentiated."""
-        given = tuple(t for t in (*tensors, keep) if t is not None)
-        direct = not torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
-        if not (direct and plain() and all(map(usable, given))):
+        if torch.compiler.is_dynamo_compiling() or _grad_enabled() or not plain():
             return self._term.through_operators(tensors, keep)
-        key, pointers = _describe((*tensors, keep))
-        if any(t.dtype == torch.float32 for t in given):
-            key = (*key, tf32())
-        call = self._calls.get(key)
+        given, pointers = [], []
+        key: list[Hashable] = []
+        for t in (*tensors, keep):
+            if t is None:
+                key.append(None)
+            elif not usable(t):
+                return self._term.through_operators(tensors, keep)
+            else:
+                pointer, dtype = t.data_ptr(), t.dtype
+                given.append(t)
+                pointers.append(pointer)
+                key += (t.shape, t.is_contiguous() or t.stride(), dtype, pointer & 15)
+                if dtype is _FLOAT:
+                    key.append(tf32())
+        signature = tuple(key)
+        call = self._calls.get(signature)
         if call is None:
             call = self._term.prepare(tensors, keep)
-            if torch.cuda.is_current_stream_capturing():
-                return call.run(given, pointers)
-            if len(self._calls) >= SIGNATURES:
-                self._calls = {}
-            self._calls[key] = call
-        return call.run(given, pointers)
+            if not torch.cuda.is_current_stream_capturing():
+                if len(self._calls) >= SIGNATURES:
+                    self._calls = {}
+                self._calls[signature] = call
+        return call.run(tuple(given), pointers)
 
 
 def tf32() -> str:

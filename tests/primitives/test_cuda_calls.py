@@ -13,6 +13,7 @@ from mixgrain import patterns as P
 from mixgrain.formats.errors import BackendUnavailableError, DtypeError, ShapeError
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import eager
+from mixgrain.primitives.cuda import parts
 from mixgrain.primitives.softmax import softmax_backward
 
 pytestmark = pytest.mark.gpu
@@ -23,9 +24,31 @@ SCATTERED = P.window(60) | P.random(0.004, 1)
 GLOBALS = P.window(40) | P.global_tokens(range(0, 512, 40)) | P.random(0.004, 2)
 
 
+@pytest.fixture(autouse=True, params=[True, False], ids=["two lanes", "one lane"])
+def forked(request, monkeypatch):
+    """Small cases fork too, then none does."""
+    mg.clear_caches()
+    monkeypatch.setattr(parts, "FORK_POSITIONS", 0 if request.param else 1 << 62)
+    yield request.param
+    mg.clear_caches()
+
+
 def random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
     g = torch.Generator("cuda").manual_seed(seed)
     return torch.randn(*shape, device="cuda", dtype=dtype, generator=g)
+
+
+def test_lanes_give_the_same_bits(monkeypatch):
+    layout = layout_of(GLOBALS)
+    assert [part.kind for part in layout.parts] == ["block", "panel", "row"]
+    given = [random(4, 8, N, D, seed=n).requires_grad_() for n in range(3)]
+    made = []
+    for most in (0, 1 << 62):
+        mg.clear_caches()
+        monkeypatch.setattr(parts, "FORK_POSITIONS", most)
+        o = attention(*given, layout)
+        made.append([o, *torch.autograd.grad(o.square().sum(), given)])
+    assert all(map(torch.equal, *made))
 
 
 def layout_of(pattern=SCATTERED, kind: str = "mixed"):
@@ -326,6 +349,10 @@ def test_tf32_is_part_of_the_signature():
     assert torch.equal(mg.sddmm(q, k, layout).values, exact)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="the tracer of torch 2.11 cannot hand a layout to a function whose result is constant",
+)
 def test_compiled_for_less_overhead_plans_once(monkeypatch):
     from mixgrain.primitives.cuda import calls
 
