@@ -62,8 +62,15 @@ def as_number(op: str, what: str, value: Any) -> float:
     Raises:
         TypeError: no number; a tensor, whose gradient would be lost.
     """
-    if isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
-        return float(value)
+    try:
+        if type(value) is float or type(value) is int:  # the others are slow to ask about
+            return float(value)
+        if isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+            return float(value)
+    except OverflowError:
+        raise TypeError(
+            f"{op}: {what} is too large; expected a number that a float holds"
+        ) from None
     remedy = f"; multiply by it what {op} takes or returns" if isinstance(value, Tensor) else ""
     raise TypeError(f"{op}: {what} is a {kind_of(value)}; expected a real number{remedy}")
 

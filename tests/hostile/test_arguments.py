@@ -492,3 +492,19 @@ def test_zero_sizes_everywhere(nq: int, nk: int, kind: str) -> None:
             assert o.shape == q.shape
             o.sum().backward()
             assert all(t.grad is None or torch.isfinite(t.grad).all() for t in inputs)
+
+
+@pytest.mark.parametrize("kind", ["row", "block", "mixed"])
+def test_layouts_on_meta_have_the_shapes_of_real_ones(kind: str) -> None:
+    real, meta = (
+        P.longformer(3, [0, 9]).to_layout(kind, N, N, size=16, device=device)
+        for device in ("cpu", "meta")
+    )
+    assert meta.device.type == "meta" and (meta.slots, meta.nnz) == (real.slots, real.nnz)
+    assert [t.shape for t in meta.tensors()] == [t.shape for t in real.tensors()]
+
+
+def test_numbers_of_any_size() -> None:
+    assert torch.isfinite((S.to(torch.float64) * 2**70).values).all()
+    with pytest.raises(TypeError, match="too large"):
+        _ = S * 10**400
