@@ -7,8 +7,8 @@
 //   out     (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
 //   x       (F, E, inner, D)  by a 4-D tensor map, any strides, boxes of 64 columns × S
 //   values  (F, slots)        blocks by a 3-D tensor map (S, items · S, F), boxes of S × S
-//   unions  (n) int4          inner block; bits: lines with a block there; bits: rows of x in use; first
-//   blocks  (items) int2      of each union, line by line: item, mask (−1 = full)
+//   unions  (n) int4          inner block; bits: lines with a block there; bits: rows of x in use; 0
+//   blocks  (n, kLines) int2  the block of each line: item, mask (−1 = full); −1, −1 = none
 //   masks   (M, S, S / 8)     bits of partial blocks, of their transposes when transposed
 //   tiles   (n) int4          see walk.cuh; line = entry · groups + group of lines
 //
@@ -35,6 +35,7 @@ constexpr int kTurns = 32 / kLines < kSlots ? 32 / kLines : kSlots;     // union
 constexpr int kProducers = 1 + kSlots / kTurns;                         // warps: one for x
 constexpr u32 kPanel = 64 * 128, kBlock = kSize * kSize * 2, kRight = kPanels * kPanel;
 constexpr u32 kStage = kRight + kSlots * kLines * kBlock;
+constexpr int kAhead = 8;
 constexpr u32 kAll = kSize == 32 ? ~0u : (1u << kSize) - 1;
 
 // A 16-byte chunk of a block as TMA's swizzle of a row's bytes puts it.
@@ -54,6 +55,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
     __shared__ uint2 notes[kStages][kSlots];         // lines with a block, rows of x in use
+    __shared__ alignas(16) int4 union_ahead[kAhead][kSlots];
+    __shared__ alignas(8) int2 block_ahead[kProducers - 1][kAhead][32];
     __shared__ int mask_of[kStages][kSlots][kLines];  // −1 = full or absent
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -73,21 +76,32 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWide == 64 ? 48 : 32));
         const int role = warp - kConsumers / 32;
         u32 parity = 1;
+        // What describes a stage is asked for kAhead stages ahead, into shared memory.
         if (role == 0) {  // x: a lane looks after one panel of one union of each stage
             if (lane == 0) tma_prefetch(x_map);
             const int slot = lane / kPanels, panel = lane % kPanels;
             while (walk.next(tile)) {
                 const int column = tile.w % across * kWide + 64 * panel, matrix = tile.w / across, entry = tile.x / groups;
-                for (int i = 0; i < tile.z; i += kSlots) {
-                    // Asked for before the wait, which mostly takes longer.
-                    const bool there = slot < kSlots && i + slot < tile.z;
-                    const int4 now = there ? unions[tile.y + i + slot] : make_int4(0, 0, kAll, 0);
+                auto there = [&](int n) { return slot < kSlots && n * kSlots + slot < tile.z; };
+                auto ask = [&](int n) {
+                    if (there(n) && panel == 0)
+                        copy_async16(&union_ahead[n % kAhead][slot], unions + tile.y + n * kSlots + slot, true);
+                    copy_commit();
+                };
+                __syncwarp();
+                for (int n = 0; n < kAhead - 1; ++n) ask(n);
+                for (int n = 0; n * kSlots < tile.z; ++n) {
+                    ask(n + kAhead - 1);
+                    copy_wait<kAhead - 1>();
+                    __syncwarp();
+                    int4 now = make_int4(0, 0, kAll, 0);
+                    if (there(n)) now = union_ahead[n % kAhead][slot];
                     barrier_wait(empty + 8 * stage, parity);
                     if (slot < kSlots) notes[stage][slot] = make_uint2(now.y, now.z);
                     __syncwarp();
-                    if (lane == 0) barrier_expect(full + 8 * stage, kPanels * kSize * 128 * min(kSlots, tile.z - i));
+                    if (lane == 0) barrier_expect(full + 8 * stage, kPanels * kSize * 128 * min(kSlots, tile.z - n * kSlots));
                     __syncwarp();
-                    if (there)
+                    if (there(n))
                         tma_load(ring + stage * kStage + panel * kPanel + slot * kSize * 128, x_map, full + 8 * stage,
                                  column, now.x * kSize, entry, matrix);
                     if (++stage == kStages) stage = 0, parity ^= 1;
@@ -95,23 +109,26 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             }
         } else if (role < kProducers) {  // blocks: a lane looks after one line of one union
             const int slot = (role - 1) * kTurns + lane / kLines, line = lane % kLines;
-            const bool here = lane < kTurns * kLines;
             if (lane == 0) tma_prefetch(values_map);
+            int2(&mine)[kAhead][32] = block_ahead[role - 1];
             while (walk.next(tile)) {
                 const int matrix = tile.w / across;
-                // Lines of a union and where its blocks start; the block is asked for a stage ahead.
-                auto entry_at = [&](int n) {
-                    const int4 e = here && n < tile.z ? unions[tile.y + n] : make_int4(0, 0, 0, 0);
-                    return make_int2(e.y, e.w);
+                auto ask = [&](int n) {
+                    if (lane < kTurns * kLines && n * kSlots + slot < tile.z)
+                        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(&mine[n % kAhead][lane])),
+                                     "l"(blocks + static_cast<i64>(tile.y + n * kSlots + slot) * kLines + line)
+                                     : "memory");
+                    else
+                        mine[n % kAhead][lane] = make_int2(-1, -1);
+                    copy_commit();
                 };
-                auto block_at = [&](int2 e) {
-                    return e.x >> line & 1 ? blocks[e.y + __popc(e.x & ((1 << line) - 1))] : make_int2(-1, -1);
-                };
-                int2 soon = block_at(entry_at(slot));
-                for (int i = 0; i < tile.z; i += kSlots) {
-                    const int2 block = soon, later = entry_at(i + kSlots + slot);
+                for (int n = 0; n < kAhead - 1; ++n) ask(n);
+                for (int n = 0; n * kSlots < tile.z; ++n) {
+                    ask(n + kAhead - 1);
+                    copy_wait<kAhead - 1>();
+                    const int2 block = mine[n % kAhead][lane];
                     barrier_wait(empty + 8 * stage, parity);
-                    if (here) mask_of[stage][slot][line] = block.y;
+                    if (lane < kTurns * kLines) mask_of[stage][slot][line] = block.y;
                     const u32 count = __popc(__ballot_sync(0xFFFFFFFFu, block.x >= 0));
                     if (lane == 0) barrier_expect(full + 8 * stage, kBlock * count);
                     __syncwarp();
@@ -119,7 +136,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                         tma_load(ring + stage * kStage + kRight + (slot * kLines + line) * kBlock, values_map,
                                  full + 8 * stage, 0, block.x * kSize, matrix);
                     if (++stage == kStages) stage = 0, parity ^= 1;
-                    soon = block_at(later);
                 }
             }
         }

@@ -26,6 +26,7 @@ def spmm(
     x: Tensor,
     shift: int,
     size: int,
+    items: int,
     table: Tensor,
     blocks: Tensor,
     records: Tensor,
@@ -42,8 +43,9 @@ def spmm(
         x: (F, E, inner, D), rows 16-byte aligned.
         shift: first slot of the part.
         size: side of a block, 16 or 32.
+        items: blocks of the part.
         table: int32 (U, 4), the unions of ``plans.cuda_block``, of columns when transposed.
-        blocks: int32 (items, 2), their blocks, likewise.
+        blocks: int32 (U, lines, 2), their blocks, likewise.
         records: int32 (E * groups, 4), likewise.
         masks: uint8 (M, size, size // 8), the transposed ones when transposed.
         transposed: multiply by the transpose.
@@ -67,7 +69,7 @@ def spmm(
             (starts.shape[0] - 1,),
             THREADS,
             (
-                values_map(weights, shift, size, blocks.shape[0], (size, size)),
+                values_map(weights, shift, size, items, (size, size)),
                 operand_map(right, size),
                 table.data_ptr(),
                 blocks.data_ptr(),
