@@ -1,6 +1,6 @@
 // spmm_union_sm90: out = scale · S x or scale · Sᵀ x, S in blocks of 16 or 32, on wgmma.
 //
-// A CTA takes 256 rows: 16 or 8 lines of blocks. It walks the union of their inner blocks: the rows of x
+// A CTA takes 128 rows: 8 or 4 lines of blocks. It walks the union of their inner blocks: the rows of x
 // come once for all of them, with the blocks that are there, and a warpgroup multiplies its 64 rows by
 // those that it has blocks for, from registers: a warp without a block puts zeros.
 //
@@ -12,9 +12,9 @@
 //   masks   (M, S, S / 8)     bits of partial blocks, of their transposes when transposed
 //   tiles   (n) int4          see walk.cuh; line = entry · groups + group of lines
 //
-//   grid   CTAs that walk their tiles of 256 rows × kWide columns
-//   block  512 consumers + a warpgroup whose first warps produce and which gives its registers away
-//   smem   kStages of 64 rows of x and the blocks of 64 × 256
+//   grid   CTAs that walk their tiles of 128 rows × kWide columns
+//   block  256 consumers + a warpgroup whose first two warps produce
+//   smem   kStages of 64 rows of x and the blocks of 128 × 64
 //   floor  L2: (kWide · 128 B for every 64 positions of the union + blocks) at 8.9 TB/s
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x and blocks, no run-time mask
 #include "types.cuh"
@@ -27,12 +27,12 @@
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kStages = MG_STAGES;
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kSize == 16 || kSize == 32, "SIZE must be 16 or 32");
-static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
-constexpr int kRows = 256, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
+static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
+constexpr int kRows = 128, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
 constexpr int kSlots = 64 / kSize, kSteps = kSize / 16;                 // unions of a stage
-constexpr int kConsumers = 512, kPanels = kWide / 64;
-constexpr int kTurns = 32 / kLines < kSlots ? 32 / kLines : kSlots;     // unions whose blocks a warp gets
-constexpr int kProducers = 1 + kSlots / kTurns;                         // warps: one for x
+constexpr int kConsumers = 256, kPanels = kWide / 64;
+constexpr int kProducers = 2;                                           // warps: for x and for blocks
+static_assert(kLines * kSlots <= 32 && kPanels * kSlots <= 32, "a lane for each copy of a stage");
 constexpr u32 kPanel = 64 * 128, kBlock = kSize * kSize * 2, kRight = kPanels * kPanel;
 constexpr u32 kStage = kRight + kSlots * kLines * kBlock;
 constexpr int kAhead = 8;
@@ -46,7 +46,7 @@ __device__ __forceinline__ u32 both(u32 bits) {
     return (bits & 1 ? 0x0000FFFFu : 0u) | (bits & 2 ? 0xFFFF0000u : 0u);
 }
 
-extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
+extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 : 1)
     spmm_union_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ unions, const int2 *__restrict__ blocks,
                     const int *__restrict__ starts, const int4 *__restrict__ tiles,
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     __shared__ alignas(8) u64 barriers[2 * kStages];
     __shared__ uint2 notes[kStages][kSlots];         // lines with a block, rows of x in use
     __shared__ alignas(16) int4 union_ahead[kAhead][kSlots];
-    __shared__ alignas(8) int2 block_ahead[kProducers - 1][kAhead][32];
+    __shared__ alignas(8) int2 block_ahead[kAhead][32];
     __shared__ int mask_of[kStages][kSlots][kLines];  // −1 = full or absent
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     Walk walk(starts, tiles);
 
     if (warp >= kConsumers / 32) {  // producers
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWide == 64 ? 48 : 32));
+        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         const int role = warp - kConsumers / 32;
         u32 parity = 1;
         // What describes a stage is asked for kAhead stages ahead, into shared memory.
@@ -107,28 +107,27 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
             }
-        } else if (role < kProducers) {  // blocks: a lane looks after one line of one union
-            const int slot = (role - 1) * kTurns + lane / kLines, line = lane % kLines;
+        } else if (role == 1) {  // blocks: a lane looks after one line of one union
+            const int slot = lane / kLines, line = lane % kLines;
             if (lane == 0) tma_prefetch(values_map);
-            int2(&mine)[kAhead][32] = block_ahead[role - 1];
-            while (walk.next(tile)) {
+                        while (walk.next(tile)) {
                 const int matrix = tile.w / across;
                 auto ask = [&](int n) {
-                    if (lane < kTurns * kLines && n * kSlots + slot < tile.z)
-                        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(&mine[n % kAhead][lane])),
+                    if (lane < kSlots * kLines && n * kSlots + slot < tile.z)
+                        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(&block_ahead[n % kAhead][lane])),
                                      "l"(blocks + static_cast<i64>(tile.y + n * kSlots + slot) * kLines + line)
                                      : "memory");
                     else
-                        mine[n % kAhead][lane] = make_int2(-1, -1);
+                        block_ahead[n % kAhead][lane] = make_int2(-1, -1);
                     copy_commit();
                 };
                 for (int n = 0; n < kAhead - 1; ++n) ask(n);
                 for (int n = 0; n * kSlots < tile.z; ++n) {
                     ask(n + kAhead - 1);
                     copy_wait<kAhead - 1>();
-                    const int2 block = mine[n % kAhead][lane];
+                    const int2 block = block_ahead[n % kAhead][lane];
                     barrier_wait(empty + 8 * stage, parity);
-                    if (lane < kTurns * kLines) mask_of[stage][slot][line] = block.y;
+                    if (lane < kSlots * kLines) mask_of[stage][slot][line] = block.y;
                     const u32 count = __popc(__ballot_sync(0xFFFFFFFFu, block.x >= 0));
                     if (lane == 0) barrier_expect(full + 8 * stage, kBlock * count);
                     __syncwarp();
@@ -142,8 +141,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWide == 64 ? 104 : 112));
-    const int group = warp / 4, line = group * kEach + warp % 4 / kSteps;  // this warp's line of the 256 rows
+    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int group = warp / 4, line = group * kEach + warp % 4 / kSteps;  // this warp's line of the 128 rows
     const int half = kSize == 32 ? warp % 2 : 0;                          // its 16 rows of the block
     // Of ldmatrix: lane l gives row l % 8 of matrix l / 8: rows + 8 (m % 2) and k + 8 (m / 2), or turned.
     const int m = lane / 8;

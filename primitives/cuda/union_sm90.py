@@ -15,9 +15,9 @@ from mixgrain.cuda.launch import kernel
 from ..plans.cuda_block import UNION_ROWS
 from .block_sm90 import CODES, TILES, laid_out, operand_map, values_map, walks
 
-# TMA stages of 64 rows of x.
-STAGES = {64: 5, 128: 4}
-THREADS = 640
+# TMA stages of 64 rows of x, by columns of a CTA.
+STAGES = {64: 4, 128: 6, 256: 4}
+THREADS = 384
 
 
 def spmm(
@@ -56,11 +56,11 @@ def spmm(
     if 0 in (free, records.shape[0], width):
         return
     x = laid_out(x)
-    wide = 64 if width <= 64 else 128
+    wide = wide_of(width)
     partial = out.dtype == torch.float32
     device = x.device.index
     groups, across = records.shape[0], -(-width // wide)
-    several = facts(device).multiprocessors
+    several = facts(device).multiprocessors * (2 if wide == 64 else 1)
     run = kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)
     for start in range(0, free, step := max(1, TILES // (groups * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
@@ -87,6 +87,11 @@ def spmm(
             ),
             spmm_shared(wide),
         )
+
+
+def wide_of(width: int) -> int:
+    """Columns of a CTA for x of this width."""
+    return 64 if width <= 64 else 128 if width <= 128 else 256
 
 
 def spmm_shared(wide: int) -> int:

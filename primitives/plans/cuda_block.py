@@ -17,7 +17,7 @@ COLUMNS = 256
 # Blocks that one CTA of sddmm_block_sm90 takes from a block row.
 WGMMA_BLOCKS = 16
 # Rows of a CTA of spmm_union_sm90.
-UNION_ROWS = 256
+UNION_ROWS = 128
 
 
 def spread(

@@ -26,7 +26,7 @@ def requests():
         for width, transposed, partial in itertools.product((64, 128, 256), (0, 1), (0, 1)):
             cut = block_sm90.tile(size, width)
             yield block_sm90.spmm_request(size, dtype, cut, bool(transposed), bool(partial))
-    for size, dtype, wide in itertools.product((16, 32), HALVES, (64, 128)):
+    for size, dtype, wide in itertools.product((16, 32), HALVES, union_sm90.STAGES):
         for transposed, partial in itertools.product((False, True), (False, True)):
             yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
 
@@ -51,7 +51,7 @@ def test_no_spills_and_nothing_serialised(wanted, tmp_path, monkeypatch):
 def test_shared_memory_fits_a_multiprocessor(size, width):
     cut = block_sm90.tile(size, width)
     assert cut.shared(size) <= 232_448 - 1024  # the static barriers besides
-    assert union_sm90.spmm_shared(64 if width <= 64 else 128) <= 232_448 - 1024
+    assert union_sm90.spmm_shared(union_sm90.wide_of(width)) <= 232_448 - 1024
     panels = -(-min(width, 256) // 64)
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
 
