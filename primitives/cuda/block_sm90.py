@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -257,54 +257,18 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> tuple[Te
 
 
 def _dealt(counts: list[int], repeats: int, ctas: int) -> tuple[Tensor, Tensor]:
-    """Starts, and tiles repeat * lines + rank, so that the CTAs' sums are about equal.
-
-    Source: Coffman, Garey and Johnson, An application of bin-packing to multiprocessor scheduling,
-    SIAM J. Comput. 7, 1978 (MULTIFIT).
-    """
-    # Half an element is about what a tile costs besides its elements.
-    ranks: dict[int, list[int]] = {}
-    for rank, count in enumerate(counts):
-        ranks.setdefault(2 * count + 1, []).append(rank)
-    sizes = {cost: len(ranks[cost]) * repeats for cost in sorted(ranks, reverse=True)}
-    mean = sum(cost * n for cost, n in sizes.items()) / ctas
-    low, high = math.ceil(max(mean, next(iter(sizes)))), math.ceil(mean + next(iter(sizes)))
-    while low < high:
-        middle = (low + high) // 2
-        if _packed(sizes, ctas, middle) is None:
-            low = middle + 1
-        else:
-            high = middle
-    bins = _packed(sizes, ctas, low)
-    assert bins is not None  # by the last bound, that of any list order
-    # Tiles of the same columns at about the same time: L2 then holds what they share.
-    queues = {
-        cost: iter(
-            [repeat * len(counts) + rank for repeat in range(repeats) for rank in ranks[cost]]
-        )
-        for cost in sizes
-    }
+    """Starts, and tiles repeat * lines + rank, the longest first to the CTA with the least."""
+    free = [(0, cta) for cta in range(ctas)]
     mine: list[list[int]] = [[] for _ in range(ctas)]
-    for turn in range(max(map(len, bins))):
-        for own, costs in zip(mine, bins, strict=True):
-            if turn < len(costs):
-                own.append(next(queues[costs[turn]]))
+    for rank, count in enumerate(counts):
+        for repeat in range(repeats):
+            load, cta = free[0]
+            # A tile costs about as much as an element besides its elements.
+            heapq.heapreplace(free, (load + count + 1, cta))
+            mine[cta].append(repeat * len(counts) + rank)
+    # Tiles of the same columns at about the same time: L2 then holds what they share.
     flat = [number for own in mine for number in sorted(own)]
     return torch.tensor([0, *itertools.accumulate(map(len, mine))]), torch.tensor(flat)
-
-
-def _packed(sizes: dict[int, int], bins: int, room: int) -> list[list[int]] | None:
-    """The costs that fill each bin up to ``room``, largest first; None if some are left over."""
-    left, made = dict(sizes), []
-    for _ in range(bins):
-        free, costs = room, []
-        for cost, n in left.items():
-            taken = min(n, free // cost)
-            costs += [cost] * taken
-            left[cost] -= taken
-            free -= taken * cost
-        made.append(costs)
-    return None if any(left.values()) else made
 
 
 def _strided(lines: int, repeats: int, ctas: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from .plan import PartPlan, Plan, cached, join
 
 # Columns that one CTA of sddmm takes from a block row (sddmm.cuh: kColumns).
 COLUMNS = 256
-# Blocks that one CTA of sddmm_block_sm90 takes from a block row.
-WGMMA_BLOCKS = 16
+# Blocks that one CTA of sddmm_block_sm90 takes from a block row, by size: as measured.
+WGMMA_BLOCKS = {64: 16, 128: 4}
 # Rows of a CTA of spmm_union_sm90.
 UNION_ROWS = 128
 
@@ -196,7 +196,7 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         pack_bits(bits.any(1)),
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
-        chunks_of(row_ptr, WGMMA_BLOCKS) if size >= 64 else row_ptr.new_empty(0, 2),
+        chunks_of(row_ptr, WGMMA_BLOCKS[size]) if size >= 64 else row_ptr.new_empty(0, 2),
         *(walk.to(torch.int32).contiguous() for walk in walks),
         pack_bits(bits.mT.contiguous()),
         *(block.to(torch.int32) for block in blocks),
