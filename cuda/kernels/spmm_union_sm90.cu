@@ -49,7 +49,7 @@ __device__ __forceinline__ u32 both(u32 bits) {
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 : 1)
     spmm_union_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ unions, const int2 *__restrict__ blocks,
-                    const int *__restrict__ starts, const int4 *__restrict__ tiles,
+                    const int4 *__restrict__ tiles, int each,
                     const u8 *__restrict__ masks, int groups, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
@@ -61,6 +61,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
+    // The first tile is asked for while the barriers are made.
+    Walk walk(tiles, each);
+    if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)
             barrier_init(full + 8 * s, kProducers), barrier_init(empty + 8 * s, kConsumers / 32);
@@ -70,15 +73,13 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
 
     int4 tile;
     int stage = 0;
-    Walk walk(starts, tiles);
 
     if (warp >= kConsumers / 32) {  // producers
-        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
         const int role = warp - kConsumers / 32;
         u32 parity = 1;
         // What describes a stage is asked for kAhead stages ahead, into shared memory.
         if (role == 0) {  // x: a lane looks after one panel of one union of each stage
-            if (lane == 0) tma_prefetch(x_map);
             const int slot = lane / kPanels, panel = lane % kPanels;
             while (walk.next(tile)) {
                 const int column = tile.w % across * kWide + 64 * panel, matrix = tile.w / across, entry = tile.x / groups;
@@ -109,7 +110,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
             }
         } else if (role == 1) {  // blocks: a lane looks after one line of one union
             const int slot = lane / kLines, line = lane % kLines;
-            if (lane == 0) tma_prefetch(values_map);
                         while (walk.next(tile)) {
                 const int matrix = tile.w / across;
                 auto ask = [&](int n) {
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
         return;
     }
 
-    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     const int group = warp / 4, line = group * kEach + warp % 4 / kSteps;  // this warp's line of the 128 rows
     const int half = kSize == 32 ? warp % 2 : 0;                          // its 16 rows of the block
     // Of ldmatrix: lane l gives row l % 8 of matrix l / 8: rows + 8 (m % 2) and k + 8 (m / 2), or turned.

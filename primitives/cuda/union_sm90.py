@@ -64,17 +64,17 @@ def spmm(
     run = kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)
     for start in range(0, free, step := max(1, TILES // (groups * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
-        starts, tiles = walks(records, across, to.shape[0], several)
+        tiles = walks(records, across, to.shape[0], several)
         run(
-            (starts.shape[0] - 1,),
+            (tiles.shape[0],),
             THREADS,
             (
                 values_map(weights, shift, size, items, (size, size)),
                 operand_map(right, size),
                 table.data_ptr(),
                 blocks.data_ptr(),
-                starts.data_ptr(),
                 tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
                 masks.data_ptr(),
                 np.int32(groups // entries),
                 np.int32(entries),
