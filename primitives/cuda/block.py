@@ -13,7 +13,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import Kernel, kernel
 
 from ..plans.plan import PartPlan
-from . import block_sm90
+from . import block_sm90, union_sm90
 from .parts import (
     CODES,
     THREADS,
@@ -29,12 +29,12 @@ from .parts import (
 )
 
 
-def _hopper(t: Tensor, size: int, items: Tensor, keep: Tensor | None, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels of block_sm90 take this product; run-time masks are not for them."""
+def _hopper(t: Tensor, items: Tensor, keep: Tensor | None, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels for sm_90a take this product; run-time masks are not for them."""
     return (
         keep is None
         and items.shape[0] > 0
-        and block_sm90.runs_here(size, t.shape[3], *dtypes)
+        and block_sm90.runs_here(t.shape[3], *dtypes)
         and facts(t.device.index).hopper
     )
 
@@ -89,7 +89,7 @@ def sddmm(
     (size,) = part.scalars
     if not chunks.shape[0]:
         return
-    if q.shape[3] <= 256 and _hopper(q, size, items, keep, q.dtype, values.dtype):
+    if size >= 64 and q.shape[3] <= 256 and _hopper(q, items, keep, q.dtype, values.dtype):
         longer = part.tensors[10]
         block_sm90.sddmm(values, q, k, part.starts[0], size, items, longer, masks, scale)
         return
@@ -183,6 +183,7 @@ def spmm(
     items, row_ptr, row_order, t_items, col_ptr, col_order, masks, any_col, any_row = part.tensors[
         :9
     ]
+    table, records = part.tensors[13:15] if transposed else part.tensors[11:13]
     (size,) = part.scalars
     bounds, order, used = row_ptr, row_order, any_col
     if transposed:
@@ -192,10 +193,15 @@ def spmm(
     if 0 in (lines, width):
         return
     fitting = out.dtype in (x.dtype, torch.float32)
-    if fitting and _hopper(x, size, items, keep, x.dtype, values.dtype):
-        listed = t_items if transposed else None
-        tables = (items, listed, bounds, order, masks, used)
-        block_sm90.spmm(out, values, x, part.starts[0], size, *tables, scale, add)
+    if fitting and _hopper(x, items, keep, x.dtype, values.dtype):
+        if size >= 64:
+            tables = (items.shape[0], table, records, masks, used)
+            block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
+        else:
+            blocks = part.tensors[17 if transposed else 16]
+            bits = part.tensors[15] if transposed else masks
+            found = (items.shape[0], table, blocks, records, bits)
+            union_sm90.spmm(out, values, x, part.starts[0], size, *found, transposed, scale, add)
         return
     wide = wide_of(width, x.dtype)
     run, shared = _spmm_kernel(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import heapq
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
@@ -19,18 +21,17 @@ CODES = {torch.float16: 0, torch.bfloat16: 1}
 SDDMM_STAGES = {1: 3, 2: 3, 3: 2, 4: 2}
 
 
-def runs_here(size: int, width: int, *dtypes: torch.dtype) -> bool:
-    """Whether these kernels take blocks of this size and operands of this width and dtypes."""
-    alike = all(dtype in CODES and dtype == dtypes[0] for dtype in dtypes)
-    return size in (64, 128) and width % 8 == 0 and alike
+def runs_here(width: int, *dtypes: torch.dtype) -> bool:
+    """Whether these kernels take operands of this width and dtypes."""
+    return width % 8 == 0 and all(dtype in CODES and dtype == dtypes[0] for dtype in dtypes)
 
 
-def _laid_out(t: Tensor) -> Tensor:
+def laid_out(t: Tensor) -> Tensor:
     """A copy where a dimension is broadcast: a tensor map has no stride 0."""
     return t.contiguous() if 0 in t.stride() else t
 
 
-def _operand_map(t: Tensor, rows: int) -> np.ndarray:
+def operand_map(t: Tensor, rows: int) -> np.ndarray:
     """(F, E, N, D), any strides but the last, in boxes of 64 columns × rows."""
     free, entries, n, width = t.shape
     size = t.element_size()
@@ -38,15 +39,18 @@ def _operand_map(t: Tensor, rows: int) -> np.ndarray:
     return descriptor(t.data_ptr(), t.dtype, (width, n, entries, free), strides, (64, rows, 1, 1))
 
 
-def _values_map(values: Tensor, shift: int, size: int, items: int) -> np.ndarray:
-    """The slots of a block part, (F, items · size, size), in boxes of 64 × 64."""
+def values_map(
+    values: Tensor, shift: int, size: int, items: int, box: tuple[int, int] = (64, 64)
+) -> np.ndarray:
+    """The slots of a block part, (F, items · size, size), in boxes of columns × rows."""
     each = values.element_size()
     return descriptor(
         values.data_ptr() + shift * each,
         values.dtype,
         (size, items * size, values.shape[0]),
         (size * each, values.stride(0) * each),
-        (64, 64, 1),
+        (*box, 1),
+        box[0] * each,
     )
 
 
@@ -76,7 +80,7 @@ def sddmm(
     """
     if not chunks.shape[0] or not values.shape[0]:
         return
-    q, k = _laid_out(q), _laid_out(k)
+    q, k = laid_out(q), laid_out(k)
     panels = -(-q.shape[-1] // 64)
     stages = SDDMM_STAGES[panels]
     wanted = sddmm_request(size, q.dtype, panels, stages)
@@ -84,9 +88,9 @@ def sddmm(
         (chunks.shape[0], values.shape[0]),
         size * 2 + 32,
         (
-            _operand_map(q, size),
-            _operand_map(k, 64),
-            _values_map(values, shift, size, items.shape[0]),
+            operand_map(q, size),
+            operand_map(k, 64),
+            values_map(values, shift, size, items.shape[0]),
             items.data_ptr(),
             chunks.data_ptr(),
             masks.data_ptr(),
@@ -102,16 +106,16 @@ def spmm(
     x: Tensor,
     shift: int,
     size: int,
-    items: Tensor,
-    listed: Tensor | None,
-    bounds: Tensor,
-    order: Tensor,
+    items: int,
+    table: Tensor,
+    records: Tensor,
     masks: Tensor,
     used: Tensor,
+    transposed: bool,
     scale: float,
     add: bool = False,
 ) -> None:
-    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when ``listed`` is given.
+    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when transposed.
 
     Args:
         out: (F, E, rows, D), contiguous; x's dtype, or float32 for partial results.
@@ -119,51 +123,51 @@ def spmm(
         x: (F, E, inner, D), rows 16-byte aligned.
         shift: first slot of the part.
         size: side of a block, 64 or 128.
-        items: int32 (n, 4), entry, block row, block column, mask of every block.
-        listed: None, or int32 (n,), items in column-major order for the transpose.
-        bounds: int32, where each block row's (column's) items start.
-        order: int32, block rows by falling number of items.
+        items: blocks of the part.
+        table: int32 (items, 4) of ``plans.cuda_block``, of the columns when transposed.
+        records: int32 (E * block rows or columns, 4) of ``plans.cuda_block``, likewise.
         masks: uint8 (M, size, size // 8).
         used: uint8 (M, size // 8), inner positions with a kept element.
+        transposed: multiply by the transpose.
         scale: multiplies the product.
         add: add to out instead of overwriting it; float32 only.
     """
     free, entries, rows, width = out.shape
-    if 0 in (free, order.shape[0], width):
+    if 0 in (free, records.shape[0], width):
         return
-    x = _laid_out(x)
+    x = laid_out(x)
     cut = tile(size, width)
     partial = out.dtype == torch.float32
-    wanted = spmm_request(size, x.dtype, cut, listed is not None, partial)
     device = x.device.index
-    across, lines = -(-width // (cut.wide * cut.groups)), order.shape[0]
-    tiles = free * lines * across
-    kernel(wanted, device)(
-        (min(tiles, facts(device).multiprocessors) if cut.persistent else tiles,),
-        cut.threads(size),
-        (
-            _values_map(values, shift, size, items.shape[0]),
-            _operand_map(x, 64),
-            # An unused map still has to be one.
-            _operand_map(x, 64) if partial else _operand_map(out, size),
-            items.data_ptr(),
-            0 if listed is None else listed.data_ptr(),
-            bounds.data_ptr(),
-            order.data_ptr(),
-            masks.data_ptr(),
-            used.data_ptr(),
-            np.int32(lines // entries),
-            np.int32(lines),
-            np.int32(across),
-            np.int32(free),
-            np.float32(scale),
-            out.data_ptr() if partial else 0,
-            np.int32(rows),
-            np.int32(width),
-            np.int32(add),
-        ),
-        cut.shared(size),
-    )
+    lines, across = records.shape[0], -(-width // cut.across)
+    several = facts(device).multiprocessors if cut.alone else 0
+    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial), device)
+    shared = cut.shared(size)
+    for start in range(0, free, step := max(1, TILES // (lines * across))):
+        to, weights, right = (t[start : start + step] for t in (out, values, x))
+        tiles = walks(records, across, to.shape[0], several)
+        run(
+            (tiles.shape[0],),
+            cut.threads(size),
+            (
+                values_map(weights, shift, size, items),
+                operand_map(right, cut.depth),
+                table.data_ptr(),
+                tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
+                masks.data_ptr(),
+                used.data_ptr(),
+                np.int32(lines // entries),
+                np.int32(entries),
+                np.int32(across),
+                np.float32(scale),
+                to.data_ptr(),
+                np.int32(rows),
+                np.int32(width),
+                np.int32(add),
+            ),
+            shared,
+        )
 
 
 class Cut(NamedTuple):
@@ -172,14 +176,23 @@ class Cut(NamedTuple):
     Attributes:
         wide: columns of x that a warpgroup takes.
         groups: warpgroups side by side.
-        stages: TMA stages of 64 inner positions.
-        persistent: one CTA a multiprocessor, else one a tile.
+        depth: inner positions of a stage of x.
+        left: stages of S, of 64 inner positions.
+        right: stages of x.
+        alone: one CTA a multiprocessor, else one a tile.
     """
 
     wide: int
     groups: int
-    stages: int
-    persistent: bool
+    depth: int
+    left: int
+    right: int
+    alone: bool
+
+    @property
+    def across(self) -> int:
+        """Columns of x that a CTA takes."""
+        return self.wide * self.groups
 
     def threads(self, size: int) -> int:
         """Threads of a CTA; a whole warpgroup produces where registers are short."""
@@ -188,9 +201,7 @@ class Cut(NamedTuple):
 
     def shared(self, size: int) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        across = self.wide * self.groups
-        results = 2 * size * across if self.persistent else 0
-        return self.stages * (size + across) * 128 + results + 1024
+        return self.left * size * 128 + self.right * self.across * self.depth * 2 + 1024
 
 
 def tile(size: int, width: int) -> Cut:
@@ -200,10 +211,100 @@ def tile(size: int, width: int) -> Cut:
     room for several CTAs on a multiprocessor, which hide each other's beginnings and ends.
     """
     if width <= 64:
-        return Cut(64, 1, 4, False)
+        return Cut(64, 1, 64, 4, 4, False)
     if width <= 128:
-        return Cut(128, 1, 4 if size == 64 else 3, False)
-    return Cut(256, 1, 3, True) if size == 128 else Cut(256, 2, 2, True)
+        return Cut(128, 1, 64, 4, 4, False) if size == 64 else Cut(128, 1, 64, 3, 3, False)
+    return Cut(256, 1, 32, 4, 9, True) if size == 128 else Cut(256, 2, 32, 4, 6, True)
+
+
+# Beyond this many tiles a CTA, a walk by strides is even enough.
+SCHEDULED = 16
+# Tiles of one launch, whose lists take 16 bytes each.
+TILES = 1 << 20
+_walks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
+    """Which tiles each CTA takes, in which order; kept with the records.
+
+    Args:
+        records: int32 (lines, 4) of ``plans.cuda_block``, the longest first.
+        across: column tiles.
+        matrices: matrices that share the records.
+        several: CTAs that share the tiles; 0 = a CTA for each.
+
+    Returns:
+        int32 (ctas, most, 4): line, first element in its table, elements, matrix * across + column
+        tile; elements are −1 after a CTA's last tile. Few tiles are dealt out by their length
+        (which reads the records back from the device), many by strides that turn round.
+    """
+    kept = _walks.setdefault(records, {})
+    key = (across, matrices, several)
+    if key not in kept:
+        lines, repeats = records.shape[0], across * matrices
+        ctas = min(several, lines * repeats) or lines * repeats
+        if ctas < lines * repeats <= SCHEDULED * ctas:
+            order = _dealt(records[:, 2].tolist(), repeats, ctas)
+        else:
+            order = _strided(lines, repeats, ctas)
+        order = order.to(records.device)
+        rank, repeat = order % lines, order // lines
+        tiles = torch.cat([records[rank][..., :3], repeat[..., None].to(torch.int32)], -1)
+        tiles[order < 0] = -1
+        kept[key] = tiles.contiguous()
+    made: Tensor = kept[key]
+    return made
+
+
+def _dealt(counts: list[int], repeats: int, ctas: int) -> Tensor:
+    """Tiles repeat * lines + rank of each CTA, −1 after the last, so that sums are about equal."""
+    # A tile costs about as much as an element besides its elements.
+    free = [(0, cta) for cta in range(ctas)]
+    mine: list[list[int]] = [[] for _ in range(ctas)]
+    for rank, count in enumerate(counts):  # longest first, to the CTA with the least
+        for repeat in range(repeats):
+            load, cta = free[0]
+            heapq.heapreplace(free, (load + count + 1, cta))
+            mine[cta].append(repeat * len(counts) + rank)
+    _evened(mine, [count + 1 for count in counts])
+    # Tiles of the same columns at about the same time: L2 then holds what they share.
+    most = max(map(len, mine))
+    return torch.tensor([sorted(own) + [-1] * (most - len(own)) for own in mine])
+
+
+def _evened(mine: list[list[int]], costs: list[int]) -> None:
+    """Exchange tiles between the CTA with the most and another, as long as the most falls."""
+    lines = len(costs)
+    loads = [sum(costs[tile % lines] for tile in own) for own in mine]
+    for _ in range(4 * len(mine)):
+        top = max(range(len(mine)), key=loads.__getitem__)
+        best: tuple[int, int, int, int] | None = None
+        for other in sorted(range(len(mine)), key=loads.__getitem__)[: len(mine) // 2]:
+            gap = loads[top] - loads[other]
+            for a, given in enumerate(mine[top]):
+                for b, taken in enumerate(mine[other]):
+                    moved = costs[given % lines] - costs[taken % lines]
+                    # The larger of the two sums afterwards.
+                    worst = loads[top] - min(moved, gap - moved)
+                    if 0 < moved < gap and (best is None or worst < best[0]):
+                        best = (worst, other, a, b)
+            if best is not None and best[0] <= loads[top] - gap // 2:
+                break
+        if best is None:
+            return
+        _, other, a, b = best
+        moved = costs[mine[top][a] % lines] - costs[mine[other][b] % lines]
+        mine[top][a], mine[other][b] = mine[other][b], mine[top][a]
+        loads[top] -= moved
+        loads[other] += moved
+
+
+def _strided(lines: int, repeats: int, ctas: int) -> Tensor:
+    """Tiles in turn, −1 after the last; every other turn goes backwards, so that sums even out."""
+    turns = -(-lines * repeats // ctas)
+    tile = torch.arange(turns * ctas).view(turns, ctas)
+    tile[1::2] = tile[1::2].flip(1)
+    return torch.where(tile < lines * repeats, tile, -1).T
 
 
 @functools.lru_cache(maxsize=256)
@@ -228,9 +329,10 @@ def spmm_request(
         "DTYPE": CODES[dtype],
         "WIDE": cut.wide,
         "GROUPS": cut.groups,
-        "STAGES": cut.stages,
+        "DEPTH": cut.depth,
+        "STAGES_A": cut.left,
+        "STAGES_B": cut.right,
         "TRANSPOSED": int(transposed),
-        "PERSISTENT": int(cut.persistent),
         "PARTIAL": int(partial),
     }
     return request("spmm_block_sm90", constants, flush=True)

@@ -14,8 +14,10 @@ from .plan import PartPlan, Plan, cached, join
 
 # Columns that one CTA of sddmm takes from a block row (sddmm.cuh: kColumns).
 COLUMNS = 256
-# Blocks that one CTA of sddmm_block_sm90 takes from a block row.
-WGMMA_BLOCKS = 16
+# Blocks that one CTA of sddmm_block_sm90 takes from a block row, by size: as measured.
+WGMMA_BLOCKS = {64: 16, 128: 4}
+# Rows of a CTA of spmm_union_sm90.
+UNION_ROWS = 128
 
 
 def spread(
@@ -56,7 +58,10 @@ def longest_first(counts: Tensor) -> Tensor:
 
 
 def chunks_of(row_ptr: Tensor, most: int) -> Tensor:
-    """int32 (n, 2): (first item, items) of runs of at most ``most`` inside one row, evenly cut."""
+    """int32 (n, 2): (first item, items) of runs of at most ``most`` in one row, evenly cut.
+
+    The longest come first, so that the last CTAs to start are short.
+    """
     first, counts = row_ptr[:-1].long(), row_ptr.diff().long()
     cuts = (counts + most - 1) // most
     total = int(cuts.sum())
@@ -64,7 +69,54 @@ def chunks_of(row_ptr: Tensor, most: int) -> Tensor:
     at = torch.arange(total, device=cuts.device) - (cuts.cumsum(0) - cuts)[row]
     begin = at * counts[row] // cuts[row]
     end = (at + 1) * counts[row] // cuts[row]
-    return torch.stack([first[row] + begin, end - begin], 1).to(torch.int32)
+    runs = torch.stack([first[row] + begin, end - begin], 1).to(torch.int32)
+    return runs[longest_first(runs[:, 1]).long()]
+
+
+def records(bounds: Tensor, order: Tensor, lines: int) -> Tensor:
+    """int32 (n, 4): line, first element, elements, entry; lines in the order given."""
+    line = order.long()
+    return torch.stack([line, bounds[line], bounds.diff()[line], line // max(lines, 1)], 1)
+
+
+def unions(
+    items: Tensor, side: int, entries: int, lines: tuple[int, int], used: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inner blocks that groups of UNION_ROWS rows (or columns) have any block at.
+
+    Args:
+        items: int32 (n, 4), entry, block row, block column, mask of every block.
+        side: 1 to group rows, 2 to group columns.
+        entries: number of entries.
+        lines: block lines of an entry, and inner blocks.
+        used: bool (M, size), inner positions with a kept element in each mask.
+
+    Returns:
+        int64 (U, 4): inner block; bits of the group's lines that have a block there; bits of the
+        inner positions in use; 0. By entry, group, inner block. Their ``records``. And int64
+        (U, lines of a group, 2): item and mask of the block of each line, −1 and −1 where none.
+    """
+    size = used.shape[1]
+    each, inner = UNION_ROWS // size, max(lines[1], 1)
+    groups = -(-lines[0] // each)
+    entry, line, column, mask = (items[:, c].long() for c in (0, side, 3 - side, 3))
+    key = (entry * groups + line // each) * inner + column
+    found, which = torch.unique(key, return_inverse=True)
+    bits = torch.zeros_like(found).index_add_(0, which, 1 << line % each)
+    live = torch.zeros(len(found), size, dtype=torch.int32, device=items.device)
+    full = mask < 0
+    live.index_add_(0, which[~full], used[mask[~full]].to(torch.int32))
+    live[which[full]] = 1
+    weights = 1 << torch.arange(size, device=items.device)
+    words = ((live > 0) * weights).sum(1)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words)  # as int32
+    table = torch.stack([found % inner, bits, words, torch.zeros_like(found)], 1)
+    counts = torch.bincount(found // inner, minlength=entries * groups)
+    blocks = torch.full((len(found), each, 2), -1, device=items.device)
+    blocks[which, line % each] = torch.stack(
+        [torch.arange(len(items), device=mask.device), mask], 1
+    )
+    return table, records(running(counts), longest_first(counts), groups), blocks
 
 
 def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
@@ -83,7 +135,16 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         any_col    uint8 (M, size / 8): columns with a live row
         any_row    uint8 (M, size / 8): rows with a live column
         chunks     int32 (C, 2): first item and items of what one CTA of sddmm takes
-        longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items, sizes 64 and 128 only
+        longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items
+        table      sizes 64 and 128: int32 (NBE, 4): item, block column, mask, 0, as items; 16 and
+                   32: int32 (U, 4) of ``unions``
+        records    int32 (n, 4): row, or group of rows, first in table, elements, entry; longest
+                   first
+        t_table    the same of columns, as t_items
+        t_records  the same of columns
+        masks_t    uint8 (M, size, size / 8), the transposed masks
+        blocks     int32 (U, lines, 2): item and mask by union and line; sizes 16 and 32 only
+        t_blocks   the same of columns
 
     Scalars: size.
     """
@@ -106,19 +167,39 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         ],
         dim=1,
     )
-    bits = unpack_bits(layout.masks)
-    tensors = [
-        items.to(torch.int32),
-        row_ptr,
+    items = items.to(torch.int32)
+    t_items = (layout.t_order[index].long() + moved).to(torch.int32)
+    row_order, col_ptr, col_order = (
         longest_first(counts),
-        (layout.t_order[index].long() + moved).to(torch.int32),
         running(t_counts),
         longest_first(t_counts),
+    )
+    bits = unpack_bits(layout.masks)
+    if size >= 64:
+        zero = at * 0
+        table = torch.stack([torch.arange(len(items), device=device), *items[:, 2:].T, zero], 1)
+        t_table = torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, zero], 1)
+        walks = [table, records(row_ptr, row_order, nqb), t_table, records(col_ptr, col_order, nkb)]
+        blocks = [row_ptr.new_empty(0, 0, 2)] * 2
+    else:
+        rows = unions(items, 1, len(entry), (nqb, nkb), bits.any(1))
+        columns = unions(items, 2, len(entry), (nkb, nqb), bits.any(2))
+        walks, blocks = [*rows[:2], *columns[:2]], [rows[2], columns[2]]
+    tensors = [
+        items,
+        row_ptr,
+        row_order,
+        t_items,
+        col_ptr,
+        col_order,
         layout.masks.contiguous(),
         pack_bits(bits.any(1)),
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
-        chunks_of(row_ptr, WGMMA_BLOCKS) if size >= 64 else row_ptr.new_empty(0, 2),
+        chunks_of(row_ptr, WGMMA_BLOCKS[size]) if size >= 64 else row_ptr.new_empty(0, 2),
+        *(walk.to(torch.int32).contiguous() for walk in walks),
+        pack_bits(bits.mT.contiguous()),
+        *(block.to(torch.int32) for block in blocks),
     ]
     return PartPlan("cblock", tensors, [size], [shift + start for start in layout.entry_slots])
 

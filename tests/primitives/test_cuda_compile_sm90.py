@@ -8,7 +8,7 @@ import torch
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import build
 from mixgrain.cuda.errors import MissingError
-from mixgrain.primitives.cuda import block_sm90
+from mixgrain.primitives.cuda import block_sm90, union_sm90
 
 try:
     nvrtc.library()
@@ -26,6 +26,9 @@ def requests():
         for width, transposed, partial in itertools.product((64, 128, 256), (0, 1), (0, 1)):
             cut = block_sm90.tile(size, width)
             yield block_sm90.spmm_request(size, dtype, cut, bool(transposed), bool(partial))
+    for size, dtype, wide in itertools.product((16, 32), HALVES, union_sm90.STAGES):
+        for transposed, partial in itertools.product((False, True), (False, True)):
+            yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
 
 
 @pytest.mark.compile
@@ -48,5 +51,26 @@ def test_no_spills_and_nothing_serialised(wanted, tmp_path, monkeypatch):
 def test_shared_memory_fits_a_multiprocessor(size, width):
     cut = block_sm90.tile(size, width)
     assert cut.shared(size) <= 232_448 - 1024  # the static barriers besides
+    assert union_sm90.spmm_shared(union_sm90.wide_of(width)) <= 232_448 - 1024
     panels = -(-min(width, 256) // 64)
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
+
+
+@pytest.mark.parametrize("several", [0, 16, 1000])
+@pytest.mark.parametrize("matrices", [1, 3, 500])
+def test_walks_take_every_tile_once_and_evenly(matrices, several):
+    counts = torch.tensor([9, 8, 8, 5, 5, 4, 2, 1, 1, 0])
+    records = torch.stack([counts.argsort(), counts.cumsum(0), counts, counts], 1).int()
+    tiles = block_sm90.walks(records, 7, matrices, several)
+    total = 70 * matrices
+    assert len(tiles) == (min(several, total) or total)
+    kept = tiles[..., 2] >= 0
+    assert not (kept[:, 1:] & ~kept[:, :-1]).any()  # none after the last
+    assert sorted(map(tuple, tiles[kept].tolist())) == sorted(
+        (*record[:3], repeat) for record in records.tolist() for repeat in range(7 * matrices)
+    )
+    loads = ((tiles[..., 2] + 1) * kept).sum(1)
+    # Dealt by length: close to the mean. By strides: lengths even out.
+    few = total <= block_sm90.SCHEDULED * len(loads)
+    assert loads.max() <= loads.double().mean() * (1 if few else 1.1) + (1 if several == 16 else 10)
+    assert block_sm90.walks(records, 7, matrices, several) is tiles

@@ -1,0 +1,115 @@
+"""SpMM of a BlockLayout of 16 or 32 on sm_90a: wgmma over unions of block rows."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+
+from ..plans.cuda_block import UNION_ROWS
+from .block_sm90 import CODES, TILES, laid_out, operand_map, values_map, walks
+
+# TMA stages of 64 rows of x, by columns of a CTA.
+STAGES = {64: 4, 128: 6, 256: 4}
+THREADS = 384
+
+
+def spmm(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    shift: int,
+    size: int,
+    items: int,
+    table: Tensor,
+    blocks: Tensor,
+    records: Tensor,
+    masks: Tensor,
+    transposed: bool,
+    scale: float,
+    add: bool = False,
+) -> None:
+    """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when transposed.
+
+    Args:
+        out: (F, E, rows, D), contiguous; x's dtype, or float32 for partial results.
+        values: (F, slots) of x's dtype, contiguous, rows at multiples of 16 bytes.
+        x: (F, E, inner, D), rows 16-byte aligned.
+        shift: first slot of the part.
+        size: side of a block, 16 or 32.
+        items: blocks of the part.
+        table: int32 (U, 4), the unions of ``plans.cuda_block``, of columns when transposed.
+        blocks: int32 (U, lines, 2), their blocks, likewise.
+        records: int32 (E * groups, 4), likewise.
+        masks: uint8 (M, size, size // 8), the transposed ones when transposed.
+        transposed: multiply by the transpose.
+        scale: multiplies the product.
+        add: add to out instead of overwriting it; float32 only.
+    """
+    free, entries, rows, width = out.shape
+    if 0 in (free, records.shape[0], width):
+        return
+    x = laid_out(x)
+    wide = wide_of(width)
+    partial = out.dtype == torch.float32
+    device = x.device.index
+    groups, across = records.shape[0], -(-width // wide)
+    several = facts(device).multiprocessors * (2 if wide == 64 else 1)
+    run = kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)
+    for start in range(0, free, step := max(1, TILES // (groups * across))):
+        to, weights, right = (t[start : start + step] for t in (out, values, x))
+        tiles = walks(records, across, to.shape[0], several)
+        run(
+            (tiles.shape[0],),
+            THREADS,
+            (
+                values_map(weights, shift, size, items, (size, size)),
+                operand_map(right, size),
+                table.data_ptr(),
+                blocks.data_ptr(),
+                tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
+                masks.data_ptr(),
+                np.int32(groups // entries),
+                np.int32(entries),
+                np.int32(across),
+                np.float32(scale),
+                to.data_ptr(),
+                np.int32(rows),
+                np.int32(width),
+                np.int32(add),
+            ),
+            spmm_shared(wide),
+        )
+
+
+def wide_of(width: int) -> int:
+    """Columns of a CTA for x of this width."""
+    return 64 if width <= 64 else 128 if width <= 128 else 256
+
+
+def spmm_shared(wide: int) -> int:
+    """Dynamic shared memory of a CTA, bytes: stages of x and of a band of values."""
+    return STAGES[wide] * 128 * (wide + UNION_ROWS) + 1024
+
+
+@functools.lru_cache(maxsize=256)
+def spmm_request(
+    size: int, dtype: torch.dtype, wide: int, transposed: bool, partial: bool
+) -> Request:
+    """The kernel; ``partial`` writes float32."""
+    constants = {
+        "SIZE": size,
+        "DTYPE": CODES[dtype],
+        "WIDE": wide,
+        "STAGES": STAGES[wide],
+        "TRANSPOSED": int(transposed),
+        "PARTIAL": int(partial),
+    }
+    return request("spmm_union_sm90", constants, flush=True)
