@@ -33,7 +33,7 @@ EVERYWHERE = {
     "spmm_row_merge", "spmm_merge", "spmm_join",
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
 }  # fmt: skip
-HOPPER = {"sddmm_block_sm90", "spmm_block_sm90"}
+HOPPER = {"sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90"}
 
 
 @pytest.mark.parametrize("arch", ARCHES)
