@@ -191,7 +191,7 @@ class Call:
 
     def _row(self, phase: int, part: PartPlan, v: Vectors, start: int, many: int) -> None:
         offsets, columns, row_order = part.tensors
-        long, _, gap = part.scalars
+        long, longest, gap = part.scalars
         lines = row_order.shape[0]
         behind = part.starts[-1] - part.starts[0]
         # The last of the launches clears the gap.
@@ -201,9 +201,13 @@ class Call:
         ):
             if stop == first:
                 continue
-            constants = self.constants(phase, 1, ROW_HOLDS[self.op], team, True)
-            _kernel(self.device, "row", constants)(
-                (stop - first if team > 1 else -(-(stop - first) // WARPS), many),
+            # Short rows share a warp: each would leave most of its lanes idle.
+            lanes = 32 if team > 1 or longest > 128 else 16 if longest > 64 else 8
+            hold = ROW_HOLDS[self.op] if lanes == 32 else 4 if longest <= 32 else 8
+            constants = self.constants(phase, 1, hold, team, True)
+            rows = WARPS * 32 // lanes if team == 1 else 1
+            _kernel(self.device, "row", (*constants, ("LANES", lanes)))(
+                (-(-(stop - first) // rows), many),
                 32 * (team if team > 1 else WARPS),
                 (
                     *self.slots(part, start, phase),

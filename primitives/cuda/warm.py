@@ -37,14 +37,15 @@ MASKS = (0, 1, 2)
 
 @functools.cache
 def _layouts() -> tuple[Layout, ...]:
-    """Small layouts that between them have every kind of part and every length of row."""
+    """Small layouts that between them have every kind of part and every class of row lengths."""
     n = 640
     band = patterns.window(70)
     made: list[Any] = [band.to_layout("block", n, n, size=size) for size in (16, 32, 64, 128)]
     full = patterns.full()
     # Nothing masked, and rows of more blocks than one warp takes.
     made += [full.to_layout("block", n, n, size=size) for size in (16, 32, 64, 128)]
-    made += [(full if wide else band).to_layout("row", n, n) for wide in (False, True)]
+    rows = (full, band, patterns.window(45), patterns.window(20), patterns.window(9))
+    made += [pattern.to_layout("row", n, n) for pattern in rows]
     some = patterns.global_tokens(list(range(0, n, 40)))
     mixed = (band | some | patterns.random(0.004, 0)).to_layout("mixed", n, n)
     kinds = [part.kind for part in mixed.parts]
