@@ -13,6 +13,7 @@ from torch import Tensor
 import mixgrain as mg
 from mixgrain.formats.errors import ShapeError, UnsupportedError
 
+pytest.importorskip("transformers", minversion="5.20")
 big_bird = pytest.importorskip("transformers.models.big_bird.modeling_big_bird")
 
 WIDTH, HEADS = 32, 4

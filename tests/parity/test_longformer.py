@@ -13,6 +13,7 @@ from torch import Tensor
 import mixgrain as mg
 from mixgrain.formats.errors import UnsupportedError
 
+pytest.importorskip("transformers", minversion="5.20")
 longformer = pytest.importorskip("transformers.models.longformer.modeling_longformer")
 
 WIDTH, HEADS = 32, 4
