@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .arguments import as_device
-from .tracing import constant, keep, kept
+from .tracing import ByIdentity, constant, keep, kept
 
 _keys = itertools.count(1)
 
@@ -38,7 +38,7 @@ def next_key() -> int:
     return next(_keys)
 
 
-class Layout(ABC):
+class Layout(ByIdentity, ABC):
     """Positions of the kept entries of an (nq, nk) matrix, one pattern per (batch, head) entry.
 
     Concrete layouts are frozen dataclasses (``eq=False``: identity is ``key``) whose tensor fields

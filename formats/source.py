@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cache import Reference
 from .errors import DtypeError, LayoutError, ShapeError
-from .tracing import concretely, constant, keep, kept
+from .tracing import ByIdentity, concretely, constant, keep, kept
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ BYTES_IN_KEY = 64 * 1024
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
-class Source:
+class Source(ByIdentity):
     """A tensor, or one entry of it, that a pattern was made from.
 
     The tensor is the caller's own: a change in place is seen by the next use, because everything

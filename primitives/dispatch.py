@@ -130,7 +130,7 @@ def plan_for(op: str, layout: Layout, *tensors: Tensor | None) -> Plan:
 def _traced(planner: Planner, layout: Layout) -> Plan:
     """The plan that traced code asks for, made or remembered while it is being traced."""
     if layout.key != TRACED:
-        return _planned(planner, layout)
+        return Plan(*_planned(planner, layout))
     # Chosen by score in this very trace: only the metadata is not known yet.
     assert isinstance(layout, NMLayout)
     blank = nm_plan(layout.stored_shape, layout.n, layout.m, layout.encoding, layout.lead,
@@ -139,5 +139,5 @@ def _traced(planner: Planner, layout: Layout) -> Plan:
 
 
 @constant
-def _planned(planner: Planner, layout: Layout) -> Plan:
-    return planner(layout)
+def _planned(planner: Planner, layout: Layout) -> tuple[Any, ...]:
+    return tuple(planner(layout))

@@ -359,10 +359,6 @@ def test_tf32_is_part_of_the_signature():
     assert torch.equal(mg.sddmm(q, k, layout).values, exact)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
-    reason="the tracer of torch 2.11 cannot hand a layout to a function whose result is constant",
-)
 def test_compiled_for_less_overhead_plans_once(monkeypatch):
     from mixgrain.primitives.cuda import calls
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -186,6 +189,55 @@ def test_an_equal_pattern_and_a_second_compilation_plan_nothing(monkeypatch) -> 
     assert made == ["layout", "plan"] and torch.equal(first, again)
     compiled(q, P.window(5) | P.sinks(1))
     assert made == ["layout", "plan"] * 2
+
+
+def variant(q: Tensor, k: Tensor, v: Tensor, layout: mg.formats.layout.Layout) -> Tensor:
+    s = mg.sddmm(q, k, layout, scale=0.3)
+    return mg.spmm(mg.softmax(s.map(lambda x, i, j: x - 0.1 * (i - j).abs())), v)
+
+
+def test_a_layout_plans_once_and_is_known_by_identity(monkeypatch) -> None:
+    from mixgrain.primitives.plans import plan
+
+    made = []
+    validate = plan.validate_once
+    monkeypatch.setattr(plan, "validate_once", lambda x: (made.append(x.key), validate(x)))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(variant, fullgraph=True, backend=counter)
+    one, other = (p.to_layout("mixed", N, N, size=16) for p in (PATTERN, P.window(3)))
+    for n, layout in enumerate((one, one, one, other, one, other)):
+        q, k, v = (torch.randn(2, 4, N, 8, generator=torch.Generator().manual_seed(n + i))
+                   for i in range(3))  # fmt: skip
+        mine = compiled(q, k, v, layout)
+        planned = len(made)
+        assert torch.equal(mine, variant(q, k, v, layout))
+        assert counter.frame_count == planned == len(made) == (1 if n < 3 else 2)
+    assert made == [one.key, other.key]
+
+
+def test_what_was_compiled_keeps_no_layout_alive() -> None:
+    q, k, v = (t.detach() for t in tensors(1, 2, N, 8))
+    layout = mg.formats.row.RowLayout.from_csr(
+        (N, N), torch.arange(N + 1), torch.arange(N, dtype=torch.int32)
+    )
+    torch.compile(variant, fullgraph=True, backend="aot_eager")(q, k, v, layout)
+    gone = weakref.ref(layout)
+    del layout
+    gc.collect()
+    assert gone() is None
+
+
+def test_costs_are_compared_by_value() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    f = lambda q, costs: mg.sddmm(  # noqa: E731
+        q, q, PATTERN.to_layout("mixed", N, N, size=16, costs=costs)
+    ).to_dense()
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    (q,) = tensors(1, 2, N, 8, count=1)
+    wide = dataclasses.replace(mg.Costs.cpu(), head_dim=128)
+    for costs, frames in ((mg.Costs.cpu(), 1), (mg.Costs.cpu(), 1), (wide, 2), (None, 3)):
+        assert torch.equal(compiled(q, costs), f(q, costs))
+        assert counter.frame_count == frames
 
 
 def test_a_layout_that_leaves_the_graph_keeps_its_identity() -> None:
