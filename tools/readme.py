@@ -87,7 +87,7 @@ def speed_section(measured: dict[str, Any] | None) -> str:
             continue
         if "goal_us" in ours:  # host times, each a figure of its own
             lines += [
-                f"| {name} | {row['shape']} | {row['host_us']:,.4g} µs of host time | | |"
+                f"| {name} | {row['shape']} | {_micro(row['host_us'])} of host time | | |"
                 for row in rows
             ]
             continue
@@ -109,6 +109,10 @@ def speed_section(measured: dict[str, Any] | None) -> str:
         "[benchmarks/h200.json](benchmarks/h200.json).",
     ]
     return "\n".join(lines)
+
+
+def _micro(us: float) -> str:
+    return f"{us:.1f} µs" if us < 100 else f"{us / 1000:.1f} ms"
 
 
 def replaced(text: str, begin: str, end: str, body: str) -> str:
