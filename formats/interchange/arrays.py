@@ -6,6 +6,8 @@ hands out writable tensors over read-only memory, so both are looked for first.
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from ..arguments import SIDE_LIMIT
 from ..errors import DtypeError, LayoutError, ShapeError
 from ..source import INTEGERS
 
@@ -90,10 +93,16 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 def as_array(data: Any, who: str) -> Tensor:
     """A tensor of an array as ``from_dlpack`` takes it, or of a list of numbers."""
     if isinstance(data, list | tuple | range):
-        if not len(data):
+        if not data:
             return torch.empty(0, dtype=torch.int64)
+        if isinstance(data, range) and data[SIDE_LIMIT:]:
+            raise LayoutError(f"{who}: {data} given, fewer than 2**31 numbers expected")
         try:
-            listed: Tensor = torch.tensor(data)
+            listed: Tensor = (
+                torch.arange(data.start, data.stop, data.step)
+                if isinstance(data, range)
+                else torch.tensor(data)
+            )
         except (TypeError, ValueError, RuntimeError) as error:
             raise LayoutError(f"{who}: no array of numbers: {error}") from error
         return listed
@@ -139,17 +148,20 @@ def values(data: Any, who: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def as_shape(shape: Any, who: str) -> tuple[int, int]:
-    """(nq, nk) of two integers >= 0.
+    """(nq, nk) of two integers from 0 to 2**31 − 1.
 
     Raises:
         ShapeError: anything else.
     """
     try:
-        nq, nk = (int(side) for side in shape)
+        nq, nk = (operator.index(side) for side in shape)
     except (TypeError, ValueError):
-        nq = -1
-    if nq < 0 or nk < 0:
-        raise ShapeError(f"{who}: shape {shape!r} given, (nq, nk) expected, both at least 0")
+        nq = nk = -1
+    if not (0 <= nq < SIDE_LIMIT and 0 <= nk < SIDE_LIMIT):
+        raise ShapeError(
+            f"{who}: shape {reprlib.repr(shape)} given, (nq, nk) expected, integers from 0 to "
+            "2**31 - 1"
+        )
     return nq, nk
 
 
