@@ -182,6 +182,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["explain", "from_dense([[1]])"],
         ["demo", "--contexts", "0"],
         ["demo", "--contexts", "1", "--out", "/nowhere/at/all.png"],
+        ["demo", "--contexts", "1", "--out", "/"],
     ],
     ids=" ".join,
 )
