@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import as_flag, as_integer, as_number, check_dense
 from mixgrain.formats.errors import LayoutError, ShapeError, UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -68,25 +69,34 @@ class SparseAttention(torch.nn.Module):
             UnsupportedError: dropout, or an unknown impl.
         """
         super().__init__()
+        who = "SparseAttention"
+        embed_dim = as_integer(embed_dim, f"{who}(embed_dim)", 1)
+        num_heads = as_integer(num_heads, f"{who}(num_heads)", 1)
         heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+        heads = as_integer(heads, f"{who}(num_kv_heads)", 1)
+        kdim, vdim = (
+            n if n is None else as_integer(n, f"{who}({name})", 1)
+            for name, n in (("kdim", kdim), ("vdim", vdim))
+        )
+        bias = as_flag(who, "bias", bias)
+        if embed_dim % num_heads:
             raise ShapeError(
                 f"SparseAttention: embed_dim {embed_dim} and {num_heads} heads; give a multiple of "
                 "the number of heads"
             )
-        if heads < 1 or num_heads % heads:
+        if num_heads % heads:
             raise ShapeError(
                 f"SparseAttention: {num_heads} heads and {heads} key heads; the first must be a "
                 "multiple of the second"
             )
-        if dropout:
+        if as_number(who, "dropout", dropout):
             raise UnsupportedError(
                 f"SparseAttention: dropout={dropout}; there is no dropout of attention "
                 "probabilities; give 0 and drop from the output"
             )
-        if impl not in IMPLS:
+        if not isinstance(impl, str) or impl not in IMPLS:
             raise UnsupportedError(
-                f"SparseAttention: impl={impl!r}; give one of {', '.join(IMPLS)}"
+                f"SparseAttention: impl={impl!r:.80}; give one of {', '.join(IMPLS)}"
             )
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, heads
         self.head_dim = embed_dim // num_heads
@@ -187,6 +197,8 @@ class SparseAttention(torch.nn.Module):
         """
         key = query if key is None else key
         value = key if value is None else value
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            check_dense("SparseAttention", name, given)
         dims = query.dim()
         if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
             raise ShapeError(

@@ -34,6 +34,16 @@ def kind_of(value: object) -> str:
     return f"class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
+def shown(value: object) -> str:
+    """A value that is none of those expected, for messages: short, whatever it holds."""
+    return f"a {kind_of(value)}" if hasattr(value, "shape") else f"{value!r:.80}"
+
+
+def among(value: object, options: Iterable[object]) -> bool:
+    """Whether a value is one of these; what cannot be compared with them is none."""
+    return any(isinstance(value, type(option)) and value == option for option in options)
+
+
 def shape_of(value: Tensor) -> str:
     """The shape of any tensor, for messages; nested ones have none."""
     return "nested" if value.is_nested else str(tuple(value.shape))
@@ -148,13 +158,14 @@ def as_device(op: str, value: Any, data: bool = False) -> torch.device:
         UnsupportedError: a name that torch does not know; meta where data are needed.
         BackendUnavailableError: a device that this machine or this build of torch lacks.
     """
-    if not isinstance(value, str | torch.device):
+    index = isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(value, str | torch.device) and not index:
         raise TypeError(
             f"{op}: device is a {kind_of(value)}; expected a string or torch.device, e.g. 'cpu'"
         )
     try:
         device = torch.device(value)
-    except RuntimeError as error:
+    except (OverflowError, RuntimeError, ValueError) as error:
         raise UnsupportedError(
             f"{op}: device {value!r:.80} given, expected one that torch knows, e.g. 'cpu' or "
             f"'cuda:0' ({str(error).splitlines()[0]:.160})"
@@ -278,6 +289,19 @@ def as_integer(value: object, who: str, least: int) -> int:
         number = least - 1
     if number < least:
         raise LayoutError(f"{who}: {value!r:.80} given, an integer >= {least} expected")
+    return number
+
+
+def as_size(op: str, what: str, value: object, least: int = 0) -> int:
+    """An integer from `least` to 2**31 − 1; ShapeError otherwise."""
+    try:
+        number = as_index(value, op)
+    except LayoutError:
+        number = least - 1
+    if not least <= number < SIDE_LIMIT:
+        raise ShapeError(
+            f"{op}: {what} is {shown(value)}; expected an integer from {least} to 2**31 - 1"
+        )
     return number
 
 

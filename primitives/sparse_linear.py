@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import as_flag, as_integer, check_dense
 from mixgrain.formats.errors import LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -68,7 +69,10 @@ class SparseLinear(torch.nn.Module):
             ShapeError: a layout of another shape, or with leading dimensions.
         """
         super().__init__()
-        self.in_features, self.out_features = int(in_features), int(out_features)
+        self.in_features, self.out_features = (
+            as_integer(n, f"SparseLinear({name})", 0)
+            for name, n in (("in_features", in_features), ("out_features", out_features))
+        )
         target = torch.empty(0, device=device, dtype=dtype)
         place = torch.device("cpu") if target.is_meta else target.device
         shape = (self.out_features, self.in_features)
@@ -80,7 +84,7 @@ class SparseLinear(torch.nn.Module):
         slots = 0 if layout is None else layout.slots
         self.values = torch.nn.Parameter(target.new_empty(slots))
         self.positions = LayoutModule(layout)
-        if bias:
+        if as_flag("SparseLinear", "bias", bias):
             self.bias = torch.nn.Parameter(target.new_empty(self.out_features))
         else:
             self.register_parameter("bias", None)
@@ -109,6 +113,8 @@ class SparseLinear(torch.nn.Module):
                 f"SparseLinear.from_sparse: s is {tuple(s.shape)}; expected (n_out, n_in)"
             )
         n_out, n_in = s.layout.shape
+        if bias is not None:
+            check_dense("SparseLinear.from_sparse", "bias", bias)
         if bias is not None and tuple(bias.shape) != (n_out,):
             raise ShapeError(
                 f"SparseLinear.from_sparse: bias has shape {tuple(bias.shape)}; expected ({n_out},)"

@@ -7,7 +7,6 @@ hands out writable tensors over read-only memory, so both are looked for first.
 from __future__ import annotations
 
 import operator
-import reprlib
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from ..arguments import SIDE_LIMIT
-from ..errors import DtypeError, LayoutError, ShapeError
+from ..arguments import SIDE_LIMIT, kind_of
+from ..errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from ..source import INTEGERS
 
 VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,41 +41,46 @@ def from_dlpack(array: Any) -> Tensor:
         LayoutError: no array, or one that cannot be shared nor safely copied.
         DtypeError: a dtype that torch does not have.
     """
+    return _shared(array, "from_dlpack")
+
+
+def _shared(array: Any, who: str) -> Tensor:
+    """As ``from_dlpack``; `who` names the caller in errors."""
     if isinstance(array, Tensor):
         return array
     if isinstance(array, np.ndarray | np.generic):
-        return _from_numpy(np.asarray(array))
-    if not hasattr(array, "__dlpack__"):
+        return _from_numpy(np.asarray(array), who)
+    if isinstance(array, type) or not hasattr(array, "__dlpack__"):
         raise LayoutError(
-            f"from_dlpack: {type(array).__name__} given, a tensor or an array with __dlpack__ "
+            f"{who}: {kind_of(array)} given, a tensor or an array with __dlpack__ "
             "expected; make one with numpy.asarray"
         )
     if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _CPU:
         try:  # numpy takes any strides, and its arrays say whether they may be written
-            return _from_numpy(np.from_dlpack(array))
+            return _from_numpy(np.from_dlpack(array), who)
         except (BufferError, RuntimeError, TypeError) as error:
             raise LayoutError(
-                f"from_dlpack: {type(array).__name__} cannot be shared: {error}; detach it, or "
+                f"{who}: {type(array).__name__} cannot be shared: {error}; detach it, or "
                 "copy it to numpy first"
             ) from error
     strides = getattr(array, "strides", None)
     if strides is not None and any(step < 0 for step in strides):
         raise LayoutError(
-            f"from_dlpack: {type(array).__name__} with strides {tuple(strides)}; torch cannot hold "
+            f"{who}: {type(array).__name__} with strides {tuple(strides)}; torch cannot hold "
             "negative ones; pass a contiguous copy, e.g. cupy.ascontiguousarray(array)"
         )
     try:
         shared: Tensor = torch.utils.dlpack.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
         raise LayoutError(
-            f"from_dlpack: {type(array).__name__} cannot be shared: {error}"
+            f"{who}: {type(array).__name__} cannot be shared: {error}"
         ) from error
     return shared
 
 
-def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+def _from_numpy(array: np.ndarray[Any, Any], who: str) -> Tensor:
     if array.dtype.name == "bfloat16":  # of ml_dtypes; numpy itself has none
-        return _from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return _from_numpy(array.view(np.uint16), who).view(torch.bfloat16)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if not array.flags.writeable or any(step < 0 for step in array.strides):
@@ -85,7 +89,7 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
         tensor: Tensor = torch.from_numpy(array)
     except TypeError as error:
         raise DtypeError(
-            f"from_dlpack: {array.dtype} given, which torch does not have; use .astype"
+            f"{who}: {array.dtype} given, which torch does not have; use .astype"
         ) from error
     return tensor
 
@@ -106,8 +110,9 @@ def as_array(data: Any, who: str) -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             raise LayoutError(f"{who}: no array of numbers: {error}") from error
         return listed
-    if isinstance(data, Tensor) and data.layout != torch.strided:
-        raise LayoutError(f"{who}: {data.layout} given, a dense array of numbers expected")
+    if isinstance(data, Tensor) and (data.layout != torch.strided or data.is_nested):
+        given = "a nested tensor" if data.is_nested else data.layout
+        raise LayoutError(f"{who}: {given} given, a dense array of numbers expected")
     return from_dlpack(data)
 
 
@@ -154,12 +159,16 @@ def as_shape(shape: Any, who: str) -> tuple[int, int]:
         ShapeError: anything else.
     """
     try:
+        if isinstance(shape, Tensor):
+            raise TypeError
+        if isinstance(shape, Tensor):
+            raise TypeError
         nq, nk = (operator.index(side) for side in shape)
     except (TypeError, ValueError):
         nq = nk = -1
     if not (0 <= nq < SIDE_LIMIT and 0 <= nk < SIDE_LIMIT):
         raise ShapeError(
-            f"{who}: shape {reprlib.repr(shape)} given, (nq, nk) expected, integers from 0 to "
+            f"{who}: shape {shown(shape)} given, (nq, nk) expected, integers from 0 to "
             "2**31 - 1"
         )
     return nq, nk
@@ -229,6 +238,11 @@ def in_row_order(
         raise LayoutError(
             f"{who}: {tuple(row.shape)} rows on {row.device} and {tuple(col.shape)} columns on "
             f"{col.device}; expected as many of each, on one device"
+        )
+    if shape[0] * shape[1] >= 2**63:
+        raise LayoutError(
+            f"{who}: {shape[0]} rows of {shape[1]} columns in all; fewer than 2**63 positions "
+            "expected, which int64 can count; convert parts of it"
         )
     check_within(row, 0, shape[0], who, "row")
     check_within(col, 0, shape[1], who, "column")

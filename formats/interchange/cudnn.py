@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import among, as_size, shown
 from ..block import SIZES
 from ..entries import unpack_bits
 from ..errors import LayoutError, ShapeError
 from ..layout_runs import part_of
 from ..pattern import Frame, Pattern
-from ..pattern_arguments import as_integer
 from ..pattern_queries import chunked_runs
 from ..pattern_ragged import ragged
 from ..runs import from_intervals as merged
@@ -58,10 +58,12 @@ def to_intervals(
     """
     who = "to_intervals"
     pattern, frame = as_pattern(source, nq, nk, who)
-    (b, h), total = pattern.lead, as_integer(batch, f"{who}(batch)", 1)
+    (b, h), total = pattern.lead, as_size(who, "batch", batch, 1)
+    most = as_size(who, "max_intervals", max_intervals, 1)
     if b > 1 and total not in (1, b):
         raise ShapeError(f"{who}: batch {total} given, the pattern has {b} batch entries")
-    found = [_ends(flat, frame, max_intervals, who) for flat in pattern.distinct]
+    most = as_integer(max_intervals, f"{who}(max_intervals)", 1)
+    found = [_ends(flat, frame, most, who) for flat in pattern.distinct]
     width = max(ends.shape[0] for ends in found)
     # Empty intervals after the last key of each row.
     padded = [
@@ -120,7 +122,7 @@ def from_intervals(mask_func: Tensor, shape: tuple[int, int], batch: int = 1) ->
     """
     who = "from_intervals"
     nq, nk = as_shape(shape, who)
-    count = as_integer(batch, f"{who}(batch)", 1)
+    count = as_size(who, "batch", batch, 1)
     ends = indices(mask_func, who, 3)
     heads, width, total = ends.shape
     if width % 2 == 0 or total != count * nq or not heads:
@@ -191,10 +193,12 @@ def to_bsa(
         ShapeError: a pattern without nq and nk, or a batch or heads that are not the pattern's.
     """
     who = "to_bsa"
-    if size not in SIZES:
-        raise LayoutError(f"{who}: size {size}; choose one of {SIZES}")
+    if not isinstance(size, int) or size not in SIZES:
+        raise LayoutError(f"{who}: size {size!r:.80}; choose one of {SIZES}")
+    batch, heads = as_integer(batch, f"{who}(batch)", 1), as_integer(heads, f"{who}(heads)", 1)
     layout = as_blocks(source, nq, nk, size, who)
     (b, h), u = layout.lead, layout.distinct
+    batch, heads = as_size(who, "batch", batch, 1), as_size(who, "heads", heads, 1)
     outer = (max(b, batch), max(h, heads))
     if (b > 1 and batch not in (1, b)) or (h > 1 and heads not in (1, h)):
         raise ShapeError(f"{who}: batch, heads = {batch}, {heads} given, the pattern has {b}, {h}")
@@ -294,11 +298,13 @@ def from_bsa(
     """
     who = "from_bsa"
     nq, nk = as_shape(shape, who)
-    side = as_integer(size, f"{who}(size)", 1)
+    side = as_size(who, "size", size, 1)
     index = indices(q2k_block_index, who, 4)
     rows, across = -(-nq // side), -(-nk // side)
     if q2k_block_nums is None or isinstance(q2k_block_nums, int):
-        number = index.shape[3] if q2k_block_nums is None else q2k_block_nums
+        number = index.shape[3]
+        if q2k_block_nums is not None:
+            number = as_integer(q2k_block_nums, f"{who}(q2k_block_nums)", 0)
         q2k_block_nums = torch.full(index.shape[:3], number, device=index.device)
     nums, index = check_lists(who, q2k_block_nums, index, rows, across)
     b, h = int(index.shape[0]), int(index.shape[1])

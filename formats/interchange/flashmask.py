@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import as_flag
+from ..arguments import among, as_flag, as_size, shown
 from ..errors import LayoutError, ShapeError
 from ..layout_runs import part_of
 from ..pattern import Frame, Pattern
-from ..pattern_arguments import as_integer
 from ..pattern_ragged import Columns, ragged, runs_over_rows
 from ..runs import Runs, complement, from_intervals
 from .arrays import as_shape, check_within, indices
@@ -74,7 +75,7 @@ def from_flashmask(
         raise ShapeError(
             f"{who}: startend_row_indices {tuple(ends.shape)}, (B, H, {nk}, 1, 2 or 4) expected"
         )
-    if (columns, bool(causal)) not in _FORMS:
+    if (columns, as_flag(who, "causal", causal)) not in _FORMS:
         raise LayoutError(
             f"{who}: {columns} columns with causal={causal}; 1 or 2 go with causal=True, 2 or 4 "
             "with causal=False"
@@ -82,7 +83,7 @@ def from_flashmask(
     check_within(ends, 0, nq + 1, who, "row")
     repeat = 1
     if heads is not None:
-        count = as_integer(heads, f"{who}(heads)", 1)
+        count = as_size(who, "heads", heads, 1)
         if count % h:
             raise ShapeError(f"{who}: {count} query heads for {h} key heads; a multiple expected")
         repeat = count // h if h > 1 else 1
@@ -137,6 +138,12 @@ def to_flashmask(
         ShapeError: a pattern without nq and nk.
     """
     who = "to_flashmask"
+    causal = None if causal is None else as_flag(who, "causal", causal)
+    columns = None if columns is None else as_integer(columns, f"{who}(columns)", 1)
+    if causal is not None:
+        causal = as_flag(who, "causal", causal)
+    if columns is not None and not among(columns, (1, 2, 4)):
+        raise LayoutError(f"{who}: columns={shown(columns)}; choose 1, 2, 4 or None")
     pattern, frame = as_pattern(source, nq, nk, who)
     kept = []
     for flat in pattern.distinct:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import among, shown
 from ..block import BlockLayout
 from ..errors import DtypeError, LayoutError
 from ..sparse import SparseTensor
@@ -97,8 +98,8 @@ def to_scipy(s: SparseTensor, format: str | None = None) -> Any:
         )
     if format is None:
         format = "bsr" if isinstance(s.layout, BlockLayout) else "csr"
-    if format not in _FORMATS:
-        raise LayoutError(f"to_scipy: format {format!r}; choose one of {', '.join(_FORMATS)}")
+    if not isinstance(format, str) or format not in _FORMATS:
+        raise LayoutError(f"to_scipy: format {format!r:.80}; choose one of {', '.join(_FORMATS)}")
     found = blocks("to_scipy", s) if format == "bsr" else elements("to_scipy", s)
     data, columns = _numpy(found.values), _numpy(found.columns)
     if format == "coo":

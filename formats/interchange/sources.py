@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import SIDE_LIMIT
+from ..arguments import SIDE_LIMIT, among, check_pair, kind_of, shown
 from ..block import SIZES, BlockLayout
 from ..errors import LayoutError, ShapeError
 from ..layout import Layout
@@ -39,19 +41,20 @@ def as_pattern(
             )
         source = source.layout
     if isinstance(source, Layout):
-        shape = (source.shape[0] if nq is None else nq, source.shape[1] if nk is None else nk)
-        if shape != source.shape:
-            raise ShapeError(f"{who}: nq, nk = {shape} given with {source!r}; leave them out")
+        for given, side, name in ((nq, source.shape[0], "nq"), (nk, source.shape[1], "nk")):
+            if given is None or among(given, (side,)):
+                continue
+            raise ShapeError(f"{who}: {name} = {shown(given)} given with {source!r}; leave them out")
         return from_layout(source), Frame(*source.shape, source.device)
     if not isinstance(source, Pattern):
-        raise LayoutError(f"{who}: {type(source).__name__} given, a pattern or a layout expected")
+        raise LayoutError(f"{who}: {kind_of(source)} given, a pattern or a layout expected")
     if not source._static:
         raise LayoutError(
             f"{who}: {source!r} keeps what scores best as it runs; only static patterns can be "
             "written down"
         )
     if nq is None or nk is None:
-        raise ShapeError(f"{who}: nq = {nq}, nk = {nk}; a pattern needs both")
+        raise ShapeError(f"{who}: nq = {shown(nq)}, nk = {shown(nk)}; a pattern needs both")
     shape = (as_integer(nq, f"{who}(nq)", 0), as_integer(nk, f"{who}(nk)", 0))
     frame = Frame(*shape, source.device)
     for flat in source.distinct:
@@ -77,15 +80,41 @@ def as_block_size(given: int | tuple[int, int], who: str) -> tuple[int, int, int
     Raises:
         LayoutError: sides that no block of ours divides.
     """
-    sides = (given, given) if isinstance(given, int) else tuple(given)
-    if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
+    sides = (given, given) if isinstance(given, int) else given
+    if (
+        isinstance(sides, tuple | list)
+        and len(sides) == 2
+        and all(isinstance(side, int) and 0 < side < SIDE_LIMIT for side in sides)
+    ):
         fitting = [size for size in SIZES if not any(side % size for side in sides)]
         if fitting:
             return sides[0], sides[1], fitting[-1]
     raise LayoutError(
-        f"{who}: blocks of {given!r}; rows and columns must be multiples of {SIZES[0]}, e.g. 128 "
-        "or (256, 128)"
+        f"{who}: blocks of {given!r:.80}; rows and columns must be multiples of {SIZES[0]}, e.g. "
+        "128 or (256, 128)"
     )
+
+
+def as_sides(given: object, who: str) -> tuple[int, int]:
+    """(rows, columns) of a block, given as both or as one number for both.
+
+    Raises:
+        LayoutError: anything else.
+    """
+    try:
+        high, wide = (
+            (given, given)
+            if isinstance(given, int)
+            else check_pair(who, "blocks of", given)
+        )
+    except ShapeError:
+        high = wide = 0
+    if isinstance(given, bool) or not (0 < high < SIDE_LIMIT and 0 < wide < SIDE_LIMIT):
+        raise LayoutError(
+            f"{who}: blocks of {shown(given)}; a positive integer below 2**31, or (rows, columns), "
+            "expected, e.g. 128 or (256, 128)"
+        )
+    return high, wide
 
 
 def entry_table(layout: BlockLayout) -> torch.Tensor:

@@ -161,6 +161,8 @@ def test_edge_errors() -> None:
         (lambda: X.from_edges(index.T.repeat(2, 2), (3, 3)), LayoutError, "transpose"),
         (lambda: X.from_edges(index * 0, (3, 3)), LayoutError, r"edge \(0, 0\) is given twice"),
         (lambda: X.from_edges(index[0], (3, 3)), ShapeError, "2-D"),
+        (lambda: X.from_edges(torch.nested.nested_tensor([torch.ones(2)]), (3, 3)), LayoutError,
+         "a nested tensor given"),
         (lambda: X.from_edges(index.float(), (3, 3)), DtypeError, "integers"),
         (lambda: X.from_edges(index, (3, 3), torch.ones(3)), ShapeError, r"expected \(2,\)"),
         (lambda: X.from_edges(index, (3, 3), torch.ones(2).int()), DtypeError, "cast"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mixgrain as mg
 from mixgrain import patterns as P
-from mixgrain.formats.errors import LayoutError, ShapeError, UnsupportedError
+from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 
 KINDS = {
     "row": {"density": 0.3},
@@ -216,6 +216,11 @@ def test_what_is_no_weight_is_refused() -> None:
         mg.SparseLinear.from_sparse(torch.randn(24, 40))
     with pytest.raises(ShapeError, match="bias has shape"):
         mg.SparseLinear.from_sparse(layer_of("row").weight, torch.zeros(40))
+    with pytest.raises(DtypeError, match="bias is a int; expected"):
+        mg.SparseLinear.from_sparse(layer_of("row").weight, 3)
+    for features in (None, 2.5, -1, "3"):
+        with pytest.raises(LayoutError, match=r"in_features\): .* an integer >= 0 expected"):
+            mg.SparseLinear(features, 24)
 
 
 def test_a_layout_in_a_module_of_ones_own() -> None:
@@ -298,7 +303,15 @@ def test_attention_refuses() -> None:
         mg.SparseAttention(24, 4, P.causal(), impl="flash")
     with pytest.raises(LayoutError, match="from_dense"):
         mg.SparseAttention(24, 4, torch.ones(3, 3))
+    for wrong in (None, 2.5, 0, "3"):
+        with pytest.raises(LayoutError, match=r"num_heads\): .* an integer >= 1 expected"):
+            mg.SparseAttention(24, wrong, P.causal())
+        if wrong is not None:
+            with pytest.raises(LayoutError, match=r"kdim\): .* an integer >= 1 expected"):
+                mg.SparseAttention(24, 4, P.causal(), kdim=wrong)
     layer = mg.SparseAttention(24, 4, P.causal())
+    with pytest.raises(DtypeError, match="key is a list; expected"):
+        layer(torch.randn(2, 3, 24), [1.0])
     with pytest.raises(ShapeError, match=r"give all as \(B, N, features\)"):
         layer(torch.randn(2, 3, 4, 24))
     for option in ({"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.2}):
