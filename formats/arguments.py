@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -293,14 +293,14 @@ def as_integer(value: object, who: str, least: int) -> int:
 
 
 def as_size(op: str, what: str, value: object, least: int = 0) -> int:
-    """An integer from `least` to 2**31 − 1; ShapeError otherwise."""
+    """An integer from `least` to 2**31 − 1; LayoutError otherwise."""
     try:
         number = as_index(value, op)
     except LayoutError:
         number = least - 1
     if not least <= number < SIDE_LIMIT:
-        raise ShapeError(
-            f"{op}: {what} is {shown(value)}; expected an integer from {least} to 2**31 - 1"
+        raise LayoutError(
+            f"{op}({what}): {shown(value)} given, an integer >= {least} and below 2**31 expected"
         )
     return number
 

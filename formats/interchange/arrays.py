@@ -14,7 +14,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from ..arguments import SIDE_LIMIT, kind_of
+from ..arguments import SIDE_LIMIT, kind_of, shown
 from ..errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from ..source import INTEGERS
 
@@ -72,9 +72,7 @@ def _shared(array: Any, who: str) -> Tensor:
     try:
         shared: Tensor = torch.utils.dlpack.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError) as error:
-        raise LayoutError(
-            f"{who}: {type(array).__name__} cannot be shared: {error}"
-        ) from error
+        raise LayoutError(f"{who}: {type(array).__name__} cannot be shared: {error}") from error
     return shared
 
 
@@ -110,10 +108,16 @@ def as_array(data: Any, who: str) -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             raise LayoutError(f"{who}: no array of numbers: {error}") from error
         return listed
-    if isinstance(data, Tensor) and (data.layout != torch.strided or data.is_nested):
-        given = "a nested tensor" if data.is_nested else data.layout
+    tensor = _shared(data, who)
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        given: object = "a nested tensor" if tensor.is_nested else tensor.layout
+        given = "a quantized tensor" if tensor.is_quantized else given
         raise LayoutError(f"{who}: {given} given, a dense array of numbers expected")
-    return from_dlpack(data)
+    if tensor.is_meta:
+        raise UnsupportedError(
+            f"{who}: a tensor on meta given, which holds no numbers; expected one with data"
+        )
+    return tensor
 
 
 def indices(data: Any, who: str, ndim: int = 1) -> Tensor:
@@ -161,15 +165,12 @@ def as_shape(shape: Any, who: str) -> tuple[int, int]:
     try:
         if isinstance(shape, Tensor):
             raise TypeError
-        if isinstance(shape, Tensor):
-            raise TypeError
         nq, nk = (operator.index(side) for side in shape)
     except (TypeError, ValueError):
         nq = nk = -1
     if not (0 <= nq < SIDE_LIMIT and 0 <= nk < SIDE_LIMIT):
         raise ShapeError(
-            f"{who}: shape {shown(shape)} given, (nq, nk) expected, integers from 0 to "
-            "2**31 - 1"
+            f"{who}: shape {shown(shape)} given, (nq, nk) expected, integers from 0 to 2**31 - 1"
         )
     return nq, nk
 

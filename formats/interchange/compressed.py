@@ -104,8 +104,7 @@ def check_sparse(who: str, s: object, matrix: bool = True) -> SparseTensor:
     """
     if not isinstance(s, SparseTensor):
         raise LayoutError(
-            f"{who}: {kind_of(s)} given, a SparseTensor expected; make one with "
-            "sparsify(x, 'row')"
+            f"{who}: {kind_of(s)} given, a SparseTensor expected; make one with sparsify(x, 'row')"
         )
     if matrix and s.lead_shape:
         raise LayoutError(

@@ -62,7 +62,6 @@ def to_intervals(
     most = as_size(who, "max_intervals", max_intervals, 1)
     if b > 1 and total not in (1, b):
         raise ShapeError(f"{who}: batch {total} given, the pattern has {b} batch entries")
-    most = as_integer(max_intervals, f"{who}(max_intervals)", 1)
     found = [_ends(flat, frame, most, who) for flat in pattern.distinct]
     width = max(ends.shape[0] for ends in found)
     # Empty intervals after the last key of each row.
@@ -193,12 +192,11 @@ def to_bsa(
         ShapeError: a pattern without nq and nk, or a batch or heads that are not the pattern's.
     """
     who = "to_bsa"
-    if not isinstance(size, int) or size not in SIZES:
-        raise LayoutError(f"{who}: size {size!r:.80}; choose one of {SIZES}")
-    batch, heads = as_integer(batch, f"{who}(batch)", 1), as_integer(heads, f"{who}(heads)", 1)
+    if not among(size, SIZES):
+        raise LayoutError(f"{who}: size {shown(size)}; choose one of {SIZES}")
+    batch, heads = as_size(who, "batch", batch, 1), as_size(who, "heads", heads, 1)
     layout = as_blocks(source, nq, nk, size, who)
     (b, h), u = layout.lead, layout.distinct
-    batch, heads = as_size(who, "batch", batch, 1), as_size(who, "heads", heads, 1)
     outer = (max(b, batch), max(h, heads))
     if (b > 1 and batch not in (1, b)) or (h > 1 and heads not in (1, h)):
         raise ShapeError(f"{who}: batch, heads = {batch}, {heads} given, the pattern has {b}, {h}")
@@ -304,7 +302,7 @@ def from_bsa(
     if q2k_block_nums is None or isinstance(q2k_block_nums, int):
         number = index.shape[3]
         if q2k_block_nums is not None:
-            number = as_integer(q2k_block_nums, f"{who}(q2k_block_nums)", 0)
+            number = as_size(who, "q2k_block_nums", q2k_block_nums)
         q2k_block_nums = torch.full(index.shape[:3], number, device=index.device)
     nums, index = check_lists(who, q2k_block_nums, index, rows, across)
     b, h = int(index.shape[0]), int(index.shape[1])

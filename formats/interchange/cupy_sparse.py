@@ -32,7 +32,8 @@ def from_cupy(matrix: Any) -> SparseTensor:
     """
     who, kind = "from_cupy", getattr(matrix, "format", None)
     needed = {"csr": ("indptr", "indices"), "csc": ("indptr", "indices"), "coo": ("row", "col")}
-    if not among(kind, needed) or not all(hasattr(matrix, name) for name in (*needed[kind], "data")):
+    arrays = (*needed[kind], "data") if among(kind, needed) else ("format",)
+    if arrays == ("format",) or not all(hasattr(matrix, name) for name in arrays):
         raise LayoutError(
             f"{who}: {kind_of(matrix)} given, a cupyx.scipy.sparse csr, csc or coo "
             "matrix expected; convert it with .tocsr()"
@@ -72,8 +73,8 @@ def to_cupy(s: SparseTensor, format: str = "csr") -> Any:
         raise DtypeError(
             f"to_cupy: values of {s.dtype}, expected float32 or float64; use s.to(dtype)"
         )
-    if not isinstance(format, str) or format not in ("csr", "csc", "coo"):
-        raise LayoutError(f"to_cupy: format {format!r:.80}; choose 'csr', 'csc' or 'coo'")
+    if not among(format, ("csr", "csc", "coo")):
+        raise LayoutError(f"to_cupy: format {shown(format)}; choose 'csr', 'csc' or 'coo'")
     if s.nnz >= INT32_LIMIT or max(s.layout.shape) >= INT32_LIMIT:
         raise LayoutError(
             f"to_cupy: {s.nnz} positions of {s.layout.shape}; CuPy's indices are 32-bit and would "

@@ -121,8 +121,8 @@ def to_edges(
 
 
 def _queries(flow: str, who: str) -> int:
-    if not isinstance(flow, str) or flow not in _QUERIES:
+    if not among(flow, _QUERIES):
         raise LayoutError(
-            f"{who}: flow {flow!r:.80}; choose 'source_to_target' or 'target_to_source'"
+            f"{who}: flow {shown(flow)}; choose 'source_to_target' or 'target_to_source'"
         )
     return _QUERIES[flow]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import as_flag, as_integer
 from ..arguments import as_flag, shown
 from ..errors import LayoutError, ShapeError
 from ..pattern import Pattern
@@ -114,10 +113,12 @@ def from_flash_blocks(
     given = block_size if block_size is not None else getattr(blocks, "block_size", None)
     if given is None:
         raise LayoutError(f"{who}: no block_size; give (rows, columns) of a block")
-    sides = (given, given) if isinstance(given, int) else given
-    if not isinstance(sides, tuple | list) or len(sides) != 2:
-        raise LayoutError(f"{who}: block_size {given!r:.80}, (rows, columns) >= 1 expected")
-    high, wide = (as_integer(side, f"{who}(block_size)", 1) for side in sides)
+    high, wide = as_sides(given, f"{who}(block_size)")
+    if not isinstance(blocks, Sequence):
+        raise LayoutError(
+            f"{who}: blocks is {shown(blocks)}, FlashBlocks, a BlockSparseTensorsTorch or a tuple "
+            "of tensors expected"
+        )
     if getattr(blocks, "cu_total_m_blocks", None) is not None:
         raise LayoutError(
             f"{who}: variable-length tensors (cu_total_m_blocks) given; pass one sequence at a time"

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import as_flag
 from ..arguments import among, as_flag, as_size, shown
 from ..errors import LayoutError, ShapeError
 from ..layout_runs import part_of
@@ -75,7 +74,8 @@ def from_flashmask(
         raise ShapeError(
             f"{who}: startend_row_indices {tuple(ends.shape)}, (B, H, {nk}, 1, 2 or 4) expected"
         )
-    if (columns, as_flag(who, "causal", causal)) not in _FORMS:
+    causal = as_flag(who, "causal", causal)
+    if (columns, causal) not in _FORMS:
         raise LayoutError(
             f"{who}: {columns} columns with causal={causal}; 1 or 2 go with causal=True, 2 or 4 "
             "with causal=False"
@@ -138,8 +138,6 @@ def to_flashmask(
         ShapeError: a pattern without nq and nk.
     """
     who = "to_flashmask"
-    causal = None if causal is None else as_flag(who, "causal", causal)
-    columns = None if columns is None else as_integer(columns, f"{who}(columns)", 1)
     if causal is not None:
         causal = as_flag(who, "causal", causal)
     if columns is not None and not among(columns, (1, 2, 4)):

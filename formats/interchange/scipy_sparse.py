@@ -98,8 +98,8 @@ def to_scipy(s: SparseTensor, format: str | None = None) -> Any:
         )
     if format is None:
         format = "bsr" if isinstance(s.layout, BlockLayout) else "csr"
-    if not isinstance(format, str) or format not in _FORMATS:
-        raise LayoutError(f"to_scipy: format {format!r:.80}; choose one of {', '.join(_FORMATS)}")
+    if not among(format, _FORMATS):
+        raise LayoutError(f"to_scipy: format {shown(format)}; choose one of {', '.join(_FORMATS)}")
     found = blocks("to_scipy", s) if format == "bsr" else elements("to_scipy", s)
     data, columns = _numpy(found.values), _numpy(found.columns)
     if format == "coo":

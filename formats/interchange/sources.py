@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..arguments import SIDE_LIMIT
 from ..arguments import SIDE_LIMIT, among, check_pair, kind_of, shown
 from ..block import SIZES, BlockLayout
 from ..errors import LayoutError, ShapeError
@@ -44,7 +43,9 @@ def as_pattern(
         for given, side, name in ((nq, source.shape[0], "nq"), (nk, source.shape[1], "nk")):
             if given is None or among(given, (side,)):
                 continue
-            raise ShapeError(f"{who}: {name} = {shown(given)} given with {source!r}; leave them out")
+            raise ShapeError(
+                f"{who}: {name} = {shown(given)} given with {source!r}; leave them out"
+            )
         return from_layout(source), Frame(*source.shape, source.device)
     if not isinstance(source, Pattern):
         raise LayoutError(f"{who}: {kind_of(source)} given, a pattern or a layout expected")
@@ -80,17 +81,12 @@ def as_block_size(given: int | tuple[int, int], who: str) -> tuple[int, int, int
     Raises:
         LayoutError: sides that no block of ours divides.
     """
-    sides = (given, given) if isinstance(given, int) else given
-    if (
-        isinstance(sides, tuple | list)
-        and len(sides) == 2
-        and all(isinstance(side, int) and 0 < side < SIDE_LIMIT for side in sides)
-    ):
-        fitting = [size for size in SIZES if not any(side % size for side in sides)]
-        if fitting:
-            return sides[0], sides[1], fitting[-1]
+    high, wide = as_sides(given, who)
+    fitting = [size for size in SIZES if not (high % size or wide % size)]
+    if fitting:
+        return high, wide, fitting[-1]
     raise LayoutError(
-        f"{who}: blocks of {given!r:.80}; rows and columns must be multiples of {SIZES[0]}, e.g. "
+        f"{who}: blocks of {shown(given)}; rows and columns must be multiples of {SIZES[0]}, e.g. "
         "128 or (256, 128)"
     )
 
@@ -103,9 +99,7 @@ def as_sides(given: object, who: str) -> tuple[int, int]:
     """
     try:
         high, wide = (
-            (given, given)
-            if isinstance(given, int)
-            else check_pair(who, "blocks of", given)
+            (given, given) if isinstance(given, int) else check_pair(who, "blocks of", given)
         )
     except ShapeError:
         high = wide = 0

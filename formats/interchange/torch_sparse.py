@@ -153,9 +153,9 @@ def to_torch(s: SparseTensor, layout: torch.layout | None = None) -> Tensor:
     check_sparse("to_torch", s, matrix=False)
     if layout is None:
         layout = torch.sparse_bsr if isinstance(s.layout, BlockLayout) else torch.sparse_csr
-    if not isinstance(layout, torch.layout) or layout not in (*_COMPRESSED, torch.sparse_coo):
+    if not among(layout, (*_COMPRESSED, torch.sparse_coo)):
         raise LayoutError(
-            f"to_torch: layout {layout!r:.80}; choose torch.sparse_csr, csc, bsr, bsc or coo"
+            f"to_torch: layout {shown(layout)}; choose torch.sparse_csr, csc, bsr, bsc or coo"
         )
     if layout == torch.sparse_coo:
         return _to_coo(s)
