@@ -30,10 +30,9 @@ def from_cupy(matrix: Any) -> SparseTensor:
         LayoutError: another format, a position given twice, indices out of range.
         DtypeError: another dtype.
     """
-    who, kind = "from_cupy", getattr(matrix, "format", None)
+    who, kind = "from_cupy", str(getattr(matrix, "format", None))
     needed = {"csr": ("indptr", "indices"), "csc": ("indptr", "indices"), "coo": ("row", "col")}
-    arrays = (*needed[kind], "data") if among(kind, needed) else ("format",)
-    if arrays == ("format",) or not all(hasattr(matrix, name) for name in arrays):
+    if kind not in needed or not all(hasattr(matrix, name) for name in (*needed[kind], "data")):
         raise LayoutError(
             f"{who}: {kind_of(matrix)} given, a cupyx.scipy.sparse csr, csc or coo "
             "matrix expected; convert it with .tocsr()"
