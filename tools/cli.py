@@ -19,7 +19,7 @@ from mixgrain.formats.errors import MixgrainError
 PATTERN_HELP = (
     "an expression of the names of mixgrain.patterns, e.g. 'window(256) | global_tokens([0, 7])'"
 )
-LONGEST = 1 << 24
+LONGEST = (1 << 31) - 1  # indices are int32
 LAYOUTS = ("tile", "nm", "block", "row", "mixed", "dense")
 
 
