@@ -172,7 +172,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["show", "causal()", "--nq", "many"],
         ["show", "causal()", "--size", "63"],
         ["show", "causal()", "--png", "/nowhere/at/all.png"],
-        ["show", "causal()", "--nq", "16777217"],
+        ["show", "causal()", "--nq", "2147483648"],
         ["show", "from_dense([[1]])"],
         ["show", "per_head([causal(), full()])", "--head", "2"],
         ["show", "documents([0, 0, 1])", "--n", "4"],
