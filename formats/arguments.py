@@ -36,12 +36,17 @@ def kind_of(value: object) -> str:
 
 def shown(value: object) -> str:
     """A value that is none of those expected, for messages: short, whatever it holds."""
-    return f"a {kind_of(value)}" if hasattr(value, "shape") else f"{value!r:.80}"
+    array = isinstance(value, Tensor) or hasattr(value, "__array__")
+    return f"a {kind_of(value)}" if array else f"{value!r:.80}"
 
 
 def among(value: object, options: Iterable[object]) -> bool:
     """Whether a value is one of these; what cannot be compared with them is none."""
-    return any(isinstance(value, type(option)) and value == option for option in options)
+    whole = isinstance(value, numbers.Integral)  # of numpy, too
+    return any(
+        (isinstance(value, type(option)) or (whole and isinstance(option, int))) and value == option
+        for option in options
+    )
 
 
 def shape_of(value: Tensor) -> str:
@@ -300,7 +305,7 @@ def as_size(op: str, what: str, value: object, least: int = 0) -> int:
         number = least - 1
     if not least <= number < SIDE_LIMIT:
         raise LayoutError(
-            f"{op}({what}): {shown(value)} given, an integer >= {least} and below 2**31 expected"
+            f"{op}({what}): {shown(value)} given, an integer >= {least} expected, and below 2**31"
         )
     return number
 

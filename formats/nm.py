@@ -228,7 +228,7 @@ class NMLayout(Layout):
         lead: tuple[int, int] = (1, 1),
         within: BlockLayout | None = None,
     ) -> NMLayout:
-        """The layout around metadata that is ready, e.g. written by a kernel; it is not read.
+        """The layout around metadata that is ready, e.g. written by a kernel; not read nor copied.
 
         Reads no device memory, except for the first count of live positions in a new ``within``.
         """

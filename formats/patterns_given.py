@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from .layout import Layout
 
 
+# What is read of a BlockMask.
+_BLOCK_MASK = (
+    "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "seq_lengths",
+    "BLOCK_SIZE", "mask_mod",
+)  # fmt: skip
+
+
 def blocks(block_mask: Any, size: int) -> Pattern:
     """The blocks of size × size pairs that a mask of blocks keeps, counted from row 0 and key 0.
 
@@ -85,7 +92,7 @@ def from_block_mask(bm: "BlockMask") -> Pattern:
         ShapeError: a slice of a BlockMask.
         TypeError: no BlockMask.
     """
-    if not hasattr(bm, "kv_num_blocks") or not hasattr(bm, "mask_mod"):
+    if isinstance(bm, type) or not all(hasattr(bm, name) for name in _BLOCK_MASK):
         raise TypeError(
             f"from_block_mask: a {kind_of(bm)} given, a FlexAttention BlockMask expected; for a "
             "bool tensor use from_dense, for blocks of one size use blocks"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import check_costs
 from .costs import Costs
 from .errors import LayoutError
 from .layout import Layout
@@ -63,6 +64,7 @@ def to_layout(
 ) -> SparseTensor:
     """A SparseTensor's positions and values in another layout; see SparseTensor.to_layout."""
     source = s.layout
+    check_costs("to_layout", costs)
     if isinstance(target, str) and target not in KINDS:
         raise LayoutError(
             f"to_layout: kind {target!r}; choose one of {', '.join(map(repr, KINDS))}"

@@ -9,13 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mixgrain.formats.arguments import as_flag, as_integer, check_dense
-from mixgrain.formats.errors import LayoutError, ShapeError
+from mixgrain.formats.arguments import as_device, as_flag, as_size, check_dense
+from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 
+from .checks import check_dtype
 from .layout_module import LayoutModule
 from .linear import linear
 
@@ -70,9 +71,13 @@ class SparseLinear(torch.nn.Module):
         """
         super().__init__()
         self.in_features, self.out_features = (
-            as_integer(n, f"SparseLinear({name})", 0)
+            as_size("SparseLinear", name, n)
             for name, n in (("in_features", in_features), ("out_features", out_features))
         )
+        if device is not None:
+            device = as_device("SparseLinear", device)
+        if dtype is not None:
+            check_dtype("SparseLinear", "dtype", dtype)
         target = torch.empty(0, device=device, dtype=dtype)
         place = torch.device("cpu") if target.is_meta else target.device
         shape = (self.out_features, self.in_features)
@@ -214,6 +219,14 @@ class SparseLinear(torch.nn.Module):
                 "torch.nn.Linear and convert that with SparseLinear.from_linear"
             )
             return
+        for name in ("values", "bias"):
+            if state_dict.get(prefix + name) is None:  # missing, which torch reports
+                continue
+            try:
+                check_dense("SparseLinear", prefix + name, state_dict[prefix + name])
+            except DtypeError as error:
+                error_msgs.append(str(error))
+                return
         if self.positions.layout is None:
             self._adopt(state_dict, prefix, error_msgs)
         super()._load_from_state_dict(

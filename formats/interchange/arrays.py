@@ -55,10 +55,10 @@ def _shared(array: Any, who: str) -> Tensor:
             f"{who}: {kind_of(array)} given, a tensor or an array with __dlpack__ "
             "expected; make one with numpy.asarray"
         )
-    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _CPU:
+    if _on_cpu(array, who):
         try:  # numpy takes any strides, and its arrays say whether they may be written
             return _from_numpy(np.from_dlpack(array), who)
-        except (BufferError, RuntimeError, TypeError) as error:
+        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
             raise LayoutError(
                 f"{who}: {type(array).__name__} cannot be shared: {error}; detach it, or "
                 "copy it to numpy first"
@@ -71,9 +71,21 @@ def _shared(array: Any, who: str) -> Tensor:
         )
     try:
         shared: Tensor = torch.utils.dlpack.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError) as error:
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise LayoutError(f"{who}: {type(array).__name__} cannot be shared: {error}") from error
     return shared
+
+
+def _on_cpu(array: Any, who: str) -> bool:
+    if not hasattr(array, "__dlpack_device__"):
+        return False
+    place = array.__dlpack_device__()
+    if not isinstance(place, tuple) or len(place) != 2:
+        raise LayoutError(
+            f"{who}: {kind_of(array)} says that it is on {place!r:.80}; (device type, number) "
+            "expected of __dlpack_device__"
+        )
+    return bool(place[0] == _CPU)
 
 
 def _from_numpy(array: np.ndarray[Any, Any], who: str) -> Tensor:
@@ -133,7 +145,8 @@ def indices(data: Any, who: str, ndim: int = 1) -> Tensor:
         raise DtypeError(f"{who}: {tensor.dtype} given, integers expected; convert with .long()")
     if tensor.ndim != ndim:
         raise ShapeError(f"{who}: shape {tuple(tensor.shape)} given, {ndim}-D expected")
-    return tensor
+    # Differences of 8-bit and 16-bit numbers, and limits they are compared with, would wrap.
+    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
 
 
 def values(data: Any, who: str, shape: tuple[int, ...]) -> Tensor:
@@ -177,6 +190,8 @@ def as_shape(shape: Any, who: str) -> tuple[int, int]:
 
 def check_within(tensor: Tensor, low: int, high: int, who: str, what: str) -> None:
     """Raise LayoutError unless every number lies in [low, high)."""
+    if high > torch.iinfo(tensor.dtype).max:  # torch would wrap it
+        tensor = tensor.long()
     bad = (tensor < low) | (tensor >= high)
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()
@@ -239,11 +254,6 @@ def in_row_order(
         raise LayoutError(
             f"{who}: {tuple(row.shape)} rows on {row.device} and {tuple(col.shape)} columns on "
             f"{col.device}; expected as many of each, on one device"
-        )
-    if shape[0] * shape[1] >= 2**63:
-        raise LayoutError(
-            f"{who}: {shape[0]} rows of {shape[1]} columns in all; fewer than 2**63 positions "
-            "expected, which int64 can count; convert parts of it"
         )
     check_within(row, 0, shape[0], who, "row")
     check_within(col, 0, shape[1], who, "column")

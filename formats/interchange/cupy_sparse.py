@@ -10,7 +10,7 @@ from ..arguments import among, kind_of, shown
 from ..entries import INT32_LIMIT
 from ..errors import BackendUnavailableError, DtypeError, LayoutError
 from ..sparse import SparseTensor
-from .arrays import expanded, indices, values
+from .arrays import as_shape, expanded, indices, values
 from .compressed import check_sparse, elements, from_positions
 
 
@@ -37,7 +37,7 @@ def from_cupy(matrix: Any) -> SparseTensor:
             f"{who}: {kind_of(matrix)} given, a cupyx.scipy.sparse csr, csc or coo "
             "matrix expected; convert it with .tocsr()"
         )
-    shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+    shape = as_shape(getattr(matrix, "shape", None), who)
     first, second = (indices(getattr(matrix, name), who) for name in needed[kind])
     data = values(matrix.data, who, tuple(second.shape))
     if kind == "coo":

@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..arguments import among, shown
+from ..arguments import among, shape_of, shown
 from ..block import BlockLayout
-from ..errors import LayoutError
+from ..errors import LayoutError, UnsupportedError
 from ..layout import Layout
 from ..row import RowLayout
 from ..sparse import SparseTensor
@@ -60,10 +60,14 @@ def from_torch(matrix: Tensor) -> SparseTensor:
         return from_semi_structured(matrix)
     given = matrix.layout if isinstance(matrix, Tensor) else type(matrix).__name__
     if not isinstance(matrix, Tensor) or given not in (*_COMPRESSED, torch.sparse_coo):
-        shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else ""
+        shape = shape_of(matrix) if isinstance(matrix, Tensor) else ""
         raise LayoutError(
             f"from_torch: given {given} {shape}, expected a tensor of torch.sparse_csr, csc, coo, "
             "bsr or bsc; convert it with .to_sparse_csr() or .to_sparse_bsr((64, 64))"
+        )
+    if matrix.is_meta:
+        raise UnsupportedError(
+            "from_torch: a matrix on meta given, which holds no indices; expected one with data"
         )
     lead = matrix.ndim - 2 - matrix.dense_dim()
     if matrix.dense_dim() or not 0 <= lead <= 2:

@@ -170,5 +170,6 @@ def calls(folder: Path) -> dict[str, Call]:
 # Public names without arguments to get wrong, or with a test of their own.
 ELSEWHERE = {
     "LayoutError", "MixgrainError", "clear_caches", "patterns", "patterns.full", "patterns.causal",
-    "patterns.from_block_mask",
+    "patterns.from_block_mask", "interchange.BlockIndices", "interchange.Edges",
+    "interchange.FlashBlocks", "interchange.FlashMask", "interchange.SemiStructured",
 }  # fmt: skip
