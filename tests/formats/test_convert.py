@@ -9,8 +9,8 @@ import torch
 
 from mixgrain.formats import patterns as P
 from mixgrain.formats.block import BlockLayout
-from mixgrain.formats.convert import from_scipy, from_torch, to_scipy, to_torch
 from mixgrain.formats.errors import DtypeError, LayoutError
+from mixgrain.formats.interchange import from_scipy, from_torch, to_scipy, to_torch
 from mixgrain.formats.row import RowLayout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
