@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixgrain.formats.arguments import check_dense
+from mixgrain.formats.arguments import check_dense, shape_of
 from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
@@ -63,7 +63,7 @@ def check_kept(kept: object, q: Tensor, nk: int) -> Pattern | Layout:
     b, h, nq = q.shape[:3]
     if isinstance(kept, Tensor):
         raise LayoutError(
-            f"attend: a tensor {tuple(kept.shape)} given as the pattern; wrap a bool mask once as "
+            f"attend: a tensor {shape_of(kept)} given as the pattern; wrap a bool mask once as "
             "P.from_dense(mask) and pass that"
         )
     if isinstance(kept, Layout):

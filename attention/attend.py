@@ -106,6 +106,15 @@ def attend(
         keys is 0 with lse −inf and zero gradients (with a sink: 0 and the sink). float16 and
         bfloat16 are computed in float32 and rounded once ("composed": after each primitive).
 
+    torch.autocast casts q, k and v as it does for torch's scaled_dot_product_attention.
+
+    Under torch.compile and torch.export the positions are constants of the graph, made when it is
+    traced. Another pattern or length compiles once more, and so does another head dimension unless
+    ``scale`` is given. A pattern of tensors is made outside the compiled function, and a change of
+    such a tensor in place is not seen.
+
+    "fused" has first derivatives in reverse mode, "composed" those of any order in both modes.
+
     Raises:
         LayoutError: a pattern or layout that does not fit, or has no attention.
         ShapeError: shapes that do not fit each other.
@@ -153,7 +162,7 @@ def choose_impl(impl: str, device: torch.device) -> str:
         UnsupportedError: an unknown name, or no kernel for the device.
     """
     if not isinstance(impl, str) or impl not in IMPLS:
-        raise UnsupportedError(f"attend: impl={impl!r}; give one of {', '.join(IMPLS)}")
+        raise UnsupportedError(f"attend: impl={impl!r:.80}; give one of {', '.join(IMPLS)}")
     exist = ("fused", "composed") if device.type in ("cpu", "cuda") else ()
     if impl == "auto" and exist:
         return exist[0]
@@ -217,11 +226,13 @@ def plan_for(
         return _plan(kept)
     if not isinstance(kept, NM):
         return _plan(static_layout(kept, nq, nk, torch.device("cpu")))
+    # index: what torch.compile takes for dynamic sizes are the numbers they are now.
+    n, m = operator.index(kept.n), operator.index(kept.m)
     if kept.within is None:
-        return _plan_nm(operator.index(nq), operator.index(nk), kept.n, kept.m)
+        return _plan_nm(operator.index(nq), operator.index(nk), n, m)
     blocks = kept.within.to_layout("block", nq, nk, 64, device="cpu")
     _trust(blocks)
-    return _plan(blocks, (kept.n, kept.m))
+    return _plan(blocks, (n, m))
 
 
 # torch.compile runs these when it traces a call.

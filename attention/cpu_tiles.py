@@ -101,17 +101,23 @@ def _pick(
     if ranged:
         return x[at : at + tiles * count].view(tiles, count, width)
     listed = ids[at : at + tiles * count // unit]
-    return x.view(-1, unit * width).index_select(0, listed).view(tiles, count, width)
+    return (
+        x.view(x.shape[0] // unit, unit * width).index_select(0, listed).view(tiles, count, width)
+    )
 
 
 def put_rows(x: Tensor, step: Step, ids: Tensor, new: Tensor) -> None:
     """Store (tiles, rows, width) where ``pick_rows`` took it from."""
     if step.row_range:
-        x[step.row_at : step.row_at + step.tiles * step.rows] = new.view(-1, x.shape[-1])
+        rows = step.tiles * step.rows
+        x[step.row_at : step.row_at + rows] = new.view(rows, x.shape[-1])
         return
     wide = step.row_unit * x.shape[-1]
     listed = ids[step.row_at : step.row_at + step.tiles * step.rows // step.row_unit]
-    x.view(-1, wide).index_copy_(0, listed.long(), new.view(-1, wide))
+    # Not −1 rows: there may be no columns.
+    x.view(x.shape[0] // step.row_unit, wide).index_copy_(
+        0, listed.long(), new.view(listed.numel(), wide)
+    )
 
 
 def add_cols(x: Tensor, step: Step, work: Work, new: Tensor) -> None:
@@ -127,7 +133,8 @@ def add_cols(x: Tensor, step: Step, work: Work, new: Tensor) -> None:
         return
     wide = step.col_unit * x.shape[-1]
     listed = work.ids[step.col_at : step.col_at + step.tiles * step.cols // step.col_unit]
-    x.view(-1, wide).index_add_(0, listed, new.view(-1, wide))
+    rows = x.shape[0] // step.col_unit
+    x.view(rows, wide).index_add_(0, listed, new.view(listed.numel(), wide))
 
 
 def scores(

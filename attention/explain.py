@@ -139,7 +139,7 @@ def explain(
             numbers of queries, keys or dimensions.
         UnsupportedError: a device without attention.
     """
-    where = as_device("explain", device)
+    where = as_device("explain", device, data=True)
     nq, nk = as_integer(nq, "explain(nq)", 0), as_integer(nk, "explain(nk)", 0)
     head_dim = as_integer(head_dim, "explain(head_dim)", 1)
     check_costs("explain", costs)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+from mixgrain.formats.arguments import kind_of
 from mixgrain.formats.errors import UnsupportedError
 
 from .arguments import IMPLS
@@ -45,8 +46,10 @@ def register(name: str = "mixgrain", impl: Impl = "auto") -> str:
         BackendUnavailableError: transformers is missing or too old; names the extra.
         UnsupportedError: an unknown impl.
     """
-    if impl not in IMPLS:
-        raise UnsupportedError(f"register: impl={impl!r}; give one of {', '.join(IMPLS)}")
+    if not isinstance(name, str):
+        raise TypeError(f"register: name is a {kind_of(name)}; expected a string")
+    if not isinstance(impl, str) or impl not in IMPLS:
+        raise UnsupportedError(f"register: impl={impl!r:.80}; give one of {', '.join(IMPLS)}")
     from .hf.requirement import transformers_module
 
     transformers = transformers_module()

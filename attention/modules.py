@@ -7,9 +7,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mixgrain.formats.errors import LayoutError, ShapeError, UnsupportedError
+from mixgrain.formats.arguments import (
+    as_device,
+    as_flag,
+    as_number,
+    as_size,
+    check_dense,
+    kind_of,
+)
+from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
+from mixgrain.primitives.checks import check_dtype
 from mixgrain.primitives.layout_module import LayoutModule
 
 from .arguments import IMPLS
@@ -68,25 +77,38 @@ class SparseAttention(torch.nn.Module):
             UnsupportedError: dropout, or an unknown impl.
         """
         super().__init__()
+        who = "SparseAttention"
+        embed_dim = as_size(who, "embed_dim", embed_dim, 1)
+        num_heads = as_size(who, "num_heads", num_heads, 1)
         heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+        heads = as_size(who, "num_kv_heads", heads, 1)
+        kdim, vdim = (
+            n if n is None else as_size(who, name, n, 1)
+            for name, n in (("kdim", kdim), ("vdim", vdim))
+        )
+        bias = as_flag(who, "bias", bias)
+        if device is not None:
+            device = as_device(who, device)
+        if dtype is not None:
+            check_dtype(who, "dtype", dtype)
+        if embed_dim % num_heads:
             raise ShapeError(
                 f"SparseAttention: embed_dim {embed_dim} and {num_heads} heads; give a multiple of "
                 "the number of heads"
             )
-        if heads < 1 or num_heads % heads:
+        if num_heads % heads:
             raise ShapeError(
                 f"SparseAttention: {num_heads} heads and {heads} key heads; the first must be a "
                 "multiple of the second"
             )
-        if dropout:
+        if as_number(who, "dropout", dropout):
             raise UnsupportedError(
                 f"SparseAttention: dropout={dropout}; there is no dropout of attention "
                 "probabilities; give 0 and drop from the output"
             )
-        if impl not in IMPLS:
+        if not isinstance(impl, str) or impl not in IMPLS:
             raise UnsupportedError(
-                f"SparseAttention: impl={impl!r}; give one of {', '.join(IMPLS)}"
+                f"SparseAttention: impl={impl!r:.80}; give one of {', '.join(IMPLS)}"
             )
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, heads
         self.head_dim = embed_dim // num_heads
@@ -133,8 +155,14 @@ class SparseAttention(torch.nn.Module):
             impl: as for ``attend``.
 
         Raises:
+            TypeError: no torch.nn.MultiheadAttention.
             UnsupportedError: dropout, bias_k and bias_v, or add_zero_attn.
         """
+        if not isinstance(dense, torch.nn.MultiheadAttention):
+            raise TypeError(
+                f"SparseAttention.from_multihead: dense is a {kind_of(dense)}; expected a "
+                "torch.nn.MultiheadAttention"
+            )
         if dense.bias_k is not None or dense.add_zero_attn:
             raise UnsupportedError(
                 "SparseAttention.from_multihead: bias_k, bias_v and add_zero_attn add keys that no "
@@ -182,11 +210,14 @@ class SparseAttention(torch.nn.Module):
             (B, Nq, E) or (Nq, E). A query that sees no key gets the bias of the output.
 
         Raises:
-            ShapeError: dimensions that do not fit each other.
+            ShapeError: dimensions that do not fit each other or the layer, or another device.
+            DtypeError: no dense tensors, or of another dtype than the layer.
             LayoutError: no pattern, or one that does not fit.
         """
         key = query if key is None else key
         value = key if value is None else value
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            check_dense("SparseAttention", name, given)
         dims = query.dim()
         if dims not in (2, 3) or key.dim() != dims or value.dim() != dims:
             raise ShapeError(
@@ -197,9 +228,9 @@ class SparseAttention(torch.nn.Module):
         if dims == 2:
             query, key, value = query[None], key[None], value[None]
         o = attend(
-            self._heads(self.q_proj(query), self.num_heads),
-            self._heads(self.k_proj(key), self.num_kv_heads),
-            self._heads(self.v_proj(value), self.num_kv_heads),
+            self._heads(_projected(self.q_proj, "query", query), self.num_heads),
+            self._heads(_projected(self.k_proj, "key", key), self.num_kv_heads),
+            self._heads(_projected(self.v_proj, "value", value), self.num_kv_heads),
             kept, key_mask=key_mask, enable_gqa=True, impl=self.impl,
         )  # fmt: skip
         out: Tensor = self.out_proj(o.transpose(1, 2).flatten(2))
@@ -226,3 +257,23 @@ class SparseAttention(torch.nn.Module):
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
             f"{grouped if self.num_kv_heads != self.num_heads else ''}, impl={self.impl!r}{pattern}"
         )
+
+
+def _projected(layer: torch.nn.Module, name: str, x: Tensor) -> Tensor:
+    """layer(x), once x fits; what stands in for a Linear looks at x itself."""
+    if type(layer) is torch.nn.Linear:
+        weight, op = layer.weight, "SparseAttention"
+        if x.shape[-1] != layer.in_features:
+            raise ShapeError(
+                f"{op}: {name} has shape {tuple(x.shape)}; expected {layer.in_features} features"
+            )
+        if x.device != weight.device:
+            raise ShapeError(f"{op}: {name} on {x.device}, weights on {weight.device}; move one")
+        # Under autocast the product casts both.
+        if x.dtype != weight.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+            raise DtypeError(
+                f"{op}: {name} is {x.dtype}, weights are {weight.dtype}; expected one dtype; cast "
+                f"{name} or the layer with .to(dtype)"
+            )
+    projected: Tensor = layer(x)
+    return projected

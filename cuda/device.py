@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,13 +43,38 @@ class DeviceFacts:
         return self.arch == "90a"
 
 
-@functools.cache
+class _Pretended(threading.local):
+    facts: DeviceFacts | None = None
+
+
+_pretended = _Pretended()
+
+
+@contextlib.contextmanager
+def pretending(arch: str) -> Iterator[None]:
+    """Let launch code of this thread believe that every device has this architecture.
+
+    For listing kernels; there may be no device at all.
+    """
+    before = _pretended.facts
+    _pretended.facts = DeviceFacts(0, f"sm_{arch}", arch, 1, 232_448, 0)
+    try:
+        yield
+    finally:
+        _pretended.facts = before
+
+
 def facts(index: int) -> DeviceFacts:
     """Facts of the device with torch's index.
 
     Raises:
         MissingError: mixgrain has no kernels for its architecture.
     """
+    return _pretended.facts or _facts(index)
+
+
+@functools.cache
+def _facts(index: int) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
     # A minor version runs the code of the minor versions before it (8.7 runs 8.6's).

@@ -1,8 +1,7 @@
-"""Loading kernels through CuPy and launching them on torch's current stream.
+"""Loading kernels through CuPy, and launching one at once or as a step of a recording.
 
-The launch path does as little as it can: kernels are kept by (request, device), stream wrappers by
-raw pointer, and arguments go as raw pointers and numpy scalars. Tensors are allocated by torch, so
-its caching allocator and CUDA graphs see every byte.
+`Kernel` is what launch code calls. While a call is being recorded (recording.py), it notes the
+launch; else it launches through CuPy's RawKernel, which suits experiments.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import recording
 from .compile import Request, build
 from .device import facts
 from .errors import CudaError, MissingError
@@ -53,33 +53,48 @@ class _Stream:
         self.ptr = pointer
 
 
-@functools.lru_cache(maxsize=64)
-def _stream(pointer: int) -> _Stream:
-    return _Stream(pointer)
-
-
 class Kernel:
-    """A loaded kernel of one device, ready to launch.
+    """A kernel of one device, loaded when it is first asked for its function.
 
     Attributes:
-        wanted: what it was compiled from.
-        device: torch's index of the device it is loaded on.
+        wanted: what it is compiled from.
+        device: torch's index of the device.
     """
 
-    __slots__ = ("_function", "_shared", "device", "raw", "wanted")
+    __slots__ = ("_raw", "_shared", "device", "wanted")
 
     def __init__(self, wanted: Request, device: int) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise CudaError(
-                f"{wanted.name} would be compiled and loaded while a CUDA graph is captured; "
-                "plan first: run the same call once before the capture"
-            )
-        built = build(wanted, facts(device).arch)
         self.wanted, self.device, self._shared = wanted, device, 48 * 1024
-        with cupy().cuda.Device(device):
-            # RawModule keeps the module by path; the path holds the digest of all that went in.
-            self.raw = cupy().RawModule(path=str(built.path)).get_function(wanted.name)
-            self._function = self.raw.kernel
+        self._raw: Any = None
+
+    def load(self) -> Any:
+        """CuPy's RawKernel.
+
+        Raises:
+            CudaError: it would be compiled and loaded while a CUDA graph is captured.
+            MissingError: CuPy, NVRTC, headers or kernels for this architecture are missing.
+        """
+        if self._raw is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise CudaError(
+                    f"{self.wanted.name} would be compiled and loaded while a CUDA graph is "
+                    "captured; plan first: run the same call once before the capture"
+                )
+            built = build(self.wanted, facts(self.device).arch)
+            with cupy().cuda.Device(self.device):
+                # RawModule keeps modules by path; the path holds the digest of all that went in.
+                raw = cupy().RawModule(path=str(built.path)).get_function(self.wanted.name)
+                raw.kernel.ptr  # noqa: B018  # loads the module
+                self._raw = raw
+        return self._raw
+
+    def function(self, shared: int) -> int:
+        """The driver's handle, allowed this much dynamic shared memory; see `load`."""
+        raw = self.load()
+        if shared > self._shared:
+            raw.max_dynamic_shared_size_bytes = shared
+            self._shared = shared
+        return int(raw.kernel.ptr)
 
     def __call__(
         self,
@@ -88,29 +103,27 @@ class Kernel:
         arguments: Sequence[Argument],
         shared: int = 0,
     ) -> None:
-        """Queue one launch on torch's current stream of the kernel's device.
+        """Note one launch in the current recording; without one, queue it on torch's stream.
 
         Args:
             grid: CTAs in x, y, z; a grid with a zero launches nothing.
             threads: threads of a CTA.
-            arguments: pointers as ints, scalars as numpy scalars of the kernel's widths.
+            arguments: pointers as ints or addresses, scalars as numpy scalars of the kernel's
+                widths, descriptors.
             shared: dynamic shared memory, bytes.
         """
         if 0 in grid:
             return
-        if shared > self._shared:
-            self.raw.max_dynamic_shared_size_bytes = shared
-            self._shared = shared
+        current = recording.current()
+        if current is not None:
+            current.launch(self, grid, threads, tuple(arguments), shared)
+            return
+        self.function(shared)
         pointer = torch._C._cuda_getCurrentRawStream(self.device)
-        self._function(grid, (threads,), tuple(arguments), shared, _stream(pointer))
+        self.load().kernel(grid, (threads,), tuple(arguments), shared, _Stream(pointer))
 
 
 @functools.lru_cache(maxsize=4096)
 def kernel(wanted: Request, device: int) -> Kernel:
-    """The loaded kernel of a request on a device; compiled and loaded at first use.
-
-    Raises:
-        CudaError: first use while a CUDA graph is being captured.
-        MissingError: CuPy, NVRTC, headers or kernels for this architecture are missing.
-    """
+    """The kernel of a request on a device; compiled and loaded when a call with it is prepared."""
     return Kernel(wanted, device)

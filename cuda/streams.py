@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-
-
-@functools.lru_cache(maxsize=64)
-def _side(device: int, index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+from .launch import cupy
 
 
-def concurrently(device: int, work: Sequence[Callable[[], None]]) -> None:
-    """Queue the first item on the current stream and each other on a side stream; join them.
+@functools.lru_cache(maxsize=256)
+def _side(device: int, stream: int) -> Any:
+    """The side stream of a stream.
 
-    Args:
-        device: torch's index of the device.
-        work: functions that only queue kernels. Their outputs are allocated before the call, on the
-            current stream: nothing then has to outlive the join, and no record_stream is needed,
-            which would hold memory back while a graph is captured.
-
-    Works while a CUDA graph is captured: every fork is joined before this returns.
+    Each has its own: work beside a stream that is being captured must not touch another's. They are
+    not of torch's pool, whose streams a user may hold under another name.
     """
-    if len(work) < 2:
-        for item in work:
-            item()
-        return
-    current = torch.cuda.current_stream(device)
-    sides = [_side(device, n) for n in range(len(work) - 1)]
-    # Fork all before the first kernel, so that a side stream does not wait for it.
-    for side in sides:
-        side.wait_stream(current)
-    for side, item in zip(sides, work[1:], strict=True):
-        with torch.cuda.stream(side):
-            item()
-    work[0]()
-    for side in sides:
-        current.wait_stream(side)
+    with cupy().cuda.Device(device):
+        return cupy().cuda.Stream(non_blocking=True)
+
+
+class Fork:
+    """The events of one fork and join, in use by one call at a time.
+
+    Works while a CUDA graph is captured, since every fork is joined. What the side stream reads and
+    writes is allocated on the current stream and outlives the join, so torch's allocator need not
+    know of the side stream.
+    """
+
+    __slots__ = ("_record", "_split", "_together", "_wait")
+
+    def __init__(self) -> None:
+        cuda = cupy().cuda
+        self._split, self._together = (cuda.Event(disable_timing=True) for _ in range(2))
+        self._record, self._wait = cuda.runtime.eventRecord, cuda.runtime.streamWaitEvent
+
+    def split(self, device: int, stream: int) -> int:
+        """Let the side stream go on from where a stream is; its raw pointer."""
+        side: int = _side(device, stream).ptr
+        self._record(self._split.ptr, stream)
+        self._wait(side, self._split.ptr)
+        return side
+
+    def join(self, stream: int, side: int) -> None:
+        """Let a stream wait for what the side stream has been given."""
+        self._record(self._together.ptr, side)
+        self._wait(stream, self._together.ptr)

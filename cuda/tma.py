@@ -1,20 +1,20 @@
 """Descriptors for the tensor memory accelerator (TMA) of sm_90 and later.
 
 A kernel takes a descriptor by value (``const __grid_constant__``); CuPy passes a numpy array of one
-128-byte element as such. Encoding touches no device and takes about a microsecond; descriptors are
-kept by all that goes into them.
+128-byte element as such. Encoding touches no device and takes about a microsecond; prepared calls
+keep descriptors by address.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import numpy as np
 import torch
 
 from .device import driver
 from .errors import CudaError
+from .recording import Address, Map
 
 _DTYPE = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 # Bytes of the swizzled row to the driver's code: 0 none, then 32, 64, 128.
@@ -22,9 +22,8 @@ _SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
 _L2_PROMOTION_256 = 3
 
 
-@functools.lru_cache(maxsize=4096)
 def descriptor(
-    pointer: int,
+    pointer: int | Address,
     dtype: torch.dtype,
     dims: tuple[int, ...],
     strides: tuple[int, ...],
@@ -34,7 +33,7 @@ def descriptor(
     """A tiled tensor map, elements outside the tensor read as zero.
 
     Args:
-        pointer: address of the first element, a multiple of 16.
+        pointer: address of the first element, a multiple of 16; or its symbol.
         dtype: float16, bfloat16 or float32.
         dims: elements of each dimension, innermost first, at most 5.
         strides: bytes from one index to the next of every dimension but the innermost; multiples
@@ -44,11 +43,15 @@ def descriptor(
         swizzle: 0, 32, 64 or 128 bytes.
 
     Returns:
-        A numpy array of shape (1,) and 128 bytes, an argument to pass by value.
+        A numpy array of shape (1,) and 128 bytes, an argument to pass by value; for a symbol a
+        `Map` to be encoded later.
 
     Raises:
         CudaError: the driver refused the combination.
     """
+    if isinstance(pointer, Address):
+        # Launch code only passes it on.
+        return Map(pointer, dtype, dims, strides, box, swizzle)  # type: ignore[return-value]
     raw = np.zeros(256, np.uint8)
     start = -raw.ctypes.data % 128
     place = raw[start : start + 128]

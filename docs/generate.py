@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_overloads
 
 import numpy as np
 import torch
@@ -127,12 +127,27 @@ def page(title: str, words: str, entries: list[str]) -> str:
 def directive(path: str, found: Any, members: str = "") -> str:
     """The autodoc directive for a class or function; all members of a class if none are named."""
     if not inspect.isclass(found):
-        return f".. autofunction:: {path}\n"
+        # Overloads are for type checkers; readers get the one signature that holds them all.
+        whole = _signature(found) if get_overloads(found) else ""
+        return f".. autofunction:: {path}{whole}\n"
     if issubclass(found, Exception):
         return f".. autoexception:: {path}\n"
     # What a layout has because every layout has it stands once, at Layout.
     hidden = "" if found is Layout else "   :exclude-members: live, indices, T\n"
     return f".. autoclass:: {path}\n   :members: {members}\n{hidden}"
+
+
+class _Bare(str):
+    """An annotation that is shown without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _signature(found: Any) -> str:
+    whole = inspect.signature(found)
+    named = [p.replace(annotation=_Bare(p.annotation)) for p in whole.parameters.values()]
+    returns = _Bare(whole.return_annotation)
+    return str(whole.replace(parameters=named, return_annotation=returns))
 
 
 def _named(path: str) -> Any:
@@ -162,9 +177,15 @@ def plain_text(
         elif deep and not literal and made and not made[-1] and not above.startswith(" "):
             made += ["::", ""]
             literal = True
-        made.append(line if literal else re.sub(r"(?<![\\*`\w])\*(?=\w)", r"\\*", line))
+        made.append(line if literal else _escaped(line))
         above = line if line.strip() else above
     lines[:] = made
+
+
+def _escaped(line: str) -> str:
+    line = re.sub(r"(?<![\\*`\w])\*(?=\w)", r"\\*", line)
+    # "E." and "(H) int64" begin no list.
+    return re.sub(r"((?:^|: )\s*)(\([A-Za-z]\) |[A-Za-z]\.(?: |$))", r"\1\\\2", line)
 
 
 # Pictures

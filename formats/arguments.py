@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ from torch import Tensor
 from .errors import BackendUnavailableError, DtypeError, LayoutError, ShapeError, UnsupportedError
 
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+FLOAT8 = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.float8_e8m0fnu,
+)
 # Index tensors count rows and columns in int32.
 SIDE_LIMIT = 2**31
 _STRIDED = torch.strided
@@ -24,7 +31,27 @@ _STRIDED = torch.strided
 
 def kind_of(value: object) -> str:
     """The type of a value, for messages."""
-    return value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def shown(value: object) -> str:
+    """A value that is none of those expected, for messages: short, whatever it holds."""
+    array = isinstance(value, Tensor) or hasattr(value, "__array__")
+    return f"a {kind_of(value)}" if array else f"{value!r:.80}"
+
+
+def among(value: object, options: Iterable[object]) -> bool:
+    """Whether a value is one of these; what cannot be compared with them is none."""
+    whole = isinstance(value, numbers.Integral)  # of numpy, too
+    return any(
+        (isinstance(value, type(option)) or (whole and isinstance(option, int))) and value == option
+        for option in options
+    )
+
+
+def shape_of(value: Tensor) -> str:
+    """The shape of any tensor, for messages; nested ones have none."""
+    return "nested" if value.is_nested else str(tuple(value.shape))
 
 
 def check_dense(op: str, what: str, value: object) -> None:
@@ -35,11 +62,12 @@ def check_dense(op: str, what: str, value: object) -> None:
             f"{op}: {what} is a {kind_of(value)}; expected a torch.Tensor; make one with {remedy}"
         )
     # Nested tensors may call themselves strided.
-    if value.layout is not _STRIDED or value.is_nested:
-        given = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    if value.layout is not _STRIDED or value.is_nested or value.is_quantized:
+        given = str(value.layout).removeprefix("torch.")
+        given = "nested" if value.is_nested else "quantized" if value.is_quantized else given
         raise DtypeError(
             f"{op}: {what} is a {given} tensor; expected a dense one (torch.strided); convert it "
-            "with .to_dense(), or to_padded_tensor if it is nested"
+            "with .to_dense(), .dequantize() or to_padded_tensor"
         )
 
 
@@ -49,8 +77,15 @@ def as_number(op: str, what: str, value: Any) -> float:
     Raises:
         TypeError: no number; a tensor, whose gradient would be lost.
     """
-    if isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
-        return float(value)
+    try:
+        if type(value) is float or type(value) is int:  # the others are slow to ask about
+            return float(value)
+        if isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+            return float(value)
+    except OverflowError:
+        raise TypeError(
+            f"{op}: {what} is too large; expected a number that a float holds"
+        ) from None
     remedy = f"; multiply by it what {op} takes or returns" if isinstance(value, Tensor) else ""
     raise TypeError(f"{op}: {what} is a {kind_of(value)}; expected a real number{remedy}")
 
@@ -106,10 +141,11 @@ def as_entry(op: str, lead: tuple[int, int], value: object) -> tuple[int, ...]:
     if value is None:
         return (0,) * count
     try:
-        if isinstance(value, str | bytes):
+        # The length first: a range may be longer than memory.
+        if isinstance(value, str | bytes) or len(value) != count:  # type: ignore[arg-type]
             raise TypeError
         made = tuple(operator.index(u) for u in value)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         made = ()
     if len(made) != count or set(made) != set(range(len(set(made)))):
         raise LayoutError(
@@ -119,25 +155,30 @@ def as_entry(op: str, lead: tuple[int, int], value: object) -> tuple[int, ...]:
     return made
 
 
-def as_device(op: str, value: Any) -> torch.device:
-    """A device that tensors can be made on.
+def as_device(op: str, value: Any, data: bool = False) -> torch.device:
+    """A device that tensors can be made on; with ``data``, one that keeps what they hold.
 
     Raises:
         TypeError: neither a string nor a torch.device.
-        UnsupportedError: a name that torch does not know.
+        UnsupportedError: a name that torch does not know; meta where data are needed.
         BackendUnavailableError: a device that this machine or this build of torch lacks.
     """
-    if not isinstance(value, str | torch.device):
+    index = isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(value, str | torch.device) and not index:
         raise TypeError(
             f"{op}: device is a {kind_of(value)}; expected a string or torch.device, e.g. 'cpu'"
         )
     try:
         device = torch.device(value)
-    except RuntimeError as error:
+    except (OverflowError, RuntimeError, ValueError) as error:
         raise UnsupportedError(
             f"{op}: device {value!r:.80} given, expected one that torch knows, e.g. 'cpu' or "
             f"'cuda:0' ({str(error).splitlines()[0]:.160})"
         ) from None
+    if device.type == "meta" and data:
+        raise UnsupportedError(
+            f"{op}: device 'meta' given, which holds no indices; make them on 'cpu' and move them"
+        )
     if device.type in ("cpu", "meta"):
         return device
     try:
@@ -253,6 +294,19 @@ def as_integer(value: object, who: str, least: int) -> int:
         number = least - 1
     if number < least:
         raise LayoutError(f"{who}: {value!r:.80} given, an integer >= {least} expected")
+    return number
+
+
+def as_size(op: str, what: str, value: object, least: int = 0) -> int:
+    """An integer from `least` to 2**31 − 1; LayoutError otherwise."""
+    try:
+        number = as_index(value, op)
+    except LayoutError:
+        number = least - 1
+    if not least <= number < SIDE_LIMIT:
+        raise LayoutError(
+            f"{op}({what}): {shown(value)} given, an integer >= {least} expected, and below 2**31"
+        )
     return number
 
 

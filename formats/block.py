@@ -124,6 +124,8 @@ class BlockLayout(Layout):
     ) -> BlockLayout:
         """A layout from its blocks in row order; checks nothing expensive (see ``validate``).
 
+        Arrays are copied.
+
         Args:
             shape: (nq, nk) of one entry.
             size: side of a block: 16, 32, 64 or 128.
@@ -165,10 +167,11 @@ class BlockLayout(Layout):
             entry_slots=(0,),
             nnz=0,
             size=size,
-            block_offsets=block_offsets.to(torch.int32),
-            block_columns=block_columns.to(torch.int32),
-            mask_index=mask_index.to(torch.int32),
-            masks=masks,
+            # Copies: what becomes of the caller's arrays must not reach what was checked.
+            block_offsets=block_offsets.to(torch.int32, copy=True).contiguous(),
+            block_columns=block_columns.to(torch.int32, copy=True).contiguous(),
+            mask_index=mask_index.to(torch.int32, copy=True).contiguous(),
+            masks=masks.clone(memory_format=torch.contiguous_format),
             t_offsets=t_offsets.to(torch.int32),
             t_rows=t_rows,
             t_order=t_order.to(torch.int32),
@@ -277,7 +280,7 @@ class BlockLayout(Layout):
             LayoutError: the first field at fault, what it holds and what is expected.
         """
         check_common(self)
-        if self.size not in SIZES:
+        if not isinstance(self.size, int) or self.size not in SIZES:
             raise fail(self, "size", f"{self.size}", f"one of {SIZES}")
         nqb, nkb = self.block_shape
         u, int32 = self.distinct, torch.int32

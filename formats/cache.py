@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .tracing import concretely
+from .tracing import concretely, kept
 
 if TYPE_CHECKING:
     from .layout import Layout
@@ -85,3 +85,4 @@ def clear_caches() -> None:
     """Forget every memoised layout and plan of the process."""
     for memo in list(_registered):
         memo.clear()
+    vars(kept).clear()  # a compiled function that used one of these compiles once more

@@ -59,13 +59,19 @@ def check_common(layout: Layout) -> None:
 def check_slots(layout: Layout, slots_of_distinct: Sequence[int]) -> None:
     """entry_slots are the running sum of the entries' slots."""
     expected = (0, *itertools.accumulate(slots_of_distinct[u] for u in layout.entry))
-    if tuple(layout.entry_slots) != expected:
+    if not same_numbers(layout.entry_slots, expected):
         raise fail(layout, "entry_slots", f"{layout.entry_slots}", f"{expected}")
+
+
+def same_numbers(given: object, expected: tuple[int, ...]) -> bool:
+    """Whether a field is this tuple of ints, whatever else may stand there."""
+    whole = isinstance(given, tuple) and all(isinstance(n, int) for n in given)
+    return whole and given == expected
 
 
 def check_nnz(layout: Layout, live: int) -> None:
     """Nnz counts the live slots."""
-    if layout.nnz != live:
+    if not isinstance(layout.nnz, int) or layout.nnz != live:
         raise fail(layout, "nnz", f"{layout.nnz}", f"the number of live slots, {live}")
 
 
@@ -76,6 +82,9 @@ def check_tensor(
     value = getattr(layout, field)
     if not isinstance(value, Tensor):
         raise fail(layout, field, f"a {type(value).__name__}", "a tensor")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        given = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise fail(layout, field, f"a {given} tensor", "a dense one (torch.strided)")
     sizes = ["any" if n is None else str(n) for n in shape]
     wanted = f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
     fits = value.dim() == len(shape) and all(

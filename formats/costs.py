@@ -8,7 +8,11 @@ every row pays for a partial result that has to be merged.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from .arguments import as_number
+from .errors import LayoutError
 
 UNIT = 64
 
@@ -36,6 +40,14 @@ class Costs:
     element_bytes: int = 2
     slot_passes: float = 2.0
     head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = as_number("Costs", name, getattr(self, name))
+            rate = name in ("dense_flops", "copy_bytes", "gather_bytes")
+            if not 0 <= value < math.inf or (rate and not value):
+                more = "more than 0" if rate else "at least 0"
+                raise LayoutError(f"Costs: {name} = {value} given, a finite number {more} expected")
 
     @classmethod
     def h200(cls) -> Costs:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .arguments import as_device
-from .tracing import constant, keep, kept
+from .tracing import ByIdentity, constant, keep, kept
 
 _keys = itertools.count(1)
 
@@ -38,7 +38,7 @@ def next_key() -> int:
     return next(_keys)
 
 
-class Layout(ABC):
+class Layout(ByIdentity, ABC):
     """Positions of the kept entries of an (nq, nk) matrix, one pattern per (batch, head) entry.
 
     Concrete layouts are frozen dataclasses (``eq=False``: identity is ``key``) whose tensor fields
@@ -87,9 +87,19 @@ class Layout(ABC):
         """Where each part's slots start in the last axis of ``values``, and the end."""
         return (0, self.slots)
 
-    @functools.cached_property
+    @property
     def home(self) -> torch.device | None:
         """Device of the index tensors; None for a layout without any, which is at home anywhere."""
+        if not torch.compiler.is_dynamo_compiling():
+            return self._home
+        if self.key != TRACED:
+            known: torch.device | None = fact(self, "_home")
+            return known
+        made: torch.device = cast(Any, self).metadata.device  # an NMLayout
+        return made
+
+    @functools.cached_property
+    def _home(self) -> torch.device | None:
         return next((tensor.device for tensor in self.tensors()), None)
 
     @property

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .arguments import as_entry, as_lead, as_shape, kind_of
 from .block import BlockLayout
-from .checks import check_common, check_nnz, fail
+from .checks import check_common, check_nnz, fail, same_numbers
 from .errors import LayoutError
 from .layout import Layout, next_key, register_layout
 from .panel import PanelLayout
@@ -226,12 +226,12 @@ class MixedLayout(Layout):
             else:
                 part.validate()
             expected.append(expected[-1] + -(-part.slots // ALIGN) * ALIGN)
-        if tuple(self.starts) != tuple(expected):
+        if not same_numbers(self.starts, tuple(expected)):
             raise fail(
                 self, "starts", f"{self.starts}",
                 f"{tuple(expected)}: the parts' slots, each rounded up to {ALIGN}",
             )  # fmt: skip
-        if tuple(self.entry_slots) != (0, expected[-1]):
+        if not same_numbers(self.entry_slots, (0, expected[-1])):
             raise fail(self, "entry_slots", f"{self.entry_slots}", f"(0, {expected[-1]})")
         check_nnz(self, sum(part.nnz for part in self.parts))
         from .overlap import find_overlap

@@ -10,10 +10,10 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from .arguments import as_lead, as_shape, check_dense, check_index, check_inside
+from .arguments import as_lead, as_shape, check_dense, check_index, check_inside, kind_of
 from .block import BlockLayout
 from .checks import check_lead, check_nnz, check_shape, check_tensor, fail
-from .errors import LayoutError
+from .errors import DtypeError, LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
 from .nm_arguments import check_columns, check_within
 from .nm_metadata import (
@@ -161,9 +161,11 @@ class NMLayout(Layout):
         shape, lead = as_shape(op, shape), as_lead(op, lead)
         check_dense(op, "choice", choice)
         check_index(op, "choice", choice, choice.dim())
+        check_encoding(n, m, "bytes" if encoding is None else encoding)
+        if not isinstance(dtype, torch.dtype):
+            raise DtypeError(f"{op}: dtype is a {kind_of(dtype)}; expected a torch.dtype")
         if encoding is None:
             encoding = encoding_for(n, m, dtype)
-        check_encoding(n, m, encoding)
         check_within(op, within)
         if choice.dtype != torch.uint8:  # a wider number would be cut to a byte
             check_inside(op, "choice", choice, 0, m)
@@ -226,7 +228,7 @@ class NMLayout(Layout):
         lead: tuple[int, int] = (1, 1),
         within: BlockLayout | None = None,
     ) -> NMLayout:
-        """The layout around metadata that is ready, e.g. written by a kernel; it is not read.
+        """The layout around metadata that is ready, e.g. written by a kernel; not read nor copied.
 
         Reads no device memory, except for the first count of live positions in a new ``within``.
         """
@@ -362,7 +364,12 @@ class NMLayout(Layout):
         check_encoding(self.n, self.m, self.encoding)
         check_shape(self)
         check_lead(self)
+        if not isinstance(self.transposed, bool):
+            raise fail(self, "transposed", f"a {kind_of(self.transposed)}", "True or False")
         shape = self.stored_shape
+        check_within("NMLayout.validate", self.within)
+        if not isinstance(self.metadata, Tensor):
+            raise fail(self, "metadata", f"a {kind_of(self.metadata)}", "a tensor")
         if self.within is not None:
             self.within.validate()
         expected = NMLayout.from_metadata(
@@ -376,7 +383,7 @@ class NMLayout(Layout):
         )
         for name in ("entry", "within_entry", "entry_slots", "nnz"):
             given, wanted = getattr(self, name), getattr(expected, name)
-            if given != wanted:
+            if type(given) is not type(wanted) or given != wanted:
                 raise fail(self, name, f"{given}", f"{wanted} for {self.n}:{self.m} of {shape}")
         check_tensor(self, "metadata", *metadata_shape(self.grid, self.encoding, self.m))
         check_metadata(self.metadata, self.encoding, self.m)

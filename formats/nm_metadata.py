@@ -59,7 +59,9 @@ def check_encoding(n: int, m: int, encoding: str) -> None:
         raise LayoutError(
             f"N:M of {n!r:.40}:{m!r:.40}: expected ints 1 ≤ n ≤ m ≤ 16; choose e.g. n=2, m=4"
         )
-    if encoding != "bytes" and _NIBBLES.get(str(encoding), (0, 0))[:2] != (n, m):
+    if not isinstance(encoding, str):
+        raise LayoutError(f"N:M encoding {encoding!r:.40}; choose one of {[*_NIBBLES, 'bytes']}")
+    if encoding != "bytes" and _NIBBLES.get(encoding, (0, 0))[:2] != (n, m):
         fits = [name for name, row in _NIBBLES.items() if row[:2] == (n, m)]
         raise LayoutError(
             f"N:M encoding {encoding!r:.40} does not hold {n}:{m}; use one of {[*fits, 'bytes']}"

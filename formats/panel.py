@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .arguments import as_device, as_shape
+from .arguments import as_device, as_shape, check_sequence
 from .entries import default_entry, distinct_starts, over_entries
 from .errors import LayoutError
 from .layout import Layout, entry_slots_of, next_key, register_layout
@@ -165,9 +165,11 @@ class PanelLayout(Layout):
             device: where the index tensors go.
         """
         op = "PanelLayout.from_panels"
-        device = as_device(op, device)
+        device = as_device(op, device, data=True)
         check_written(op, panels)
-        given = [0] * len(panels) if panel_entry is None else list(panel_entry)
+        given = [0] * len(panels)
+        if panel_entry is not None:
+            given = list(check_sequence(op, "panel_entry", panel_entry))
         if len(given) != len(panels) or not all(isinstance(u, int) for u in given):
             raise LayoutError(
                 f"{op}: panel_entry {given!r:.80} for {len(panels)} panels; expected an int for "

@@ -22,9 +22,9 @@ def validate_panels(layout: PanelLayout, alone: bool = True) -> None:
         alone: also look for panels that overlap each other; a mixed layout does so for all parts.
     """
     check_common(layout)
-    count = layout.panel_entry.numel()
     int64, int32 = torch.int64, torch.int32
     of = check_tensor(layout, "panel_entry", (None,), int32)
+    count = of.numel()
     if count and (int(of.min()) < 0 or int(of.max()) >= layout.distinct):
         raise fail(
             layout, "panel_entry", f"{int(of.min())} … {int(of.max())}",

@@ -221,7 +221,8 @@ class Pattern:
 
     def density(self, nq: int, nk: int) -> float:
         """Kept pairs / all pairs, over batch entries and heads; 0 for an empty rectangle."""
-        total = nq * nk * len(self.entry)
+        frame = self._frame(nq, nk)
+        total = frame.nq * frame.nk * len(self.entry)
         return self.nnz(nq, nk) / total if total else 0.0
 
     def row(self, i: int, nq: int, nk: int) -> Tensor:
@@ -288,13 +289,17 @@ class Pattern:
                     f"{self!r}: no {kind!r} layout for {nq} × {nk} yet, and a graph is being "
                     "captured; plan first: call to_layout, or run the model once, before it"
                 )
+            if target.type == "meta":  # where nothing can be counted
+                cpu = torch.device("cpu")
+                return to_layout(self, kind, nq, nk, size, cpu, costs).to(target)
             return to_layout(self, kind, nq, nk, size, target, costs)
 
         key = (self.expression_key(), kind, nq, nk, size, target, costs)
         return cache.layouts.get(key, make)
 
     def _frame(self, nq: int, nk: int, device: torch.device | str | None = None) -> Frame:
-        device = as_device(type(self).__name__.lower(), self.device if device is None else device)
+        name, device = type(self).__name__.lower(), self.device if device is None else device
+        device = as_device(name, device, data=True)
         return Frame(as_index(nq, "nq"), as_index(nk, "nk"), device)
 
     def __repr__(self) -> str:

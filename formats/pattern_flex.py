@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
+from .arguments import as_shape, check_index, check_pair, kind_of
 from .cache import Reference
-from .errors import LayoutError, ShapeError
+from .errors import DtypeError, LayoutError, ShapeError
 from .pattern import Frame, Pattern
 from .pattern_algebra import table
 from .pattern_fixed import require_shape
@@ -97,6 +98,7 @@ class FlexBlocks(Pattern):
 
     def _pairs(self, counts: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """(block row, block column) of a block list in C order."""
+        counts = counts.long()  # 8-bit numbers would be compared with a wrapped limit
         slot = torch.arange(columns.shape[1], device=columns.device)
         if bool(((counts < 0) | (counts > columns.shape[1])).any()):
             raise LayoutError(
@@ -127,6 +129,12 @@ class FlexBlocks(Pattern):
             # Blocks may hang over the edge, where a table that the function reads has no entry.
             q, k = top[block] + i, left[block] + j
             kept = call(b, h, q.clamp(max=nq - 1), k.clamp(max=nk - 1))
+            if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+                given = kept.dtype if isinstance(kept, Tensor) else f"a {kind_of(kept)}"
+                raise DtypeError(
+                    f"from_block_mask: mask_mod gives {given}; expected a bool tensor, as "
+                    "FlexAttention does: compare the numbers"
+                )
             return kept & (q < nq) & (k < nk)
 
         # create_mask maps a function over all (batch, head, query, key); here a block is a batch
@@ -135,11 +143,32 @@ class FlexBlocks(Pattern):
         return mask[:, 0]
 
 
+def _check_lists(who: str, name: str, counts: object, columns: object, like: object) -> None:
+    """Integers (B, H, rows) and (B, H, rows, width), with batch, heads and rows of `like`."""
+    check_index(who, f"{name}_num_blocks", counts, 3)
+    check_index(who, f"{name}_indices", columns, 4)
+    check_index(who, "kv_indices", like, 4)
+    assert isinstance(counts, Tensor) and isinstance(columns, Tensor) and isinstance(like, Tensor)
+    fits = counts.shape == columns.shape[:3] == like.shape[:3]
+    if not fits or not counts.device == columns.device == like.device:
+        raise ShapeError(
+            f"{who}: {name}_num_blocks {tuple(counts.shape)} on {counts.device}, {name}_indices "
+            f"{tuple(columns.shape)} on {columns.device}; expected {tuple(like.shape[:3])} and "
+            f"one dimension more, on {like.device}"
+        )
+    if not counts.shape[0] * counts.shape[1]:
+        raise LayoutError(f"{who}: {name}_indices {tuple(columns.shape)} has no entry to keep")
+
+
 def from_flex(mask: BlockMask) -> Pattern:
     """The pattern of a BlockMask; see patterns.from_block_mask."""
     counts, columns = mask.kv_num_blocks, mask.kv_indices
-    shape = (int(mask.seq_lengths[0]), int(mask.seq_lengths[1]))
-    size = (int(mask.BLOCK_SIZE[0]), int(mask.BLOCK_SIZE[1]))
+    who = "from_block_mask"
+    shape = as_shape(who, mask.seq_lengths)
+    size = check_pair(who, "BLOCK_SIZE", mask.BLOCK_SIZE)
+    if min(size) < 1:
+        raise LayoutError(f"{who}: BLOCK_SIZE {size} given, both at least 1 expected")
+    _check_lists(who, "kv", counts, columns, columns)
     block_rows = -(-shape[0] // size[0])
     if columns.ndim != 4 or columns.shape[2] != block_rows:
         raise ShapeError(
@@ -151,6 +180,7 @@ def from_flex(mask: BlockMask) -> Pattern:
     full = None
     if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         full = (Source(mask.full_kv_num_blocks), Source(mask.full_kv_indices))
+        _check_lists(who, "full_kv", full[0].base, full[1].base, columns)
 
     def at(b: int, h: int) -> Pattern:
         function = MaskFunction(mask.mask_mod, b, h)

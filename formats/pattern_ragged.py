@@ -17,12 +17,16 @@ from torch import Tensor
 
 from .errors import LayoutError
 from .layout import Layout
-from .pattern import Frame, Pattern
+from .layout_runs import layout_runs
+from .pattern import Frame, Interval, Pattern
 from .pattern_algebra import table
 from .pattern_fixed import require_shape
 from .pattern_queries import chunked_runs
-from .runs import Runs, changes, empty, from_intervals, from_sorted_pairs, paired, turned
+from .runs import Runs, changes, empty, from_intervals, paired, turned
 from .source import Source
+
+# Comparing neighbouring rows takes about 30 numbers a run.
+RUNS_PER_CHUNK = 1 << 19
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +45,11 @@ class Ragged(Pattern):
     def runs(self, frame: Frame, rows: Tensor) -> Runs:
         self.check(frame)
         return _held(self, frame.device).select(rows)
+
+    def interval(self, frame: Frame, rows: Tensor) -> Interval | None:
+        self.check(frame)
+        ends = self.offsets.derive("ends", frame.device, _ends, self.lo, self.hi)
+        return None if ends is None else (ends[0][rows], ends[1][rows])
 
     def runs_bound(self, frame: Frame) -> int:
         return max(1, min(self.lo.base.numel(), (frame.nk + 1) // 2))
@@ -83,6 +92,18 @@ def _held(pattern: Ragged | Columns, device: torch.device) -> Runs:
     return pattern.offsets.derive("runs", device, Runs, pattern.lo, pattern.hi)
 
 
+def _ends(*arrays: Tensor) -> Interval | None:
+    """The only run of each row as lo and hi, both 0 where there is none; None if some have more."""
+    runs = Runs(*arrays)
+    some = runs.counts() > 0
+    if runs.num_runs != int(some.sum()):
+        return None
+    lo = torch.zeros(runs.num_rows, dtype=torch.int64, device=some.device)
+    hi = torch.zeros_like(lo)
+    lo[some], hi[some] = runs.lo, runs.hi
+    return lo, hi
+
+
 def ragged(
     entries: list[Runs],
     lead: tuple[int, int] | None,
@@ -108,39 +129,6 @@ def ragged(
     return items[0] if lead is None else table(lead, items, over_batch=lead[0] > 1)
 
 
-def sorted_positions(layout: Layout) -> tuple[Tensor, Tensor]:
-    """The kept positions of every entry in C order.
-
-    Returns:
-        key: int64 (nnz,), (entry · nq + row) · nk + column, rising.
-        slot: int64 (nnz,), the slot of each.
-    """
-    nq, nk = layout.shape
-    row, column = layout.indices()
-    key = (layout.slot_entry() * nq + row) * nk + column
-    live = layout.live()
-    slot = torch.arange(layout.slots, device=key.device)
-    if live is not None:
-        key, slot = key[live], slot[live]
-    if bool((key[1:] <= key[:-1]).any()):
-        key, order = key.sort()
-        slot = slot[order]
-    return key, slot
-
-
-def distinct_runs(layout: Layout, key: Tensor) -> list[Runs]:
-    """The kept keys of each distinct pattern of a layout, from its ``sorted_positions``."""
-    nq, nk = layout.shape
-    area = nq * nk
-    first = [layout.entry.index(u) for u in range(max(layout.entry) + 1)]
-    ends = torch.tensor([[e * area, (e + 1) * area] for e in first], device=key.device)
-    found = []
-    for u, (start, stop) in enumerate(torch.searchsorted(key, ends).tolist()):
-        inside = key[start:stop] - first[u] * area
-        found.append(from_sorted_pairs(inside // max(nk, 1), inside % max(nk, 1), nq))
-    return found
-
-
 def from_layout(layout: Layout) -> Pattern:
     """The pattern of a layout's kept positions; see patterns.from_layout."""
     if not isinstance(layout, Layout):
@@ -148,7 +136,7 @@ def from_layout(layout: Layout) -> Pattern:
             f"from_layout: {type(layout).__name__} given, a layout expected; of a SparseTensor "
             "pass s.layout"
         )
-    runs = distinct_runs(layout, sorted_positions(layout)[0])
+    runs = layout_runs(layout)
     lead = None if layout.lead == (1, 1) else layout.lead
     return ragged([runs[u] for u in layout.entry], lead, layout.shape, "from_layout")
 
@@ -161,7 +149,7 @@ def runs_over_rows(flat: Pattern, frame: Frame, most: int) -> Runs | None:
     none = torch.empty(0, dtype=torch.int64, device=frame.device)
     above, starts, ends = empty(1, frame.device), [(none, none)], [(none, none)]
     found = 0
-    for rows, runs in chunked_runs(flat, frame):
+    for rows, runs in chunked_runs(flat, frame, budget=RUNS_PER_CHUNK):
         opened, closed = changes(runs, above, frame.nk)
         found += opened.nnz()
         if found > most:

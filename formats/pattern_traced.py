@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, cast
 
+from .costs import Costs
 from .layout import Layout, put, take
 from .pattern import Pattern
 from .tracing import constant
 
 
 def parts(value: object) -> list[Any]:
-    """A pattern as a flat list: each class is followed by its fields, tuple by its length."""
-    if isinstance(value, Pattern):
+    """A pattern or costs as a flat list: a class is followed by its fields, tuple by its length."""
+    if isinstance(value, Pattern | Costs):
         found: list[Any] = [type(value)]
         for field in fields(value):
             found += parts(getattr(value, field.name))
@@ -27,7 +28,10 @@ def parts(value: object) -> list[Any]:
         for one in value:
             found += parts(one)
         return found
-    return [value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        # One that differs from the last call's becomes a dynamic number; this asks what it is.
+        return [operator.index(value)]
+    return [float.fromhex(value.hex()) if isinstance(value, float) else value]
 
 
 def whole(found: Iterator[Any]) -> Any:
@@ -35,7 +39,7 @@ def whole(found: Iterator[Any]) -> Any:
     first = next(found)
     if first is tuple:
         return tuple(whole(found) for _ in range(next(found)))
-    if isinstance(first, type) and issubclass(first, Pattern):
+    if isinstance(first, type) and issubclass(first, Pattern | Costs):
         made = object.__new__(first)
         for field in fields(first):
             object.__setattr__(made, field.name, whole(found))
@@ -49,11 +53,12 @@ def traced_layout(
     """``pattern.to_layout`` in traced code: made or remembered while the call is being traced."""
     # A layout is of one shape: index makes a dynamic size the number that it is now.
     nq, nk, size = operator.index(nq), operator.index(nk), operator.index(size)
-    made: Layout = take(_layout(kind, nq, nk, size, device, costs, *parts(pattern)))
+    made: Layout = take(_layout(kind, nq, nk, size, device, *parts(pattern), *parts(costs)))
     return made
 
 
 @constant
-def _layout(kind: str, nq: int, nk: int, size: int, device: Any, costs: Any, *pattern: Any) -> str:
-    made = cast(Pattern, whole(iter(pattern)))
-    return put(made.to_layout(kind, nq, nk, size, device, costs))
+def _layout(kind: str, nq: int, nk: int, size: int, device: Any, *found: Any) -> str:
+    source = iter(found)
+    made = cast(Pattern, whole(source))
+    return put(made.to_layout(kind, nq, nk, size, device, whole(source)))

@@ -10,7 +10,7 @@ rows of the square one.
 from collections.abc import Sequence
 from typing import Any
 
-from .arguments import check_sequence
+from .arguments import SIDE_LIMIT, check_sequence
 from .errors import LayoutError
 from .pattern import Pattern
 from .pattern_algebra import at, broadcast, table
@@ -234,6 +234,10 @@ def bigbird(size: int, window: int, random: int, globals: int, seed: int) -> Pat
     near = as_integer(window, "bigbird(window)", 0)
     drawn = as_integer(random, "bigbird(random)", 0)
     first = as_integer(globals, "bigbird(globals)", 0)
+    if first * side >= SIDE_LIMIT:
+        raise LayoutError(
+            f"bigbird: {first} global blocks of {side} given, fewer than 2**31 positions expected"
+        )
     return (
         BlockWindow(side, near)
         | RandomBlocks(drawn, side, as_seed(seed, "bigbird(seed)"), near, first)

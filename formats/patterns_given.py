@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from .arguments import kind_of
 from .errors import LayoutError, ShapeError
 from .pattern import Pattern
 from .pattern_algebra import table
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from .layout import Layout
+
+
+# What is read of a BlockMask.
+_BLOCK_MASK = (
+    "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "seq_lengths",
+    "BLOCK_SIZE", "mask_mod",
+)  # fmt: skip
 
 
 def blocks(block_mask: Any, size: int) -> Pattern:
@@ -62,7 +70,7 @@ def from_csr(indptr: Any, indices: Any, shape: tuple[int, int]) -> Pattern:
         ShapeError: not 1-D.
     """
     if not isinstance(shape, Sequence) or len(shape) != 2:
-        raise ShapeError(f"from_csr(shape): {shape!r} given, (nq, nk) expected")
+        raise ShapeError(f"from_csr(shape): {shape!r:.80} given, (nq, nk) expected")
     nq, nk = (as_integer(side, "from_csr(shape)", 0) for side in shape)
     pointers, columns = integers(indptr, "from_csr(indptr)"), integers(indices, "from_csr(indices)")
     pattern = Csr(pointers, columns, (nq, nk))
@@ -82,7 +90,13 @@ def from_block_mask(bm: "BlockMask") -> Pattern:
 
     Raises:
         ShapeError: a slice of a BlockMask.
+        TypeError: no BlockMask.
     """
+    if isinstance(bm, type) or not all(hasattr(bm, name) for name in _BLOCK_MASK):
+        raise TypeError(
+            f"from_block_mask: a {kind_of(bm)} given, a FlexAttention BlockMask expected; for a "
+            "bool tensor use from_dense, for blocks of one size use blocks"
+        )
     # Imported here: FlexAttention loads much of torch's compiler.
     from .pattern_flex import from_flex
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import check_costs
 from .costs import Costs
 from .errors import LayoutError
 from .layout import Layout
 from .nm import NMLayout, choose
 from .nm_metadata import check_encoding
-from .pattern_ragged import distinct_runs, ragged, sorted_positions
+from .pattern_ragged import from_layout
 from .sparse import SparseTensor
 from .split import KINDS as SPLIT_KINDS
 from .split import to_layout as split_layout
@@ -50,7 +51,7 @@ def convert_layout(
     """
     if kind not in KINDS:
         raise LayoutError(f"to_layout: kind {kind!r}; choose one of {', '.join(map(repr, KINDS))}")
-    return _convert(layout, sorted_positions(layout)[0], kind, size, n, m, dtype, costs)
+    return _convert(layout, None, kind, size, n, m, dtype, costs)
 
 
 def to_layout(
@@ -63,6 +64,7 @@ def to_layout(
 ) -> SparseTensor:
     """A SparseTensor's positions and values in another layout; see SparseTensor.to_layout."""
     source = s.layout
+    check_costs("to_layout", costs)
     if isinstance(target, str) and target not in KINDS:
         raise LayoutError(
             f"to_layout: kind {target!r}; choose one of {', '.join(map(repr, KINDS))}"
@@ -87,7 +89,7 @@ def to_layout(
 
 def _convert(
     layout: Layout,
-    key: Tensor,
+    key: Tensor | None,
     kind: str,
     size: int,
     n: int,
@@ -95,14 +97,30 @@ def _convert(
     dtype: torch.dtype,
     costs: Costs | None,
 ) -> Layout:
-    if kind == "tile":
-        return _tiles(layout, key)
-    if kind == "nm":
-        return _groups(layout, key, n, m, dtype)
-    runs = distinct_runs(layout, key)
-    lead = None if layout.lead == (1, 1) else layout.lead
-    pattern = ragged([runs[u] for u in layout.entry], lead, layout.shape, "to_layout")
-    return split_layout(pattern, kind, *layout.shape, size, layout.device, costs)
+    if kind in SPLIT_KINDS:
+        return split_layout(from_layout(layout), kind, *layout.shape, size, layout.device, costs)
+    key = sorted_positions(layout)[0] if key is None else key
+    return _tiles(layout, key) if kind == "tile" else _groups(layout, key, n, m, dtype)
+
+
+def sorted_positions(layout: Layout) -> tuple[Tensor, Tensor]:
+    """The kept positions of every entry in C order.
+
+    Returns:
+        key: int64 (nnz,), (entry · nq + row) · nk + column, rising.
+        slot: int64 (nnz,), the slot of each.
+    """
+    nq, nk = layout.shape
+    row, column = layout.indices()
+    key = (layout.slot_entry() * nq + row) * nk + column
+    live = layout.live()
+    slot = torch.arange(layout.slots, device=key.device)
+    if live is not None:
+        key, slot = key[live], slot[live]
+    if bool((key[1:] <= key[:-1]).any()):
+        key, order = key.sort()
+        slot = slot[order]
+    return key, slot
 
 
 def _tiles(layout: Layout, key: Tensor) -> TileLayout:

@@ -80,7 +80,8 @@ class RowLayout(Layout):
         Args:
             shape: (nq, nk) of one entry.
             row_offsets: int (U * nq + 1,), where each row starts; the distinct patterns follow
-                each other.
+                each other. Copied, and so are the columns: what becomes of the caller's arrays
+                afterwards does not reach the layout.
             columns: int (NNZ,), rising inside a row.
             lead: (b, h).
             entry: the distinct pattern of each of the b * h entries; None = one for all.
@@ -105,8 +106,9 @@ class RowLayout(Layout):
             entry=entry,
             entry_slots=slots,
             nnz=slots[-1],
-            row_offsets=row_offsets.long(),
-            columns=columns.to(torch.int32),
+            # Copies: the order above is checked and sorted once, and costs far more.
+            row_offsets=row_offsets.to(torch.int64, copy=True).contiguous(),
+            columns=columns.to(torch.int32, copy=True).contiguous(),
             t_offsets=t_offsets,
             t_rows=t_rows,
             t_order=t_order,

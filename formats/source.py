@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .cache import Reference
 from .errors import DtypeError, LayoutError, ShapeError
-from .tracing import concretely, constant, keep, kept
+from .tracing import ByIdentity, concretely, constant, keep, kept
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ BYTES_IN_KEY = 64 * 1024
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
-class Source:
+class Source(ByIdentity):
     """A tensor, or one entry of it, that a pattern was made from.
 
     The tensor is the caller's own: a change in place is seen by the next use, because everything
@@ -39,10 +40,15 @@ class Source:
 
     def entry(self, *index: int) -> "Source":
         """The source of one entry along the leading dimensions; it shares the tensor."""
+        if torch.compiler.is_dynamo_compiling():
+            found: Source = getattr(kept, _entry(self, *index))
+            return found
         return Source(self.base, (*self.index, *index))
 
     def key(self) -> Hashable:
         """What names the data in a cache key; reads no device memory if there is a version."""
+        if torch.compiler.is_dynamo_compiling():
+            return _name(self)
         base = self.base
         entries = max(1, math.prod(base.shape[: len(self.index)]))
         size = base.numel() // entries * base.element_size()
@@ -88,12 +94,17 @@ def as_tensor(data: object, who: str) -> Tensor:
     if isinstance(data, Tensor):
         return data
     if isinstance(data, range):
+        ends = (data.start, data.stop, data.step)
+        if max(map(abs, ends)) >= 2**62 or (data.stop - data.start) // data.step >= 2**31:
+            raise LayoutError(f"{who}: {data} given, fewer than 2**31 positions expected")
         return concretely(lambda: torch.arange(data.start, data.stop, data.step))
     try:
         if isinstance(data, Sequence) and not len(data):
             return torch.empty(0, dtype=torch.int64)
-        return concretely(lambda: torch.tensor(data))
-    except (TypeError, ValueError, RuntimeError) as error:
+        # torch takes no negative strides.
+        plain = data.copy(order="C") if isinstance(data, np.ndarray) else data
+        return concretely(lambda: torch.tensor(plain))
+    except (OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise LayoutError(
             f"{who}: {type(data).__name__} {data!r:.60} is no tensor or sequence of numbers; "
             "pass a tensor, an array or a list"
@@ -117,6 +128,19 @@ def integers(data: object, who: str, ndim: tuple[int, ...] = (1,)) -> Source:
         expected = " or ".join(f"{n}-D" for n in ndim)
         raise ShapeError(f"{who}: shape {tuple(tensor.shape)} given, {expected} expected")
     return Source(tensor)
+
+
+@constant
+def _name(source: Source) -> str:
+    """What tells sources apart within one trace."""
+    key = source.key()
+    same = isinstance(key, tuple) and isinstance(key[0], Reference)
+    return f"{id(source.base)} {source.base._version} {source.index}" if same else repr(key)
+
+
+@constant
+def _entry(source: Source, *index: int) -> str:
+    return keep(f"source {_name(source)} at {index}", source.entry(*index))
 
 
 @constant

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .arguments import as_device, as_index, check_dense, kind_of
+from .arguments import FLOAT8, as_device, as_flag, as_index, check_dense, kind_of
 from .costs import Costs
-from .errors import LayoutError, ShapeError
+from .errors import DtypeError, LayoutError, ShapeError
 from .layout import TRACED, Layout, fact, same_positions
-from .sparse_arguments import arguments_of, check_keep, factor_of, is_factor
+from .sparse_arguments import arguments_of, check_keep, check_together, factor_of, is_factor
 from .tracing import constant
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ class SparseTensor:
                 "pattern.to_layout(kind, nq, nk)"
             )
         check_dense("SparseTensor", "values", self.values)
+        if self.values.dtype in FLOAT8:
+            raise DtypeError(
+                f"SparseTensor: values of {self.values.dtype}; expected float16, bfloat16, float32 "
+                "or float64; torch moves no single elements of float8"
+            )
+        as_flag("SparseTensor", "keep_rows", self.keep_rows)
         if self.keep is not None:
             check_keep(self.layout, self.keep, self.keep_rows)
         if self.values.dim() < 1 or self.values.shape[-1] != self.layout.slots:
@@ -181,6 +187,7 @@ class SparseTensor:
         What f returns at dead slots is discarded (NaN included): they hold exact zeros.
         """
         wants_head = arguments_of(f) >= 4
+        check_together("map", self.layout, self.values, self.keep)
         pieces: list[Tensor] = []
         position = 0
         offsets = self.layout.part_offsets
@@ -191,6 +198,8 @@ class SparseTensor:
             if wants_head:
                 arguments.append(piece._heads())
             result = f(*arguments)
+            if isinstance(result, Tensor):
+                check_dense("map", "what f returned", result)
             if not isinstance(result, Tensor) or result.shape != piece.values.shape:
                 given = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
                 raise ShapeError(
@@ -222,7 +231,7 @@ class SparseTensor:
 
     def to_dense(self) -> Tensor:
         """(*leading, nq, nk): values at live slots, +0 elsewhere. Differentiable."""
-        layout = self.layout
+        layout = check_together("to_dense", self.layout, self.values, self.keep)
         nq, nk = layout.shape
         row, column = fact(layout, "indices")
         flat = (fact(layout, "slot_entry") * nq + row) * nk + column
@@ -244,7 +253,8 @@ class SparseTensor:
     @property
     def T(self) -> SparseTensor:
         """The transposed matrix in canonical order; values permuted once, differentiably."""
-        layout, values = self.layout, self.values
+        values = self.values
+        layout = check_together("T", self.layout, values, self.keep)
         if layout.key == TRACED:  # an NMLayout, whose transpose is a view
             turned = cast("NMLayout", layout).turned()
         else:
@@ -289,6 +299,13 @@ class SparseTensor:
         rows = self.keep_rows if self.keep is not None else other.keep_rows
         values = self.values + other.values
         return SparseTensor(self.layout, values, keep, rows)
+
+    def __radd__(self, other: object) -> SparseTensor:
+        # Not left to Python, which would have lists and arrays speak of concatenation.
+        raise TypeError(
+            f"+: a {kind_of(other)} and a SparseTensor given, two SparseTensors expected; map adds "
+            "by position"
+        )
 
     def __sub__(self, other: SparseTensor) -> SparseTensor:
         """Difference of two tensors with the same layout key."""
@@ -337,7 +354,7 @@ def gather_mask(layout: Layout, keep: Tensor, over_rows: bool, free: int) -> Ten
             f"key_mask {tuple(keep.shape)} has a batch dimension but the tensor has none; "
             f"give a mask of shape ({keep.shape[1]},)"
         )
-    return gathered.reshape(keep.shape[0], *([1] * heads_free), -1)
+    return gathered.reshape(keep.shape[0], *([1] * heads_free), gathered.shape[1])
 
 
 def _flatten_sparse(s: SparseTensor) -> tuple[list[Any], Any]:

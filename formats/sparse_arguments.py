@@ -29,6 +29,19 @@ def check_keep(layout: Layout, keep: object, rows: object) -> None:
         )
 
 
+def check_together(op: str, layout: Layout, values: Tensor, keep: Tensor | None) -> Layout:
+    """The layout; ShapeError if it, its values and their mask are not on one device."""
+    if torch.compiler.is_dynamo_compiling():
+        return layout
+    devices = [layout.home, values.device, None if keep is None else keep.device]
+    if len({device for device in devices if device is not None}) > 1:
+        raise ShapeError(
+            f"{op}: positions on {layout.home}, values on {values.device}, mask on {devices[2]}; "
+            "expected one device; move them with .to(device)"
+        )
+    return layout
+
+
 def is_factor(value: object) -> bool:
     """Whether a value may scale a SparseTensor at all: a real number or a tensor."""
     return isinstance(value, Tensor | numbers.Real | torch.SymFloat | torch.SymInt)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import among, shown
 from .block import SIZES, BlockLayout
 from .cells import Extra, cells_of
 from .costs import Costs
@@ -66,10 +67,12 @@ def to_layout(
     Raises:
         LayoutError: an unknown kind or size, or a pattern of another fixed shape.
     """
-    if kind not in KINDS:
-        raise LayoutError(f"to_layout: kind {kind!r}; choose one of {', '.join(map(repr, KINDS))}")
-    if kind != "row" and size not in SIZES:
-        raise LayoutError(f"to_layout: size {size!r}; choose one of {SIZES}")
+    if not among(kind, KINDS):
+        raise LayoutError(
+            f"to_layout: kind {shown(kind)}; choose one of {', '.join(map(repr, KINDS))}"
+        )
+    if kind != "row" and not among(size, SIZES):
+        raise LayoutError(f"to_layout: size {shown(size)}; choose one of {SIZES}")
     frame = Frame(nq, nk, torch.device(device))
     costs = costs or (Costs.h200() if frame.device.type == "cuda" else Costs.cpu())
     lead, entry = pattern.lead, pattern.entry

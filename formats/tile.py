@@ -20,6 +20,7 @@ from .checks import (
     check_tensor,
     check_transposed,
     fail,
+    same_numbers,
 )
 from .entries import transposed_order
 from .errors import DtypeError, LayoutError, ShapeError, UnsupportedError
@@ -106,7 +107,7 @@ class TileLayout(Layout):
         Only what lies outside of the shape is refused here; ``validate`` looks at the order.
 
         Raises:
-            LayoutError: a tile outside the shape.
+            LayoutError: a tile outside the shape, or rows that fall.
             DtypeError: no tensors of integers.
             ShapeError: a shape that cannot be, or two lengths.
         """
@@ -123,6 +124,12 @@ class TileLayout(Layout):
         check_inside(op, "rows", rows, 0, tile_rows)
         check_inside(op, "columns", columns, 0, tile_columns)
         rows, columns = rows.long(), columns.long()
+        if bool((rows[1:] < rows[:-1]).any()):  # only their counts are kept
+            at = int((rows[1:] < rows[:-1]).nonzero()[0]) + 1
+            raise LayoutError(
+                f"{op}: rows falls from {int(rows[at - 1])} to {int(rows[at])} at {at}; expected "
+                "tiles in row order; sort rows and columns together"
+            )
         offsets = torch.zeros(tile_rows + 1, dtype=torch.int32, device=rows.device)
         torch.cumsum(torch.bincount(rows, minlength=tile_rows), 0, out=offsets[1:])
         t_offsets, t_rows, t_order = transposed_order(offsets, columns, tile_rows, tile_columns, 1)
@@ -218,7 +225,7 @@ class TileLayout(Layout):
         Raises:
             LayoutError: the first field at fault, what it holds and what is expected.
         """
-        if self.lead != (1, 1) or self.entry != (0,):
+        if not same_numbers(self.lead, (1, 1)) or not same_numbers(self.entry, (0,)):
             raise fail(
                 self, "lead", f"{self.lead}, {self.entry}", "(1, 1), (0,): tiles have no heads"
             )

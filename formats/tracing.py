@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -34,16 +35,57 @@ def untraced(function: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
-def constant(function: F) -> F:
-    """``torch.compiler.assume_constant_result`` without loading torch._dynamo.
-
-    torch.compile runs the function when it traces a call and makes what it returns part of the
-    graph. Numbers and strings among its arguments are guarded by value, other objects by identity;
-    a tensor would be read once and never again, so none may be handed in. Numbers and strings can
-    be returned, and tuples that hold such or tensors; ``keep`` other objects and return the name.
-    """
+def _constant(function: F) -> F:
+    """``torch.compiler.assume_constant_result`` without loading torch._dynamo."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+# What traced code hands to constant functions, by id, as long as it lives.
+_handed: weakref.WeakValueDictionary[int, ByIdentity] = weakref.WeakValueDictionary()
+
+
+class ByIdentity:
+    """An object that traced code can hand to a constant function.
+
+    torch 2.11 hands over no object but the one whose method it calls, later versions any. So the
+    object lays itself where the function can find it, and its id is what is handed over.
+    """
+
+    @_constant
+    def _hand(self) -> None:
+        _handed[id(self)] = self
+
+
+def constant(function: F) -> F:
+    """A function that torch.compile runs when it traces a call, to make the result part of a graph.
+
+    Numbers and strings among its arguments are guarded by value, what is ``ByIdentity`` by just
+    that; a tensor would be read once and never again, so none may be handed in. Numbers and strings
+    can be returned, and tuples that hold such or tensors; ``keep`` other objects and return the
+    name. Arguments are positional.
+    """
+
+    @_constant
+    @functools.wraps(function)
+    def found(by_identity: tuple[bool, ...], *arguments: Any) -> Any:
+        pairs = zip(by_identity, arguments, strict=True)
+        return function(*(_handed[given] if use else given for use, given in pairs))
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return function(*arguments)
+        by_identity, given = [], []
+        for argument in arguments:
+            use = isinstance(argument, ByIdentity)
+            if use:
+                argument._hand()
+            by_identity.append(use)
+            given.append(id(argument) if use else argument)  # the id of an object is guarded
+        return found(tuple(by_identity), *given)
+
+    return cast(F, call)
 
 
 class Kept:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mixgrain.formats.block import BlockLayout
@@ -51,7 +53,6 @@ def _put_nm(
     return put(nm_layout(shape, n, m, encoding, lead, within))
 
 
-@constant
 def nm_plan(
     shape: tuple[int, int],
     n: int,
@@ -62,5 +63,18 @@ def nm_plan(
     transposed: bool = False,
 ) -> Plan:
     """The plan of such a layout, or of its transposed view."""
+    return Plan(*_plan_nm(shape, n, m, encoding, lead, within, transposed))
+
+
+@constant
+def _plan_nm(
+    shape: tuple[int, int],
+    n: int,
+    m: int,
+    encoding: str,
+    lead: tuple[int, int],
+    within: BlockLayout | None,
+    transposed: bool,
+) -> tuple[Any, ...]:
     blank = nm_layout(shape, n, m, encoding, lead, within)
-    return nm.plan_of(blank.T if transposed else blank)
+    return tuple(nm.plan_of(blank.T if transposed else blank))

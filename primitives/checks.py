@@ -102,6 +102,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors  # the checks say what is wrong
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors

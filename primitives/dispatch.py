@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.errors import LayoutError, ShapeError, UnsupportedError
-from mixgrain.formats.layout import TRACED, Layout, fact
+from mixgrain.formats.layout import TRACED, Layout
 from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.panel import PanelLayout
@@ -108,12 +108,7 @@ def plan_for(op: str, layout: Layout, *tensors: Tensor | None) -> Plan:
             f"{op}: not for the transpose of an NMLayout, whose rows are not stored together; it "
             "exists for NMLayout itself; spmm and linear take the transpose"
         )
-    device = next((t.device for t in tensors if t is not None), None)
-    if not torch.compiler.is_dynamo_compiling():
-        device = layout.home or device or layout.device
-    elif layout.key != TRACED:
-        device = fact(layout, "home") or device or fact(layout, "device")
-    assert device is not None
+    device = layout.home or next((t.device for t in tensors if t is not None), layout.device)
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ShapeError(
@@ -135,7 +130,7 @@ def plan_for(op: str, layout: Layout, *tensors: Tensor | None) -> Plan:
 def _traced(planner: Planner, layout: Layout) -> Plan:
     """The plan that traced code asks for, made or remembered while it is being traced."""
     if layout.key != TRACED:
-        return _planned(planner, layout)
+        return Plan(*_planned(planner, layout))
     # Chosen by score in this very trace: only the metadata is not known yet.
     assert isinstance(layout, NMLayout)
     blank = nm_plan(layout.stored_shape, layout.n, layout.m, layout.encoding, layout.lead,
@@ -144,5 +139,5 @@ def _traced(planner: Planner, layout: Layout) -> Plan:
 
 
 @constant
-def _planned(planner: Planner, layout: Layout) -> Plan:
-    return planner(layout)
+def _planned(planner: Planner, layout: Layout) -> tuple[Any, ...]:
+    return tuple(planner(layout))

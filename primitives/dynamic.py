@@ -67,9 +67,17 @@ def sddmm_nm(
             "of them; expected at most (batch, heads); flatten the batch dimensions"
         )
     b, h = map(operator.index, (1, 1, *lead)[-2:])
-    encoding = encoding_for(pattern.n, pattern.m, dtype)
-    blank = nm_layout(shape, pattern.n, pattern.m, encoding, (b, h), within)
-    plan = nm_plan(shape, pattern.n, pattern.m, encoding, (b, h), within)
+    if 0 in lead:
+        # No matrix to choose from: any choice will do, and what is empty stays a free dimension.
+        from .sddmm import sddmm
+
+        one = [t.new_zeros(max(b, 1), max(h, 1), *t.shape[-2:]) for t in (q, k)]
+        layout = sddmm_nm(one[0], one[1], pattern, scale, None, dtype).layout
+        return sddmm(q, k, layout, scale, key_mask, dtype)
+    n, m = operator.index(pattern.n), operator.index(pattern.m)
+    encoding = encoding_for(n, m, dtype)
+    blank = nm_layout(shape, n, m, encoding, (b, h), within)
+    plan = nm_plan(shape, n, m, encoding, (b, h), within)
     values, metadata = ops.prune(
         fold(expand(q, lead), (b, h)),
         fold(expand(k, lead), (b, h)),

@@ -75,6 +75,8 @@ def expand(t: Tensor, lead_shape: Sequence[int]) -> Tensor:
     Head i of the result is head ``i // (H / heads)`` of ``t``, as in grouped-query attention. A
     view unless heads are repeated; autograd sums over what was repeated.
     """
+    if t.shape[:-2] == lead_shape:
+        return t
     heads = lead_shape[-1] if lead_shape else 1
     if t.dim() > 2 and t.shape[-3] not in (1, heads):
         t = t.repeat_interleave(heads // t.shape[-3], dim=-3)

@@ -6,13 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+Saved = tuple[Tensor, ...]
+
 
 def below(op: Callable[..., Any], *arguments: Any) -> Any:
-    """Run the kernel itself: dispatch below the Autograd key."""
+    """Run the kernel itself: dispatch below the Autograd key.
+
+    Under transforms of ``torch.func`` what comes below is the next transform out, which wants its
+    own derivative of a call that an autograd.Function makes with gradients switched off.
+    """
+    if torch._C._are_functorch_transforms_active():
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
@@ -41,6 +55,25 @@ def differentiable(
         return below(op, *arguments)
 
     return run
+
+
+def forward_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``jvp`` of an autograd.Function, from one that is also given the saved tensors.
+
+    An autograd.Function runs it with forward mode switched off. Under transforms of ``torch.func``
+    that would hide the tangents of the next transform out, so it is on, and the saved tensors come
+    without the tangents of this one.
+    """
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        saved: Saved = ctx.saved_tensors
+        if not torch._C._are_functorch_transforms_active():
+            return rule(ctx, saved, *tangents)
+        with forward_ad._set_fwd_grad_enabled(True):
+            plain = tuple(None if t is None else forward_ad.unpack_dual(t).primal for t in saved)
+            return rule(ctx, plain, *tangents)
+
+    return jvp
 
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(

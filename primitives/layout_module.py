@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from mixgrain.formats.arguments import check_dense
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.errors import LayoutError
 from mixgrain.formats.layout import Layout
@@ -87,12 +88,12 @@ class LayoutModule(torch.nn.Module):
             prefix: what stands before the names of this module's tensors.
             errors: gets a message when there is one that cannot be.
         """
-        text = state.get(f"{prefix}_extra_state")
-        if not isinstance(text, Tensor):
+        text = _text(state.get(f"{prefix}_extra_state"))
+        if text is None:
             return
         tensors = {key.removeprefix(prefix): value for key, value in state.items()}
         try:
-            described = json.loads(bytes(text.tolist()))
+            described = json.loads(text)
             layout = None if described is None else _built(described, tensors, "")
             if layout is not None:
                 layout.validate()
@@ -125,8 +126,10 @@ class LayoutModule(torch.nn.Module):
         here, there = "nothing", "nothing"
         if self._layout is not None:
             here = json.dumps(_described(self._layout))
-        if isinstance(text := state_dict.get(about), Tensor):
-            there = bytes(text.tolist()).decode(errors="replace")
+        if (text := _text(state_dict.get(about))) is not None:
+            there = text
+        elif about in state_dict:
+            there = "what is no description of a layout"
         same = here == there and given == {*mine, about}
         if not same or not all(_equal(state_dict[key], mine[key]) for key in mine):
             error_msgs.append(
@@ -173,15 +176,28 @@ def _built(described: dict[str, Any], tensors: Mapping[str, Any], prefix: str) -
         if isinstance(value, dict):
             value = _built(value, tensors, f"{prefix}{field.name}_")
         elif value == "tensor":
-            value = tensors[prefix + field.name].detach().clone()
+            tensor = tensors.get(prefix + field.name)
+            check_dense("LayoutModule", prefix + field.name, tensor)
+            value = cast(Tensor, tensor).detach().clone()
         given[field.name] = tuple(value) if isinstance(value, list) else value
     return cast(Layout, cls(**given))
 
 
 def _equal(given: object, mine: Tensor | None) -> bool:
-    if not isinstance(given, Tensor) or mine is None:
+    if not isinstance(given, Tensor) or mine is None or given.layout is not torch.strided:
         return False
-    return given.dtype == mine.dtype and torch.equal(given.to(mine.device), mine)
+    if given.is_nested or given.is_meta or mine.is_meta or given.dtype != mine.dtype:
+        return False
+    return torch.equal(given.to(mine.device), mine)
+
+
+def _text(state: object) -> str | None:
+    """What ``get_extra_state`` wrote; None where something else stands."""
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.is_meta:
+        return None
+    if state.is_nested or state.layout is not torch.strided or state.dim() != 1:
+        return None
+    return bytes(state.tolist()).decode(errors="replace")
 
 
 def _short(text: str) -> str:

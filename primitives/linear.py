@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from mixgrain.formats.errors import ShapeError
@@ -23,7 +25,7 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (..., n_out) in x.dtype, summed in float32 (float64 for float64). Differentiable with
-        respect to x, the values of w, and bias.
+        respect to x, the values of w, and bias. torch.autocast casts all three.
 
     Raises:
         ShapeError: sizes that do not fit; a weight with leading dimensions.
@@ -54,7 +56,7 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
         if tuple(bias.shape) != (n_out,):
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
     plan = plan_for("linear", layout, values, x, bias, w.keep)
-    tokens = x.reshape(x.shape[:-1].numel(), n_in)
+    tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
     # A bias joins the sums before they are rounded.
     dtype = x.dtype if bias is None else accumulation(x.dtype)
     out = ops.spmm(

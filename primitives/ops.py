@@ -21,7 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import batching  # noqa: F401  # registers the rules of vmap
 from .checks import accumulation
-from .keys import below, differentiable, without_autocast
+from .keys import Saved, below, differentiable, forward_rule, without_autocast
 from .plans.plan import Plan
 from .schemas import LIB
 
@@ -144,8 +144,11 @@ class _Sddmm(_SingleLevelFunction):
         return dq, dk, *[None] * 7
 
     @staticmethod
-    def jvp(ctx: _Context, dq: Tensor | None, dk: Tensor | None, *_: Any) -> Tensor | None:
-        q, k = ctx.saved_tensors
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dq: Tensor | None, dk: Tensor | None, *_: Any
+    ) -> Tensor | None:
+        q, k = saved
         rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
         first = None if dq is None else sddmm(dq, k, *rest)
         return _plus(first, None if dk is None else sddmm(q, dk, *rest))
@@ -171,8 +174,11 @@ class _Prune(_SingleLevelFunction):
         return dq, dk, *[None] * 6
 
     @staticmethod
-    def jvp(ctx: _Context, dq: Tensor | None, dk: Tensor | None, *_: Any) -> tuple[Any, None]:
-        q, k, metadata = ctx.saved_tensors
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dq: Tensor | None, dk: Tensor | None, *_: Any
+    ) -> tuple[Any, None]:
+        q, k, metadata = saved
         plan = ctx.plan._replace(tensors=[metadata, *ctx.plan.tensors[1:]])
         rest = (ctx.keep, False, plan, ctx.scale, ctx.dtypes[0])
         first = None if dq is None else sddmm(dq, k, *rest)
@@ -197,8 +203,11 @@ class _Spmm(_SingleLevelFunction):
         return dv, dx, *[None] * 7
 
     @staticmethod
-    def jvp(ctx: _Context, dv: Tensor | None, dx: Tensor | None, *_: Any) -> Tensor | None:
-        values, x = ctx.saved_tensors
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dv: Tensor | None, dx: Tensor | None, *_: Any
+    ) -> Tensor | None:
+        values, x = saved
         rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
         first = None if dv is None else spmm(dv, x, *rest)
         return _plus(first, None if dx is None else spmm(values, dx, *rest))
@@ -222,8 +231,11 @@ class _SpmmT(_SingleLevelFunction):
         return dv, dx, *[None] * 7
 
     @staticmethod
-    def jvp(ctx: _Context, dv: Tensor | None, dx: Tensor | None, *_: Any) -> Tensor | None:
-        values, x = ctx.saved_tensors
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, dv: Tensor | None, dx: Tensor | None, *_: Any
+    ) -> Tensor | None:
+        values, x = saved
         rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
         first = None if dv is None else spmm_t(dv, x, *rest)
         return _plus(first, None if dx is None else spmm_t(values, dx, *rest))
@@ -255,8 +267,11 @@ class _Softmax(_SingleLevelFunction):
         return ds, *[None] * 7
 
     @staticmethod
-    def jvp(ctx: _Context, ds: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None]:
-        p, lse = ctx.saved_tensors
+    @forward_rule
+    def jvp(
+        ctx: _Context, saved: Saved, ds: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        p, lse = saved
         if ds is None:
             return None, None
         shared = (ctx.keep, ctx.rows, ctx.plan)
@@ -299,11 +314,17 @@ class _SoftmaxBackward(_SingleLevelFunction):
         return dp, dg, dl, *[None] * 6
 
     @staticmethod
+    @forward_rule
     def jvp(
-        ctx: _Context, dp: Tensor | None, dg: Tensor | None, dl: Tensor | None, *_: Any
+        ctx: _Context,
+        saved: Saved,
+        dp: Tensor | None,
+        dg: Tensor | None,
+        dl: Tensor | None,
+        *_: Any,
     ) -> Tensor | None:
         # y = p (g − Σ p g + l):  dy = p (dg − Σ p dg + dl) + dp (g − Σ p g + l) − p Σ dp g
-        p, g, grad_lse = ctx.saved_tensors
+        p, g, grad_lse = saved
         shared = (ctx.keep, ctx.rows, ctx.plan)
         wide = accumulation(p.dtype, g.dtype)
         dtype = ctx.dtypes[2]
@@ -335,7 +356,8 @@ class _RowSum(_SingleLevelFunction):
         return row_expand(grad, ctx.keep, ctx.rows, ctx.plan, ctx.dtypes[0]), *[None] * 5
 
     @staticmethod
-    def jvp(ctx: _Context, dv: Tensor, *_: Any) -> Tensor:
+    @forward_rule
+    def jvp(ctx: _Context, saved: Saved, dv: Tensor, *_: Any) -> Tensor:
         return row_sum(dv, ctx.keep, ctx.rows, ctx.plan)
 
 
@@ -353,7 +375,8 @@ class _RowExpand(_SingleLevelFunction):
         return made, *[None] * 6
 
     @staticmethod
-    def jvp(ctx: _Context, dv: Tensor, *_: Any) -> Tensor:
+    @forward_rule
+    def jvp(ctx: _Context, saved: Saved, dv: Tensor, *_: Any) -> Tensor:
         return row_expand(dv, ctx.keep, ctx.rows, ctx.plan, ctx.dtypes[1])
 
 

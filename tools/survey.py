@@ -29,7 +29,7 @@ MOST_PANEL = 1 << 27
 MOST_COUNTED = 1 << 25
 MOST_SAMPLED = 1 << 21
 RUNS_PER_CHUNK = 1 << 19
-PILOT_ROWS = 16
+PILOT_ROWS, LONG_ROW = 16, 1 << 17
 SEED = 20
 
 
@@ -79,7 +79,9 @@ def survey(pattern: Pattern, nq: int, nk: int, size: int = 64) -> Survey:
     factored = static.factor(frame)
     runs, kept = _expected(static, frame)
     core_runs, core_kept = (0.0, 0.0)
-    if factored.core is not None:
+    if factored.core is static:
+        core_runs, core_kept = runs, kept
+    elif factored.core is not None:
         core_runs, core_kept = _expected(factored.core, frame)
     exact = core_runs <= MOST_COUNTED
     if exact:
@@ -127,12 +129,9 @@ def sampled_cells(
     share = min(1.0, MOST_SAMPLED / max(runs, 1.0))
     each = max(1, int(cell[0] * share))
     whole = share == 1.0
+    bounds = (torch.arange(down + 1) * cell[0]).clamp(max=nq)
     for members in _classes(pattern, frame):
-        rows, weight = (members, torch.ones(members.numel(), dtype=torch.float64))
-        if not whole:
-            rows, weight = stratified(
-                members, torch.div(members, cell[0], rounding_mode="floor"), each
-            )
+        rows, weight = stratified(members, bounds, cell[0] if whole else each)
         done = 0
         for chunk, found in chunked_runs(pattern, frame, rows, RUNS_PER_CHUNK):
             part = weight[done : done + chunk.numel()]
@@ -148,19 +147,51 @@ def strata_for(nq: int, runs: float) -> int:
     return 1 << (max(1, -(-nq // strata)) - 1).bit_length()
 
 
-def stratified(rows: Tensor, stratum: Tensor, each: int) -> tuple[Tensor, Tensor]:
-    """About `each` of the rows of every stratum, and how many rows each stands for.
+@dataclass(frozen=True)
+class Members:
+    """Rows that are alike, without a list of them where they are nearly all.
+
+    Attributes:
+        listed: int64 (K,), rising.
+        nq: rows in all.
+        others: the rows meant are those not listed.
+    """
+
+    listed: Tensor
+    nq: int
+    others: bool
+
+    @property
+    def count(self) -> int:
+        """How many rows."""
+        return self.nq - self.listed.numel() if self.others else self.listed.numel()
+
+    def before(self, rows: Tensor) -> Tensor:
+        """How many members lie before each row."""
+        listed = torch.searchsorted(self.listed, rows)
+        return rows - listed if self.others else listed
+
+    def at(self, index: Tensor) -> Tensor:
+        """The rows that members are, by their number."""
+        if not self.others:
+            return self.listed[index]
+        skipped = self.listed - torch.arange(self.listed.numel())
+        return index + torch.searchsorted(skipped, index, right=True)
+
+
+def stratified(members: Members, bounds: Tensor, each: int) -> tuple[Tensor, Tensor]:
+    """About `each` of the members in every stratum, and how many rows each stands for.
 
     Args:
-        rows: int64 (R,), rising.
-        stratum: int64 (R,), rising: where each row belongs.
+        members: what to choose from.
+        bounds: int64 (S + 1,), rising: the first row of each stratum, and the end.
         each: at most so many of a stratum are chosen.
 
     Returns:
-        int64 (S,) rising and float64 (S,), whose sum is R.
+        int64 (R,) rising and float64 (R,), whose sum is the number of members.
     """
-    _, counts = torch.unique_consecutive(stratum, return_counts=True)
-    first = torch.cumsum(counts, 0) - counts
+    first = members.before(bounds)
+    first, counts = first[:-1], first.diff()
     taken = counts.clamp(max=each)
     # Each stratum is cut into `taken` pieces of nearly equal length, and each gives one row.
     owner = torch.repeat_interleave(torch.arange(counts.numel()), taken)
@@ -168,16 +199,15 @@ def stratified(rows: Tensor, stratum: Tensor, each: int) -> tuple[Tensor, Tensor
     low = k * counts[owner] // taken[owner]
     length = (k + 1) * counts[owner] // taken[owner] - low
     step = (uniform(SEED, torch.arange(owner.numel()), 0) * length).long()
-    return rows[first[owner] + low + step], length.double()
+    return members.at(first[owner] + low + step), length.double()
 
 
-def _classes(pattern: Pattern, frame: Frame) -> list[Tensor]:
-    """All rows in two lists: those that global tokens name one by one, and the others."""
-    named = [frame.rows()[:0], *(g.factor(frame).queries for g in _globals(pattern))]
-    listed = torch.unique(torch.cat(named))
-    other = torch.ones(frame.nq, dtype=torch.bool)
-    other[listed] = False
-    return [rows for rows in (listed, other.nonzero().flatten()) if rows.numel()]
+def _classes(pattern: Pattern, frame: Frame) -> list[Members]:
+    """All rows in two classes: those that global tokens name one by one, and the others."""
+    none = torch.empty(0, dtype=torch.int64)
+    listed = torch.unique(torch.cat([none, *(g.factor(frame).queries for g in _globals(pattern))]))
+    both = (Members(listed, frame.nq, others=False), Members(listed, frame.nq, others=True))
+    return [members for members in both if members.count]
 
 
 def _globals(value: object) -> list[Globals]:
@@ -191,10 +221,12 @@ def _globals(value: object) -> list[Globals]:
 def _expected(pattern: Pattern, frame: Frame) -> tuple[float, float]:
     """About how many runs and kept pairs a flat pattern has, from a few rows."""
     runs = kept = 0.0
+    # Where rows may be long, fewer of them say enough.
+    look = PILOT_ROWS if pattern.runs_bound(frame) <= LONG_ROW else PILOT_ROWS // 4
     for members in _classes(pattern, frame):
-        rows, _ = stratified(members, torch.zeros_like(members), PILOT_ROWS)
+        rows, _ = stratified(members, torch.tensor([0, frame.nq]), look)
         for chunk, found in chunked_runs(pattern, frame, rows):
-            scale = members.numel() / rows.numel()
+            scale = members.count / rows.numel()
             runs += max(found.num_runs, chunk.numel()) * scale
             kept += found.nnz() * scale
     return runs, kept

@@ -1,4 +1,4 @@
-"""Files of dense weights, one tensor at a time: safetensors, NumPy's npy and npz, torch's pt.
+"""Dense weights, one tensor at a time: safetensors, shards of it, NumPy's npy and npz, torch's pt.
 
 Nothing in a file is executed: NumPy's and torch's readers refuse pickled code, and sizes that a
 file declares are compared with its own size before anything is allocated.
@@ -6,6 +6,7 @@ file declares are compared with its own size before anything is allocated.
 
 from __future__ import annotations
 
+import json
 import math
 import zipfile
 from abc import ABC, abstractmethod
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from mixgrain.formats.errors import FileFormatError
 
-ENDINGS = (".safetensors", ".npy", ".npz", ".pt", ".pth", ".bin")
+ENDINGS = (".safetensors", ".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors.index.json")
 # What a file that cannot be read raises, depending on the byte at fault.
 _BROKEN = (
     SafetensorError, zipfile.BadZipFile, ValueError, TypeError, RuntimeError, EOFError, LookupError,
@@ -64,6 +65,30 @@ class _Safetensors(Weights):
     def read(self, name: str) -> Tensor:
         tensor: Tensor = self.file.get_tensor(name)
         return tensor.contiguous()
+
+
+class _Shards(Weights):
+    """A model in several safetensors files, by the index that names the file of each tensor."""
+
+    def __init__(self, path: Path) -> None:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not places:
+            raise ValueError("no weight_map, which names the file of each tensor")
+        for name, file in places.items():
+            # An index is no reason to read files elsewhere.
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{name!r} is in {file!r}, a file beside the index expected")
+        self.shards = {file: _Safetensors(path.with_name(file)) for file in set(places.values())}
+        missing = [name for name in places if name not in self.shards[places[name]].entries]
+        if missing:
+            raise ValueError(f"{missing[0]!r} is not in {places[missing[0]]!r}")
+        self.places: dict[str, str] = places
+        self.metadata = self.shards[next(iter(places.values()))].metadata
+        self.entries = {name: self.shards[file].entries[name] for name, file in places.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.shards[self.places[name]].read(name)
 
 
 class _Arrays(Weights):
@@ -129,6 +154,11 @@ class _StateDict(Weights):
         return self.tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
 
+def ending_of(path: Path) -> str:
+    """Which of ENDINGS a file has, or nothing."""
+    return next((ending for ending in ENDINGS if path.name.endswith(ending)), "")
+
+
 def open_weights(path: Path) -> Weights:
     """The dense tensors of a file, chosen by its ending.
 
@@ -136,7 +166,8 @@ def open_weights(path: Path) -> Weights:
         FileFormatError: another ending, a broken file, or one of mixgrain's own.
         OSError: there is no such file, or it cannot be read.
     """
-    if path.is_dir() or path.suffix not in ENDINGS:
+    ending = ending_of(path)
+    if path.is_dir() or not ending:
         raise FileFormatError(
             f"{path}: {'a folder' if path.is_dir() else f'a name that ends in {path.suffix!r}'} "
             f"given, a file of {', '.join(ENDINGS)} expected; folders that mixgrain wrote go with "
@@ -146,8 +177,9 @@ def open_weights(path: Path) -> Weights:
         pass
     kinds: dict[str, type[Any]] = {
         ".safetensors": _Safetensors, ".npy": _Arrays, ".npz": _Arrays,
+        ".safetensors.index.json": _Shards,
     }  # fmt: skip
-    weights: Weights = _guarded(path, lambda: kinds.get(path.suffix, _StateDict)(path))
+    weights: Weights = _guarded(path, lambda: kinds.get(ending, _StateDict)(path))
     if weights.metadata.get("format") == "mixgrain":
         raise FileFormatError(
             f"{path}: already a sparse tensor; load it with mixgrain.load, or give --to dense"

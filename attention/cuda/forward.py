@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mixgrain.cuda.device import facts, using
 from mixgrain.cuda.errors import CudaError
-from mixgrain.cuda.streams import concurrently
 from mixgrain.formats.errors import BackendUnavailableError, UnsupportedError
 from mixgrain.primitives.cuda.block_sm90 import laid_out
 from mixgrain.primitives.cuda.parts import MOST_MATRICES, aligned
@@ -126,7 +125,9 @@ def _run(
                 out, lse, partial, q, k, v, keep, scale, work, found.row_ranges, sink
             )
         )  # fmt: skip
-    concurrently(device, jobs)
+    # One after the other: each of them fills the device, side by side they gain nothing.
+    for job in jobs:
+        job()
     if work.merge_rows.shape[0]:
         assert partial is not None
         merge(out, lse, partial, work, found.merge_ranges, sink)

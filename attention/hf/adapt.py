@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mixgrain.formats.arguments import kind_of
 from mixgrain.formats.errors import UnsupportedError
 
 # Class of transformers -> (our module, our class). A subclass of one of these may compute something
@@ -18,6 +19,8 @@ SWAPS = {
 
 def swap(model: torch.nn.Module) -> int:
     """Change the class of every layer listed; see huggingface.adapt."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"adapt: model is a {kind_of(model)}; expected a torch.nn.Module")
     count = 0
     for layer in model.modules():
         kind = type(layer)

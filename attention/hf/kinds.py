@@ -22,6 +22,8 @@ from .readers import READERS, closure
 from .requirement import transformers_module
 from .scope import Scope
 
+REMAP = "remap_positions_for_packed_sequence"
+
 
 @functools.cache
 def known_kinds() -> dict[Any, str]:
@@ -51,9 +53,10 @@ def known_kinds() -> dict[Any, str]:
         function = getattr(module, name)(left, right)
         if _composes(function, left, right, joined):
             kinds[function.__code__] = name
-    remap = module.remap_positions_for_packed_sequence(left, places)
-    if _remaps(remap, left, places):
-        kinds[remap.__code__] = "remap_positions_for_packed_sequence"
+    if (make := getattr(module, REMAP, None)) is not None:
+        remap = make(left, places)
+        if _remaps(remap, left, places):
+            kinds[remap.__code__] = REMAP
     return kinds
 
 

@@ -17,11 +17,11 @@ from mixgrain.formats import patterns as P
 from mixgrain.formats.pattern import Pattern
 
 from .evaluate import MaskFunction, evaluate
-from .kinds import known_kinds
+from .kinds import REMAP, known_kinds
 from .readers import READERS, RELATIVE, closure
 from .scope import Scope
 
-DOCUMENTS, REMAP = "packed_sequence_mask_function", "remap_positions_for_packed_sequence"
+DOCUMENTS = "packed_sequence_mask_function"
 
 
 def translate(function: MaskFunction, scope: Scope) -> Pattern:

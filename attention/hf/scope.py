@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mixgrain.formats import patterns as P
+from mixgrain.formats.cache import LRU
 from mixgrain.formats.pattern import Pattern
 
 from .placed import Placed
@@ -54,5 +56,23 @@ class Scope:
 
     def documents(self, ids: Tensor) -> Pattern:
         """Positions with equal ids see each other, entry by entry of ids (B or 1, reach)."""
-        flat = [self.place(P.documents(row)) for row in ids]
+        flat = [self.place(_documents(row)) for row in ids]
         return flat[0] if len(flat) == 1 else P.per_batch(flat)
+
+
+_known: LRU[Pattern] = LRU(64)
+
+
+def _documents(ids: Tensor) -> Pattern:
+    """P.documents of CPU ids; the same object for the same ids.
+
+    Every forward makes its own tensor, and a long one is known to layouts by which tensor it is,
+    not by what it holds.
+    """
+
+    def make() -> Pattern:
+        with torch.inference_mode(False):  # tensors of inference mode have no version to know by
+            return P.documents(ids.clone())
+
+    digest = hashlib.blake2b(ids.contiguous().numpy().tobytes(), digest_size=16).digest()
+    return _known.get((ids.numel(), digest), make)

@@ -26,8 +26,11 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_LOOP ? 5 : 6)
               const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,  //
               const int4 *__restrict__ items, const i64 *__restrict__ row_offsets,
               const int *__restrict__ columns, int item_count, int rows, int pieces,
-              float scale) {
+              float scale, i64 positions, int gap) {
     const int lane = threadIdx.x % 32;
+    // Slots between this part and the next hold zeros.
+    if (blockIdx.x == 0 && int(threadIdx.x) < gap)
+        out[blockIdx.y * out_free + positions + threadIdx.x] = from_float<out_t>(0.0f);
     const int at = blockIdx.x * kWarps + threadIdx.x / 32;
     if (at >= item_count) return;
     const RowItem item = row_item(items, at);

@@ -55,8 +55,7 @@ __device__ __forceinline__ void keep8(u32 address, u32 bits) {
 
 extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     spmm_block_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
-                    const int4 *__restrict__ table, const int *__restrict__ starts,
-                    const int4 *__restrict__ tiles, const u8 *__restrict__ masks,
+                    const int4 *__restrict__ table, const int4 *__restrict__ tiles, int each, const u8 *__restrict__ masks,
                     const u8 *__restrict__ any, int lines, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
@@ -65,6 +64,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     const u32 full_b = empty_a + 8 * kStagesA, empty_b = full_b + 8 * kStagesB;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
+    // The first tile is asked for while the barriers are made.
+    Walk walk(tiles, each);
+    if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStagesA; ++s) barrier_init(full_a + 8 * s, 1), barrier_init(empty_a + 8 * s, kConsumers / 32);
         for (int s = 0; s < kStagesB; ++s) barrier_init(full_b + 8 * s, 1), barrier_init(empty_b + 8 * s, kConsumers / 32);
@@ -77,12 +79,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     if (warp >= kConsumers / 32) {  // producer
         if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x != kConsumers) return;
-        tma_prefetch(values_map);
-        tma_prefetch(x_map);
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         int a = 0, b = 0;
         u32 parity_a = 1, parity_b = 1;
-        Walk walk(starts, tiles);
         while (walk.next(tile)) {
             const int column0 = tile.w % across * kAcross, matrix = tile.w / across, entry = tile.x / lines;
             int4 item = tile.z > 0 ? table[tile.y] : make_int4(0, 0, 0, 0);
@@ -122,7 +121,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     int a = 0, b = 0;
     u32 parity_a = 0, parity_b = 0;
 
-    Walk walk(starts, tiles);
     while (walk.next(tile)) {
         float acc[kWide / 2];
 #pragma unroll

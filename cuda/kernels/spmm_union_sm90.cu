@@ -1,20 +1,20 @@
 // spmm_union_sm90: out = scale · S x or scale · Sᵀ x, S in blocks of 16 or 32, on wgmma.
 //
-// A CTA takes 256 rows: 16 or 8 lines of blocks. It walks the union of their inner blocks: the rows of x
+// A CTA takes 128 rows: 8 or 4 lines of blocks. It walks the union of their inner blocks: the rows of x
 // come once for all of them, with the blocks that are there, and a warpgroup multiplies its 64 rows by
 // those that it has blocks for, from registers: a warp without a block puts zeros.
 //
 //   out     (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
 //   x       (F, E, inner, D)  by a 4-D tensor map, any strides, boxes of 64 columns × S
 //   values  (F, slots)        blocks by a 3-D tensor map (S, items · S, F), boxes of S × S
-//   unions  (n) int4          inner block; bits: lines with a block there; bits: rows of x in use; first
-//   blocks  (items) int2      of each union, line by line: item, mask (−1 = full)
+//   unions  (n) int4          inner block; bits: lines with a block there; bits: rows of x in use; 0
+//   blocks  (n, kLines) int2  the block of each line: item, mask (−1 = full); −1, −1 = none
 //   masks   (M, S, S / 8)     bits of partial blocks, of their transposes when transposed
 //   tiles   (n) int4          see walk.cuh; line = entry · groups + group of lines
 //
-//   grid   CTAs that walk their tiles of 256 rows × kWide columns
-//   block  512 consumers + a warpgroup whose first warps produce and which gives its registers away
-//   smem   kStages of 64 rows of x and the blocks of 64 × 256
+//   grid   CTAs that walk their tiles of 128 rows × kWide columns
+//   block  256 consumers + a warpgroup whose first two warps produce
+//   smem   kStages of 64 rows of x and the blocks of 128 × 64
 //   floor  L2: (kWide · 128 B for every 64 positions of the union + blocks) at 8.9 TB/s
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x and blocks, no run-time mask
 #include "types.cuh"
@@ -27,14 +27,15 @@
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kStages = MG_STAGES;
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kSize == 16 || kSize == 32, "SIZE must be 16 or 32");
-static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
-constexpr int kRows = 256, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
+static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
+constexpr int kRows = 128, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
 constexpr int kSlots = 64 / kSize, kSteps = kSize / 16;                 // unions of a stage
-constexpr int kConsumers = 512, kPanels = kWide / 64;
-constexpr int kTurns = 32 / kLines < kSlots ? 32 / kLines : kSlots;     // unions whose blocks a warp gets
-constexpr int kProducers = 1 + kSlots / kTurns;                         // warps: one for x
+constexpr int kConsumers = 256, kPanels = kWide / 64;
+constexpr int kProducers = 2;                                           // warps: for x and for blocks
+static_assert(kLines * kSlots <= 32 && kPanels * kSlots <= 32, "a lane for each copy of a stage");
 constexpr u32 kPanel = 64 * 128, kBlock = kSize * kSize * 2, kRight = kPanels * kPanel;
 constexpr u32 kStage = kRight + kSlots * kLines * kBlock;
+constexpr int kAhead = 8;
 constexpr u32 kAll = kSize == 32 ? ~0u : (1u << kSize) - 1;
 
 // A 16-byte chunk of a block as TMA's swizzle of a row's bytes puts it.
@@ -45,19 +46,24 @@ __device__ __forceinline__ u32 both(u32 bits) {
     return (bits & 1 ? 0x0000FFFFu : 0u) | (bits & 2 ? 0xFFFF0000u : 0u);
 }
 
-extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
+extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 : 1)
     spmm_union_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ unions, const int2 *__restrict__ blocks,
-                    const int *__restrict__ starts, const int4 *__restrict__ tiles,
+                    const int4 *__restrict__ tiles, int each,
                     const u8 *__restrict__ masks, int groups, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
     __shared__ uint2 notes[kStages][kSlots];         // lines with a block, rows of x in use
+    __shared__ alignas(16) int4 union_ahead[kAhead][kSlots];
+    __shared__ alignas(8) int2 block_ahead[kAhead][32];
     __shared__ int mask_of[kStages][kSlots][kLines];  // −1 = full or absent
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
+    // The first tile is asked for while the barriers are made.
+    Walk walk(tiles, each);
+    if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)
             barrier_init(full + 8 * s, kProducers), barrier_init(empty + 8 * s, kConsumers / 32);
@@ -67,51 +73,61 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 
     int4 tile;
     int stage = 0;
-    Walk walk(starts, tiles);
 
     if (warp >= kConsumers / 32) {  // producers
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWide == 64 ? 48 : 32));
+        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
         const int role = warp - kConsumers / 32;
         u32 parity = 1;
+        // What describes a stage is asked for kAhead stages ahead, into shared memory.
         if (role == 0) {  // x: a lane looks after one panel of one union of each stage
-            if (lane == 0) tma_prefetch(x_map);
             const int slot = lane / kPanels, panel = lane % kPanels;
             while (walk.next(tile)) {
                 const int column = tile.w % across * kWide + 64 * panel, matrix = tile.w / across, entry = tile.x / groups;
-                for (int i = 0; i < tile.z; i += kSlots) {
-                    // Asked for before the wait, which mostly takes longer.
-                    const bool there = slot < kSlots && i + slot < tile.z;
-                    const int4 now = there ? unions[tile.y + i + slot] : make_int4(0, 0, kAll, 0);
+                auto there = [&](int n) { return slot < kSlots && n * kSlots + slot < tile.z; };
+                auto ask = [&](int n) {
+                    if (there(n) && panel == 0)
+                        copy_async16(&union_ahead[n % kAhead][slot], unions + tile.y + n * kSlots + slot, true);
+                    copy_commit();
+                };
+                __syncwarp();
+                for (int n = 0; n < kAhead - 1; ++n) ask(n);
+                for (int n = 0; n * kSlots < tile.z; ++n) {
+                    ask(n + kAhead - 1);
+                    copy_wait<kAhead - 1>();
+                    __syncwarp();
+                    int4 now = make_int4(0, 0, kAll, 0);
+                    if (there(n)) now = union_ahead[n % kAhead][slot];
                     barrier_wait(empty + 8 * stage, parity);
                     if (slot < kSlots) notes[stage][slot] = make_uint2(now.y, now.z);
                     __syncwarp();
-                    if (lane == 0) barrier_expect(full + 8 * stage, kPanels * kSize * 128 * min(kSlots, tile.z - i));
+                    if (lane == 0) barrier_expect(full + 8 * stage, kPanels * kSize * 128 * min(kSlots, tile.z - n * kSlots));
                     __syncwarp();
-                    if (there)
+                    if (there(n))
                         tma_load(ring + stage * kStage + panel * kPanel + slot * kSize * 128, x_map, full + 8 * stage,
                                  column, now.x * kSize, entry, matrix);
                     if (++stage == kStages) stage = 0, parity ^= 1;
                 }
             }
-        } else if (role < kProducers) {  // blocks: a lane looks after one line of one union
-            const int slot = (role - 1) * kTurns + lane / kLines, line = lane % kLines;
-            const bool here = lane < kTurns * kLines;
-            if (lane == 0) tma_prefetch(values_map);
-            while (walk.next(tile)) {
+        } else if (role == 1) {  // blocks: a lane looks after one line of one union
+            const int slot = lane / kLines, line = lane % kLines;
+                        while (walk.next(tile)) {
                 const int matrix = tile.w / across;
-                // Lines of a union and where its blocks start; the block is asked for a stage ahead.
-                auto entry_at = [&](int n) {
-                    const int4 e = here && n < tile.z ? unions[tile.y + n] : make_int4(0, 0, 0, 0);
-                    return make_int2(e.y, e.w);
+                auto ask = [&](int n) {
+                    if (lane < kSlots * kLines && n * kSlots + slot < tile.z)
+                        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(&block_ahead[n % kAhead][lane])),
+                                     "l"(blocks + static_cast<i64>(tile.y + n * kSlots + slot) * kLines + line)
+                                     : "memory");
+                    else
+                        block_ahead[n % kAhead][lane] = make_int2(-1, -1);
+                    copy_commit();
                 };
-                auto block_at = [&](int2 e) {
-                    return e.x >> line & 1 ? blocks[e.y + __popc(e.x & ((1 << line) - 1))] : make_int2(-1, -1);
-                };
-                int2 soon = block_at(entry_at(slot));
-                for (int i = 0; i < tile.z; i += kSlots) {
-                    const int2 block = soon, later = entry_at(i + kSlots + slot);
+                for (int n = 0; n < kAhead - 1; ++n) ask(n);
+                for (int n = 0; n * kSlots < tile.z; ++n) {
+                    ask(n + kAhead - 1);
+                    copy_wait<kAhead - 1>();
+                    const int2 block = block_ahead[n % kAhead][lane];
                     barrier_wait(empty + 8 * stage, parity);
-                    if (here) mask_of[stage][slot][line] = block.y;
+                    if (lane < kSlots * kLines) mask_of[stage][slot][line] = block.y;
                     const u32 count = __popc(__ballot_sync(0xFFFFFFFFu, block.x >= 0));
                     if (lane == 0) barrier_expect(full + 8 * stage, kBlock * count);
                     __syncwarp();
@@ -119,15 +135,14 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                         tma_load(ring + stage * kStage + kRight + (slot * kLines + line) * kBlock, values_map,
                                  full + 8 * stage, 0, block.x * kSize, matrix);
                     if (++stage == kStages) stage = 0, parity ^= 1;
-                    soon = block_at(later);
                 }
             }
         }
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWide == 64 ? 104 : 112));
-    const int group = warp / 4, line = group * kEach + warp % 4 / kSteps;  // this warp's line of the 256 rows
+    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    const int group = warp / 4, line = group * kEach + warp % 4 / kSteps;  // this warp's line of the 128 rows
     const int half = kSize == 32 ? warp % 2 : 0;                          // its 16 rows of the block
     // Of ldmatrix: lane l gives row l % 8 of matrix l / 8: rows + 8 (m % 2) and k + 8 (m / 2), or turned.
     const int m = lane / 8;

@@ -6,6 +6,7 @@ hands out writable tensors over read-only memory, so both are looked for first.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from ..errors import DtypeError, LayoutError, ShapeError
+from ..arguments import SIDE_LIMIT, kind_of, shown
+from ..errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from ..source import INTEGERS
 
 VALUES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,41 +41,56 @@ def from_dlpack(array: Any) -> Tensor:
         LayoutError: no array, or one that cannot be shared nor safely copied.
         DtypeError: a dtype that torch does not have.
     """
+    return _shared(array, "from_dlpack")
+
+
+def _shared(array: Any, who: str) -> Tensor:
+    """As ``from_dlpack``; `who` names the caller in errors."""
     if isinstance(array, Tensor):
         return array
     if isinstance(array, np.ndarray | np.generic):
-        return _from_numpy(np.asarray(array))
-    if not hasattr(array, "__dlpack__"):
+        return _from_numpy(np.asarray(array), who)
+    if isinstance(array, type) or not hasattr(array, "__dlpack__"):
         raise LayoutError(
-            f"from_dlpack: {type(array).__name__} given, a tensor or an array with __dlpack__ "
+            f"{who}: {kind_of(array)} given, a tensor or an array with __dlpack__ "
             "expected; make one with numpy.asarray"
         )
-    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _CPU:
+    if _on_cpu(array, who):
         try:  # numpy takes any strides, and its arrays say whether they may be written
-            return _from_numpy(np.from_dlpack(array))
-        except (BufferError, RuntimeError, TypeError) as error:
+            return _from_numpy(np.from_dlpack(array), who)
+        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
             raise LayoutError(
-                f"from_dlpack: {type(array).__name__} cannot be shared: {error}; detach it, or "
+                f"{who}: {type(array).__name__} cannot be shared: {error}; detach it, or "
                 "copy it to numpy first"
             ) from error
     strides = getattr(array, "strides", None)
     if strides is not None and any(step < 0 for step in strides):
         raise LayoutError(
-            f"from_dlpack: {type(array).__name__} with strides {tuple(strides)}; torch cannot hold "
+            f"{who}: {type(array).__name__} with strides {tuple(strides)}; torch cannot hold "
             "negative ones; pass a contiguous copy, e.g. cupy.ascontiguousarray(array)"
         )
     try:
         shared: Tensor = torch.utils.dlpack.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError) as error:
-        raise LayoutError(
-            f"from_dlpack: {type(array).__name__} cannot be shared: {error}"
-        ) from error
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise LayoutError(f"{who}: {type(array).__name__} cannot be shared: {error}") from error
     return shared
 
 
-def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+def _on_cpu(array: Any, who: str) -> bool:
+    if not hasattr(array, "__dlpack_device__"):
+        return False
+    place = array.__dlpack_device__()
+    if not isinstance(place, tuple) or len(place) != 2:
+        raise LayoutError(
+            f"{who}: {kind_of(array)} says that it is on {place!r:.80}; (device type, number) "
+            "expected of __dlpack_device__"
+        )
+    return bool(place[0] == _CPU)
+
+
+def _from_numpy(array: np.ndarray[Any, Any], who: str) -> Tensor:
     if array.dtype.name == "bfloat16":  # of ml_dtypes; numpy itself has none
-        return _from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return _from_numpy(array.view(np.uint16), who).view(torch.bfloat16)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if not array.flags.writeable or any(step < 0 for step in array.strides):
@@ -82,7 +99,7 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
         tensor: Tensor = torch.from_numpy(array)
     except TypeError as error:
         raise DtypeError(
-            f"from_dlpack: {array.dtype} given, which torch does not have; use .astype"
+            f"{who}: {array.dtype} given, which torch does not have; use .astype"
         ) from error
     return tensor
 
@@ -90,16 +107,29 @@ def _from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 def as_array(data: Any, who: str) -> Tensor:
     """A tensor of an array as ``from_dlpack`` takes it, or of a list of numbers."""
     if isinstance(data, list | tuple | range):
-        if not len(data):
+        if not data:
             return torch.empty(0, dtype=torch.int64)
+        if isinstance(data, range) and data[SIDE_LIMIT:]:
+            raise LayoutError(f"{who}: {data} given, fewer than 2**31 numbers expected")
         try:
-            listed: Tensor = torch.tensor(data)
+            listed: Tensor = (
+                torch.arange(data.start, data.stop, data.step)
+                if isinstance(data, range)
+                else torch.tensor(data)
+            )
         except (TypeError, ValueError, RuntimeError) as error:
             raise LayoutError(f"{who}: no array of numbers: {error}") from error
         return listed
-    if isinstance(data, Tensor) and data.layout != torch.strided:
-        raise LayoutError(f"{who}: {data.layout} given, a dense array of numbers expected")
-    return from_dlpack(data)
+    tensor = _shared(data, who)
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        given: object = "a nested tensor" if tensor.is_nested else tensor.layout
+        given = "a quantized tensor" if tensor.is_quantized else given
+        raise LayoutError(f"{who}: {given} given, a dense array of numbers expected")
+    if tensor.is_meta:
+        raise UnsupportedError(
+            f"{who}: a tensor on meta given, which holds no numbers; expected one with data"
+        )
+    return tensor
 
 
 def indices(data: Any, who: str, ndim: int = 1) -> Tensor:
@@ -115,7 +145,8 @@ def indices(data: Any, who: str, ndim: int = 1) -> Tensor:
         raise DtypeError(f"{who}: {tensor.dtype} given, integers expected; convert with .long()")
     if tensor.ndim != ndim:
         raise ShapeError(f"{who}: shape {tuple(tensor.shape)} given, {ndim}-D expected")
-    return tensor
+    # Differences of 8-bit and 16-bit numbers, and limits they are compared with, would wrap.
+    return tensor if tensor.dtype in (torch.int32, torch.int64) else tensor.long()
 
 
 def values(data: Any, who: str, shape: tuple[int, ...]) -> Tensor:
@@ -139,22 +170,28 @@ def values(data: Any, who: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def as_shape(shape: Any, who: str) -> tuple[int, int]:
-    """(nq, nk) of two integers >= 0.
+    """(nq, nk) of two integers from 0 to 2**31 − 1.
 
     Raises:
         ShapeError: anything else.
     """
     try:
-        nq, nk = (int(side) for side in shape)
+        if isinstance(shape, Tensor):
+            raise TypeError
+        nq, nk = (operator.index(side) for side in shape)
     except (TypeError, ValueError):
-        nq = -1
-    if nq < 0 or nk < 0:
-        raise ShapeError(f"{who}: shape {shape!r} given, (nq, nk) expected, both at least 0")
+        nq = nk = -1
+    if not (0 <= nq < SIDE_LIMIT and 0 <= nk < SIDE_LIMIT):
+        raise ShapeError(
+            f"{who}: shape {shown(shape)} given, (nq, nk) expected, integers from 0 to 2**31 - 1"
+        )
     return nq, nk
 
 
 def check_within(tensor: Tensor, low: int, high: int, who: str, what: str) -> None:
     """Raise LayoutError unless every number lies in [low, high)."""
+    if high > torch.iinfo(tensor.dtype).max:  # torch would wrap it
+        tensor = tensor.long()
     bad = (tensor < low) | (tensor >= high)
     if bool(bad.any()):
         at = bad.nonzero()[0].tolist()

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import kind_of
 from ..block import SIZES, BlockLayout
-from ..errors import LayoutError
+from ..errors import LayoutError, ShapeError
 from ..relayout import to_layout
 from ..row import RowLayout
 from ..sparse import SparseTensor
@@ -37,6 +38,7 @@ def from_positions(
         values: (n,).
         lead: (b, h); every entry has positions of its own.
     """
+    _check_place(who, col, values)
     entries = lead[0] * lead[1]
     offsets, columns, order = in_row_order(row, col, (entries * shape[0], shape[1]), who)
     layout = RowLayout.from_csr(shape, offsets, columns, lead, range(entries))
@@ -52,6 +54,7 @@ def from_blocks(
     lead: tuple[int, int] = (1, 1),
 ) -> SparseTensor:
     """As ``from_positions``, of square blocks; rows and columns of blocks, values (n, s, s)."""
+    _check_place(who, col, values)
     high, wide = values.shape[1:]
     if high != wide or high not in SIZES:
         raise LayoutError(
@@ -65,6 +68,13 @@ def from_blocks(
     offsets, columns, order = in_row_order(row, col, grid, who, "block")
     layout = BlockLayout.from_blocks(shape, high, offsets, columns, lead=lead, entry=range(entries))
     return SparseTensor(layout, (values if order is None else values[order]).reshape(-1))
+
+
+def _check_place(who: str, indices: Tensor, values: Tensor) -> None:
+    if indices.device != values.device:
+        raise ShapeError(
+            f"{who}: indices on {indices.device}, values on {values.device}; expected one device"
+        )
 
 
 class Rows(NamedTuple):
@@ -94,8 +104,7 @@ def check_sparse(who: str, s: object, matrix: bool = True) -> SparseTensor:
     """
     if not isinstance(s, SparseTensor):
         raise LayoutError(
-            f"{who}: {type(s).__name__} given, a SparseTensor expected; make one with "
-            "sparsify(x, 'row')"
+            f"{who}: {kind_of(s)} given, a SparseTensor expected; make one with sparsify(x, 'row')"
         )
     if matrix and s.lead_shape:
         raise LayoutError(

@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import among, as_size, shown
 from ..block import SIZES
 from ..entries import unpack_bits
 from ..errors import LayoutError, ShapeError
+from ..layout_runs import part_of
 from ..pattern import Frame, Pattern
-from ..pattern_arguments import as_integer
 from ..pattern_queries import chunked_runs
 from ..pattern_ragged import ragged
-from ..runs import Runs
 from ..runs import from_intervals as merged
 from .arrays import as_array, as_shape, check_within, indices
 from .block_lists import check_lists, listed
@@ -58,10 +58,11 @@ def to_intervals(
     """
     who = "to_intervals"
     pattern, frame = as_pattern(source, nq, nk, who)
-    (b, h), total = pattern.lead, as_integer(batch, f"{who}(batch)", 1)
+    (b, h), total = pattern.lead, as_size(who, "batch", batch, 1)
+    most = as_size(who, "max_intervals", max_intervals, 1)
     if b > 1 and total not in (1, b):
         raise ShapeError(f"{who}: batch {total} given, the pattern has {b} batch entries")
-    found = [_ends(flat, frame, max_intervals, who) for flat in pattern.distinct]
+    found = [_ends(flat, frame, most, who) for flat in pattern.distinct]
     width = max(ends.shape[0] for ends in found)
     # Empty intervals after the last key of each row.
     padded = [
@@ -71,7 +72,7 @@ def to_intervals(
     stacked = stacked.unflatten(0, (b, h)).permute(1, 2, 0, 3)  # heads, ends, batch, queries
     stacked = stacked.expand(-1, -1, max(b, total), -1)
     mask: Tensor = stacked.reshape(h, width, max(b, total) * frame.nq)
-    return mask
+    return mask.contiguous()
 
 
 def _ends(flat: Pattern, frame: Frame, most: int, who: str) -> Tensor:
@@ -120,7 +121,7 @@ def from_intervals(mask_func: Tensor, shape: tuple[int, int], batch: int = 1) ->
     """
     who = "from_intervals"
     nq, nk = as_shape(shape, who)
-    count = as_integer(batch, f"{who}(batch)", 1)
+    count = as_size(who, "batch", batch, 1)
     ends = indices(mask_func, who, 3)
     heads, width, total = ends.shape
     if width % 2 == 0 or total != count * nq or not heads:
@@ -141,15 +142,9 @@ def from_intervals(mask_func: Tensor, shape: tuple[int, int], batch: int = 1) ->
     row, at = (pairs[..., 0] < pairs[..., 1]).nonzero(as_tuple=True)
     lo, hi = pairs[row, at].unbind(1)
     runs = merged(row, lo, hi, count * heads * nq, nk)
-    entries = [_part(runs, e * nq, nq) for e in range(count * heads)]
+    entries = [part_of(runs, e * nq, nq) for e in range(count * heads)]
     lead = None if count * heads == 1 else (count, heads)
     return ragged(entries, lead, (nq, nk), who)
-
-
-def _part(runs: Runs, first: int, rows: int) -> Runs:
-    offsets = runs.offsets[first : first + rows + 1]
-    inside = slice(int(offsets[0]), int(offsets[-1]))
-    return Runs(offsets - offsets[0], runs.lo[inside].clone(), runs.hi[inside].clone())
 
 
 class BlockIndices(NamedTuple):
@@ -197,8 +192,9 @@ def to_bsa(
         ShapeError: a pattern without nq and nk, or a batch or heads that are not the pattern's.
     """
     who = "to_bsa"
-    if size not in SIZES:
-        raise LayoutError(f"{who}: size {size}; choose one of {SIZES}")
+    if not among(size, SIZES):
+        raise LayoutError(f"{who}: size {shown(size)}; choose one of {SIZES}")
+    batch, heads = as_size(who, "batch", batch, 1), as_size(who, "heads", heads, 1)
     layout = as_blocks(source, nq, nk, size, who)
     (b, h), u = layout.lead, layout.distinct
     outer = (max(b, batch), max(h, heads))
@@ -300,11 +296,13 @@ def from_bsa(
     """
     who = "from_bsa"
     nq, nk = as_shape(shape, who)
-    side = as_integer(size, f"{who}(size)", 1)
+    side = as_size(who, "size", size, 1)
     index = indices(q2k_block_index, who, 4)
     rows, across = -(-nq // side), -(-nk // side)
     if q2k_block_nums is None or isinstance(q2k_block_nums, int):
-        number = index.shape[3] if q2k_block_nums is None else q2k_block_nums
+        number = index.shape[3]
+        if q2k_block_nums is not None:
+            number = as_size(who, "q2k_block_nums", q2k_block_nums)
         q2k_block_nums = torch.full(index.shape[:3], number, device=index.device)
     nums, index = check_lists(who, q2k_block_nums, index, rows, across)
     b, h = int(index.shape[0]), int(index.shape[1])
@@ -336,5 +334,5 @@ def from_bsa(
     block_line = (i * h + j) * rows + line
     coarse = merged(block_line[some], lo[some], hi[some], b * h * rows, nk)
     of = torch.arange(nq, device=index.device) // side
-    entries = [_part(coarse, e * rows, rows).select(of) for e in range(b * h)]
+    entries = [part_of(coarse, e * rows, rows).select(of) for e in range(b * h)]
     return ragged(entries, None if b * h == 1 else (b, h), (nq, nk), who)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from ..arguments import among, kind_of, shown
 from ..entries import INT32_LIMIT
 from ..errors import BackendUnavailableError, DtypeError, LayoutError
 from ..sparse import SparseTensor
-from .arrays import expanded, indices, values
+from .arrays import as_shape, expanded, indices, values
 from .compressed import check_sparse, elements, from_positions
 
 
@@ -29,14 +30,14 @@ def from_cupy(matrix: Any) -> SparseTensor:
         LayoutError: another format, a position given twice, indices out of range.
         DtypeError: another dtype.
     """
-    who, kind = "from_cupy", getattr(matrix, "format", None)
+    who, kind = "from_cupy", str(getattr(matrix, "format", None))
     needed = {"csr": ("indptr", "indices"), "csc": ("indptr", "indices"), "coo": ("row", "col")}
     if kind not in needed or not all(hasattr(matrix, name) for name in (*needed[kind], "data")):
         raise LayoutError(
-            f"{who}: {kind or type(matrix).__name__} given, a cupyx.scipy.sparse csr, csc or coo "
+            f"{who}: {kind_of(matrix)} given, a cupyx.scipy.sparse csr, csc or coo "
             "matrix expected; convert it with .tocsr()"
         )
-    shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+    shape = as_shape(getattr(matrix, "shape", None), who)
     first, second = (indices(getattr(matrix, name), who) for name in needed[kind])
     data = values(matrix.data, who, tuple(second.shape))
     if kind == "coo":
@@ -71,8 +72,8 @@ def to_cupy(s: SparseTensor, format: str = "csr") -> Any:
         raise DtypeError(
             f"to_cupy: values of {s.dtype}, expected float32 or float64; use s.to(dtype)"
         )
-    if format not in ("csr", "csc", "coo"):
-        raise LayoutError(f"to_cupy: format {format!r}; choose 'csr', 'csc' or 'coo'")
+    if not among(format, ("csr", "csc", "coo")):
+        raise LayoutError(f"to_cupy: format {shown(format)}; choose 'csr', 'csc' or 'coo'")
     if s.nnz >= INT32_LIMIT or max(s.layout.shape) >= INT32_LIMIT:
         raise LayoutError(
             f"to_cupy: {s.nnz} positions of {s.layout.shape}; CuPy's indices are 32-bit and would "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import among, shown
 from ..errors import LayoutError
 from ..pattern import Pattern
 from ..pattern_ragged import ragged
@@ -120,6 +121,8 @@ def to_edges(
 
 
 def _queries(flow: str, who: str) -> int:
-    if flow not in _QUERIES:
-        raise LayoutError(f"{who}: flow {flow!r}; choose 'source_to_target' or 'target_to_source'")
+    if not among(flow, _QUERIES):
+        raise LayoutError(
+            f"{who}: flow {shown(flow)}; choose 'source_to_target' or 'target_to_source'"
+        )
     return _QUERIES[flow]

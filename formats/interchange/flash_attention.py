@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..arguments import as_flag, shown
+from ..errors import LayoutError, ShapeError
 from ..pattern import Pattern
 from .arrays import as_shape
 from .block_lists import MaskMod, block_lists, check_lists, mask_function
-from .sources import Positions, as_block_size, as_blocks
+from .sources import Positions, as_block_size, as_blocks, as_sides
 
 
 class FlashBlocks(NamedTuple):
@@ -67,7 +69,7 @@ def to_flash_blocks(
     """
     high, wide, size = as_block_size(block_size, "to_flash_blocks")
     layout = as_blocks(source, nq, nk, size, "to_flash_blocks")
-    lists = block_lists(layout, high, wide, compact)
+    lists = block_lists(layout, high, wide, as_flag("to_flash_blocks", "compact", compact))
     mask_mod, tables = mask_function(layout)
     return FlashBlocks(
         lists.partial_counts,
@@ -111,14 +113,17 @@ def from_flash_blocks(
     given = block_size if block_size is not None else getattr(blocks, "block_size", None)
     if given is None:
         raise LayoutError(f"{who}: no block_size; give (rows, columns) of a block")
-    high, wide = (given, given) if isinstance(given, int) else given
-    if min(high, wide) < 1:
-        raise LayoutError(f"{who}: block_size {given}, (rows, columns) >= 1 expected")
+    high, wide = as_sides(given, f"{who}(block_size)")
+    if not isinstance(blocks, Sequence):
+        raise LayoutError(
+            f"{who}: blocks is {shown(blocks)}, FlashBlocks, a BlockSparseTensorsTorch or a tuple "
+            "of tensors expected"
+        )
     if getattr(blocks, "cu_total_m_blocks", None) is not None:
         raise LayoutError(
             f"{who}: variable-length tensors (cu_total_m_blocks) given; pass one sequence at a time"
         )
-    lists = tuple(blocks)[:4]
+    lists = tuple(blocks[:4])
     if len(lists) == 2:
         lists = (*lists, None, None)
     if len(lists) != 4 or lists[0] is None or lists[1] is None:
@@ -131,12 +136,21 @@ def from_flash_blocks(
     full = None
     if lists[2] is not None:
         full = check_lists(f"{who}(full_block)", lists[2], lists[3], rows, across)
-        lead = torch.broadcast_shapes(partial[0].shape[:2], full[0].shape[:2])
+        try:
+            lead = torch.broadcast_shapes(partial[0].shape[:2], full[0].shape[:2])
+        except RuntimeError as error:
+            raise ShapeError(
+                f"{who}: partial blocks of (B, H) = {tuple(partial[0].shape[:2])}, full ones of "
+                f"{tuple(full[0].shape[:2])}; expected the same, or 1"
+            ) from error
         partial, full = (
             (counts.expand(*lead, -1), columns.expand(*lead, -1, -1))
             for counts, columns in (partial, full)
         )
-    mask_mod = mask_mod or getattr(blocks, "mask_mod", None)
+    if mask_mod is None:
+        mask_mod = getattr(blocks, "mask_mod", None)
+    if mask_mod is not None and not callable(mask_mod):
+        raise TypeError(f"{who}: mask_mod is {shown(mask_mod)}; expected a function (b, h, q, k)")
     if mask_mod is None:
         if bool((partial[0] > 0).any()):
             raise LayoutError(

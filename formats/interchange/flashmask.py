@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import among, as_flag, as_size, shown
 from ..errors import LayoutError, ShapeError
+from ..layout_runs import part_of
 from ..pattern import Frame, Pattern
-from ..pattern_arguments import as_integer
 from ..pattern_ragged import Columns, ragged, runs_over_rows
 from ..runs import Runs, complement, from_intervals
 from .arrays import as_shape, check_within, indices
@@ -73,7 +74,8 @@ def from_flashmask(
         raise ShapeError(
             f"{who}: startend_row_indices {tuple(ends.shape)}, (B, H, {nk}, 1, 2 or 4) expected"
         )
-    if (columns, bool(causal)) not in _FORMS:
+    causal = as_flag(who, "causal", causal)
+    if (columns, causal) not in _FORMS:
         raise LayoutError(
             f"{who}: {columns} columns with causal={causal}; 1 or 2 go with causal=True, 2 or 4 "
             "with causal=False"
@@ -81,7 +83,7 @@ def from_flashmask(
     check_within(ends, 0, nq + 1, who, "row")
     repeat = 1
     if heads is not None:
-        count = as_integer(heads, f"{who}(heads)", 1)
+        count = as_size(who, "heads", heads, 1)
         if count % h:
             raise ShapeError(f"{who}: {count} query heads for {h} key heads; a multiple expected")
         repeat = count // h if h > 1 else 1
@@ -101,10 +103,7 @@ def from_flashmask(
     kept = complement(masked, nq)
     entries = []
     for e in range(b * h):
-        offsets = kept.offsets[e * nk : (e + 1) * nk + 1]
-        inside = slice(int(offsets[0]), int(offsets[-1]))
-        one = Runs(offsets - offsets[0], kept.lo[inside].clone(), kept.hi[inside].clone())
-        entries += [one] * repeat
+        entries += [part_of(kept, e * nk, nk)] * repeat
     lead = None if b * h * repeat == 1 else (b, h * repeat)
     return ragged(entries, lead, (nq, nk), who, Columns)
 
@@ -127,7 +126,7 @@ def to_flashmask(
         source: a static pattern, a layout or a SparseTensor.
         nq: number of queries, for a pattern.
         nk: number of keys, for a pattern.
-        causal: the form wanted; None = causal if the pattern keeps nothing before the diagonal.
+        causal: the form wanted; None = causal if that holds the pattern.
         columns: 1, 2 or 4; None = the fewest that hold the pattern.
 
     Returns:
@@ -139,6 +138,10 @@ def to_flashmask(
         ShapeError: a pattern without nq and nk.
     """
     who = "to_flashmask"
+    if causal is not None:
+        causal = as_flag(who, "causal", causal)
+    if columns is not None and not among(columns, (1, 2, 4)):
+        raise LayoutError(f"{who}: columns={shown(columns)}; choose 1, 2, 4 or None")
     pattern, frame = as_pattern(source, nq, nk, who)
     kept = []
     for flat in pattern.distinct:
@@ -154,14 +157,26 @@ def to_flashmask(
     diagonal = _diagonal(frame.nq, frame.nk, frame.device)
     before = [_first(runs, frame) >= diagonal for runs in kept]
     lower = all(bool(one.all()) for one in before)
-    if causal is None:
-        causal = lower
-    elif causal and not lower:
+    if causal and not lower:
         key = int((~before[[bool(one.all()) for one in before].index(False)]).nonzero()[0])
         raise LayoutError(
             f"{who}: causal=True, but key {key} is kept before the diagonal; pass causal=False"
         )
-    found = [_ends(runs, frame, causal, diagonal, who) for runs in kept]
+    if causal is None:
+        causal = lower and all(
+            bool((_masked(runs, frame, diagonal).counts() <= 1).all()) for runs in kept
+        )
+    masked = [_masked(runs, frame, diagonal if causal else None) for runs in kept]
+    most = 1 if causal else 2
+    for one in masked:
+        if bool((one.counts() > most).any()):
+            key = int((one.counts() > most).nonzero()[0])
+            raise LayoutError(
+                f"{who}: {int(one.counts()[key])} intervals of rows do not see key {key}"
+                f"{' behind the diagonal' if causal else ''}; FlashMask holds {most}; use "
+                "to_block_mask or to_intervals"
+            )
+    found = [_ends(one, frame, causal) for one in masked]
     short = all(_is_short(ends, frame.nq, causal) for ends in found)
     least = (1 if causal else 2) if short else (2 if causal else 4)
     columns = least if columns is None else columns
@@ -186,24 +201,20 @@ def _first(runs: Runs, frame: Frame) -> Tensor:
     return first
 
 
-def _ends(runs: Runs, frame: Frame, causal: bool, diagonal: Tensor, who: str) -> Tensor:
+def _masked(runs: Runs, frame: Frame, diagonal: Tensor | None) -> Runs:
+    """The rows that do not see each key, as runs; those from the diagonal on if it is given."""
+    masked = complement(runs, frame.nq)
+    if diagonal is None:
+        return masked
+    key = masked.row_of_run()
+    lo = torch.maximum(masked.lo, diagonal[key])
+    some = lo < masked.hi
+    return from_intervals(key[some], lo[some], masked.hi[some], frame.nk, frame.nq)
+
+
+def _ends(masked: Runs, frame: Frame, causal: bool) -> Tensor:
     """int64 (nk, 4): r1 … r4 of every key; the two upper ones unused if causal."""
-    nq, nk = frame.nq, frame.nk
-    masked = complement(runs, nq)
-    if causal:  # the rows before the diagonal are masked anyway
-        key = masked.row_of_run()
-        lo = torch.maximum(masked.lo, diagonal[key])
-        some = lo < masked.hi
-        masked = from_intervals(key[some], lo[some], masked.hi[some], nk, nq)
-    most = 1 if causal else 2
-    counts = masked.counts()
-    if bool((counts > most).any()):
-        worst = int((counts > most).nonzero()[0])
-        raise LayoutError(
-            f"{who}: {int(counts[worst])} intervals of rows do not see key {worst}"
-            f"{' behind the diagonal' if causal else ''}; FlashMask holds {most}; use "
-            "to_block_mask or to_intervals"
-        )
+    nq, nk, counts = frame.nq, frame.nk, masked.counts()
     ends = torch.tensor([nq, nq, 0, 0], device=frame.device).repeat(nk, 1)
     key = masked.row_of_run()
     last = torch.zeros_like(masked.lo, dtype=torch.bool)

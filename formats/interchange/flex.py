@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..arguments import as_device
 from ..patterns_given import from_block_mask
 from .block_lists import block_states, listed, mask_function
 from .sources import Positions, as_block_size, as_blocks, entry_table
@@ -52,6 +53,7 @@ def to_block_mask(
     high, wide, size = as_block_size(block_size, "to_block_mask")
     layout = as_blocks(source, nq, nk, size, "to_block_mask")
     if device is not None:
+        as_device("to_block_mask", device, data=True)
         layout = layout.to(device)
     states, entry = block_states(layout, high, wide), entry_table(layout)
 

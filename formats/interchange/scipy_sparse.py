@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import among, shown
 from ..block import BlockLayout
-from ..errors import DtypeError, LayoutError
+from ..errors import DtypeError, LayoutError, ShapeError
 from ..sparse import SparseTensor
-from .arrays import expanded, indices, values
+from .arrays import as_shape, expanded, indices, values
 from .compressed import blocks, check_sparse, elements, from_blocks, from_positions
 
 _FORMATS = ("csr", "csc", "coo", "bsr")
@@ -42,25 +43,37 @@ def from_scipy(matrix: Any) -> SparseTensor:
     """
     import scipy.sparse  # here: import mixgrain loads no scipy
 
-    if not scipy.sparse.issparse(matrix) or matrix.format not in _FORMATS or matrix.ndim != 2:
+    known = scipy.sparse.issparse(matrix) and matrix.format in _FORMATS
+    # Of what somebody set in place of a shape, ndim would fail.
+    if not known or not isinstance(matrix.shape, tuple) or len(matrix.shape) != 2:
         given = getattr(matrix, "format", type(matrix).__name__)
         raise LayoutError(
             f"from_scipy: given {given}, expected a 2-D scipy array of {', '.join(_FORMATS)}; "
             "convert it with .tocsr() or .tobsr(blocksize=(64, 64))"
         )
-    if matrix.dtype not in (np.float32, np.float64):
+    dtype = getattr(matrix.data, "dtype", None)
+    if dtype not in (np.float32, np.float64):
         raise DtypeError(
-            f"from_scipy: values of {matrix.dtype}, expected float32 or float64; use .astype (for "
+            f"from_scipy: values of {dtype}, expected float32 or float64; use .astype (for "
             "positions alone: patterns.from_csr(m.indptr, m.indices, m.shape))"
         )
-    shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+    shape = as_shape(matrix.shape, "from_scipy")
     if matrix.format == "coo":
-        row, col = (indices(t, "from_scipy") for t in (matrix.row, matrix.col))
+        try:
+            place = matrix.row, matrix.col
+        except IndexError as error:
+            raise LayoutError("from_scipy: a coo array without rows and columns") from error
+        row, col = (indices(t, "from_scipy") for t in place)
         data = values(matrix.data, "from_scipy", tuple(row.shape))
         return from_positions("from_scipy", shape, row, col, data)
     offsets, inner = indices(matrix.indptr, "from_scipy"), indices(matrix.indices, "from_scipy")
     if matrix.format == "bsr":
-        high, wide = matrix.blocksize
+        if matrix.data.ndim != 3 or 0 in matrix.data.shape[1:]:
+            raise ShapeError(
+                f"from_scipy: bsr data of shape {matrix.data.shape}; (blocks, rows, columns) "
+                "expected"
+            )
+        high, wide = matrix.data.shape[1:]
         data = values(matrix.data, "from_scipy", (inner.numel(), high, wide))
         row = expanded(offsets, inner.numel(), shape[0] // high, "from_scipy")
         return from_blocks("from_scipy", shape, row, inner, data)
@@ -97,8 +110,8 @@ def to_scipy(s: SparseTensor, format: str | None = None) -> Any:
         )
     if format is None:
         format = "bsr" if isinstance(s.layout, BlockLayout) else "csr"
-    if format not in _FORMATS:
-        raise LayoutError(f"to_scipy: format {format!r}; choose one of {', '.join(_FORMATS)}")
+    if not among(format, _FORMATS):
+        raise LayoutError(f"to_scipy: format {shown(format)}; choose one of {', '.join(_FORMATS)}")
     found = blocks("to_scipy", s) if format == "bsr" else elements("to_scipy", s)
     data, columns = _numpy(found.values), _numpy(found.columns)
     if format == "coo":

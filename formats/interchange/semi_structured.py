@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensor
 
-from ..errors import DtypeError, LayoutError, ShapeError
+from ..arguments import check_dense, kind_of
+from ..errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from ..nm import NMLayout
 from ..nm_metadata import pack
 from ..sparse import SparseTensor
@@ -83,7 +84,7 @@ def from_semi_structured(packed: Any, meta: Tensor | None = None) -> SparseTenso
         packed, meta = packed.packed, packed.meta
     if not isinstance(packed, Tensor) or (meta is not None and not isinstance(meta, Tensor)):
         raise LayoutError(
-            f"from_semi_structured: {type(packed).__name__} and {type(meta).__name__} given, a "
+            f"from_semi_structured: {kind_of(packed)} and {kind_of(meta)} given, a "
             "SparseSemiStructuredTensor, or packed values and metadata, expected"
         )
     if meta is None:
@@ -93,7 +94,14 @@ def from_semi_structured(packed: Any, meta: Tensor | None = None) -> SparseTenso
             "where it was made, sparsify(w.to_dense(), 'nm'), or make it with "
             "SparseSemiStructuredTensor._FORCE_CUTLASS = True"
         )
-    n, m, encoding, high, wide = _form(packed.dtype)
+    for name, given in (("packed", packed), ("meta", meta)):
+        check_dense("from_semi_structured", name, given)
+        if given.is_meta:
+            raise UnsupportedError(
+                f"from_semi_structured: {name} is on the meta device and holds nothing; expected "
+                "a tensor with data"
+            )
+    n, m, encoding, high, wide = _form("from_semi_structured", packed.dtype)
     if packed.dim() != 2:
         raise ShapeError(
             f"from_semi_structured: packed {tuple(packed.shape)}, (rows, columns / 2) expected"
@@ -144,7 +152,7 @@ def to_semi_structured(s: SparseTensor) -> SemiStructured:
     """
     check_sparse("to_semi_structured", s)
     layout = s.layout
-    n, m, encoding, high, wide = _form(s.dtype)
+    n, m, encoding, high, wide = _form("to_semi_structured", s.dtype)
     alone = isinstance(layout, NMLayout) and not layout.transposed and layout.within is None
     # Two 1:2 pairs are a 2:4 group whatever they keep.
     if (
@@ -172,10 +180,10 @@ def to_semi_structured(s: SparseTensor) -> SemiStructured:
     return SemiStructured(packed.contiguous(), meta)
 
 
-def _form(dtype: torch.dtype) -> tuple[int, int, str, int, int]:
+def _form(who: str, dtype: torch.dtype) -> tuple[int, int, str, int, int]:
     if dtype not in _FORMS:
         raise DtypeError(
-            f"semi-structured: values of {dtype}, float16, bfloat16 or float32 expected; cast them"
+            f"{who}: values of {dtype}, float16, bfloat16 or float32 expected; cast them"
         )
     return _FORMS[dtype]
 

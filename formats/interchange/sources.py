@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import SIDE_LIMIT, among, check_pair, kind_of, shown
 from ..block import SIZES, BlockLayout
 from ..errors import LayoutError, ShapeError
 from ..layout import Layout
@@ -39,19 +40,22 @@ def as_pattern(
             )
         source = source.layout
     if isinstance(source, Layout):
-        shape = (source.shape[0] if nq is None else nq, source.shape[1] if nk is None else nk)
-        if shape != source.shape:
-            raise ShapeError(f"{who}: nq, nk = {shape} given with {source!r}; leave them out")
+        for given, side, name in ((nq, source.shape[0], "nq"), (nk, source.shape[1], "nk")):
+            if given is None or among(given, (side,)):
+                continue
+            raise ShapeError(
+                f"{who}: {name} = {shown(given)} given with {source!r}; leave them out"
+            )
         return from_layout(source), Frame(*source.shape, source.device)
     if not isinstance(source, Pattern):
-        raise LayoutError(f"{who}: {type(source).__name__} given, a pattern or a layout expected")
+        raise LayoutError(f"{who}: {kind_of(source)} given, a pattern or a layout expected")
     if not source._static:
         raise LayoutError(
             f"{who}: {source!r} keeps what scores best as it runs; only static patterns can be "
             "written down"
         )
     if nq is None or nk is None:
-        raise ShapeError(f"{who}: nq = {nq}, nk = {nk}; a pattern needs both")
+        raise ShapeError(f"{who}: nq = {shown(nq)}, nk = {shown(nk)}; a pattern needs both")
     shape = (as_integer(nq, f"{who}(nq)", 0), as_integer(nk, f"{who}(nk)", 0))
     frame = Frame(*shape, source.device)
     for flat in source.distinct:
@@ -63,10 +67,9 @@ def as_blocks(
     source: Positions, nq: int | None, nk: int | None, size: int, who: str
 ) -> BlockLayout:
     """The positions as a BlockLayout of one of our block sizes."""
-    layout = source.layout if isinstance(source, SparseTensor) else source
+    if isinstance(source, BlockLayout) and source.size == size and nq is None and nk is None:
+        return source
     pattern, frame = as_pattern(source, nq, nk, who)
-    if isinstance(layout, BlockLayout) and layout.size == size:
-        return layout
     made = to_layout(pattern, "block", frame.nq, frame.nk, size, frame.device)
     assert isinstance(made, BlockLayout)
     return made
@@ -78,15 +81,34 @@ def as_block_size(given: int | tuple[int, int], who: str) -> tuple[int, int, int
     Raises:
         LayoutError: sides that no block of ours divides.
     """
-    sides = (given, given) if isinstance(given, int) else tuple(given)
-    if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
-        fitting = [size for size in SIZES if not any(side % size for side in sides)]
-        if fitting:
-            return sides[0], sides[1], fitting[-1]
+    high, wide = as_sides(given, who)
+    fitting = [size for size in SIZES if not (high % size or wide % size)]
+    if fitting:
+        return high, wide, fitting[-1]
     raise LayoutError(
-        f"{who}: blocks of {given!r}; rows and columns must be multiples of {SIZES[0]}, e.g. 128 "
-        "or (256, 128)"
+        f"{who}: blocks of {shown(given)}; rows and columns must be multiples of {SIZES[0]}, e.g. "
+        "128 or (256, 128)"
     )
+
+
+def as_sides(given: object, who: str) -> tuple[int, int]:
+    """(rows, columns) of a block, given as both or as one number for both.
+
+    Raises:
+        LayoutError: anything else.
+    """
+    try:
+        high, wide = (
+            (given, given) if isinstance(given, int) else check_pair(who, "blocks of", given)
+        )
+    except ShapeError:
+        high = wide = 0
+    if isinstance(given, bool) or not (0 < high < SIDE_LIMIT and 0 < wide < SIDE_LIMIT):
+        raise LayoutError(
+            f"{who}: blocks of {shown(given)}; a positive integer below 2**31, or (rows, columns), "
+            "expected, e.g. 128 or (256, 128)"
+        )
+    return high, wide
 
 
 def entry_table(layout: BlockLayout) -> torch.Tensor:

@@ -19,8 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import among, shape_of, shown
 from ..block import BlockLayout
-from ..errors import LayoutError
+from ..errors import LayoutError, UnsupportedError
 from ..layout import Layout
 from ..row import RowLayout
 from ..sparse import SparseTensor
@@ -59,10 +60,14 @@ def from_torch(matrix: Tensor) -> SparseTensor:
         return from_semi_structured(matrix)
     given = matrix.layout if isinstance(matrix, Tensor) else type(matrix).__name__
     if not isinstance(matrix, Tensor) or given not in (*_COMPRESSED, torch.sparse_coo):
-        shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else ""
+        shape = shape_of(matrix) if isinstance(matrix, Tensor) else ""
         raise LayoutError(
             f"from_torch: given {given} {shape}, expected a tensor of torch.sparse_csr, csc, coo, "
             "bsr or bsc; convert it with .to_sparse_csr() or .to_sparse_bsr((64, 64))"
+        )
+    if matrix.is_meta:
+        raise UnsupportedError(
+            "from_torch: a matrix on meta given, which holds no indices; expected one with data"
         )
     lead = matrix.ndim - 2 - matrix.dense_dim()
     if matrix.dense_dim() or not 0 <= lead <= 2:
@@ -152,9 +157,9 @@ def to_torch(s: SparseTensor, layout: torch.layout | None = None) -> Tensor:
     check_sparse("to_torch", s, matrix=False)
     if layout is None:
         layout = torch.sparse_bsr if isinstance(s.layout, BlockLayout) else torch.sparse_csr
-    if layout not in (*_COMPRESSED, torch.sparse_coo):
+    if not among(layout, (*_COMPRESSED, torch.sparse_coo)):
         raise LayoutError(
-            f"to_torch: layout {layout}; choose torch.sparse_csr, csc, bsr, bsc or coo"
+            f"to_torch: layout {shown(layout)}; choose torch.sparse_csr, csc, bsr, bsc or coo"
         )
     if layout == torch.sparse_coo:
         return _to_coo(s)

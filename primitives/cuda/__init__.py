@@ -1,6 +1,8 @@
 """CUDA kernels of the operators, as functions of the same signatures as those of ``cpu``.
 
-Nothing here is imported before an operator first meets a CUDA tensor: CuPy comes with it.
+Nothing here is imported before an operator first meets a CUDA tensor: CuPy comes with it. The
+functions are launch code: they run once per signature, on descriptions of tensors, and what they
+launch is recorded and run again (``calls.py``).
 """
 
 from __future__ import annotations
@@ -10,9 +12,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from mixgrain.cuda.device import using
 from mixgrain.cuda.errors import CudaError
+from mixgrain.cuda.prepared import Prepared
 from mixgrain.formats.errors import BackendUnavailableError
+
+from . import calls
 
 #: The module of each operator.
 MODULES = {
@@ -27,20 +34,37 @@ MODULES = {
 
 
 @functools.cache
-def operator(name: str) -> Callable[..., Any]:
-    """The function behind an operator.
+def launch_code(name: str) -> Callable[..., Any]:
+    """The function behind an operator, to be recorded."""
+    made: Callable[..., Any] = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    return made
 
-    What the floor of kernels misses (CuPy, NVRTC, kernels for this architecture) it raises as
-    BackendUnavailableError.
+
+def prepared(name: str, arguments: tuple[Any, ...], alone: bool = False) -> Prepared:
+    """The prepared call of an operator for arguments like these.
+
+    Args:
+        name: the operator.
+        arguments: what it takes: tensors, plan, scalars.
+        alone: of several results the first only.
+
+    Raises:
+        BackendUnavailableError: CuPy, NVRTC or kernels for this architecture are missing.
     """
-    function = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    try:
+        with using(arguments[0].device.index):
+            return calls.of(name, launch_code(name), arguments, alone)
+    except CudaError as error:
+        raise BackendUnavailableError(f"{name}: {error}") from error
 
-    @functools.wraps(function)
+
+@functools.cache
+def operator(name: str) -> Callable[..., Any]:
+    """What runs when an operator meets CUDA tensors."""
+
     def run(*arguments: Any) -> Any:
-        try:
-            with using(arguments[0].device.index):
-                return function(*arguments)
-        except CudaError as error:
-            raise BackendUnavailableError(f"{name}: {error}") from error
+        call = prepared(name, arguments)
+        given: list[Tensor] = calls.given(arguments)
+        return call(given, [t.data_ptr() for t in given])
 
     return run

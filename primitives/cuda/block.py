@@ -200,7 +200,7 @@ def spmm(
         else:
             blocks = part.tensors[17 if transposed else 16]
             bits = part.tensors[15] if transposed else masks
-            found = (table, blocks, records, bits)
+            found = (items.shape[0], table, blocks, records, bits)
             union_sm90.spmm(out, values, x, part.starts[0], size, *found, transposed, scale, add)
         return
     wide = wide_of(width, x.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -146,16 +145,16 @@ def spmm(
     shared = cut.shared(size)
     for start in range(0, free, step := max(1, TILES // (lines * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
-        starts, tiles = walks(records, across, to.shape[0], several)
+        tiles = walks(records, across, to.shape[0], several)
         run(
-            (starts.shape[0] - 1,),
+            (tiles.shape[0],),
             cut.threads(size),
             (
                 values_map(weights, shift, size, items),
                 operand_map(right, cut.depth),
                 table.data_ptr(),
-                starts.data_ptr(),
                 tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
                 masks.data_ptr(),
                 used.data_ptr(),
                 np.int32(lines // entries),
@@ -225,7 +224,7 @@ TILES = 1 << 20
 _walks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def walks(records: Tensor, across: int, matrices: int, several: int) -> tuple[Tensor, Tensor]:
+def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
     """Which tiles each CTA takes, in which order; kept with the records.
 
     Args:
@@ -235,10 +234,9 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> tuple[Te
         several: CTAs that share the tiles; 0 = a CTA for each.
 
     Returns:
-        int32 (ctas + 1,), where each CTA's tiles start, and int32 (tiles, 4): line, first element
-        in its table, elements, matrix * across + column tile. Few tiles are dealt out by their
-        length, the longest first to whoever is free first (which reads the records back from the
-        device), many by strides that turn round.
+        int32 (ctas, most, 4): line, first element in its table, elements, matrix * across + column
+        tile; elements are −1 after a CTA's last tile. Few tiles are dealt out by their length
+        (which reads the records back from the device), many by strides that turn round.
     """
     kept = _walks.setdefault(records, {})
     key = (across, matrices, several)
@@ -246,41 +244,67 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> tuple[Te
         lines, repeats = records.shape[0], across * matrices
         ctas = min(several, lines * repeats) or lines * repeats
         if ctas < lines * repeats <= SCHEDULED * ctas:
-            starts, order = _dealt(records[:, 2].tolist(), repeats, ctas)
+            order = _dealt(records[:, 2].tolist(), repeats, ctas)
         else:
-            starts, order = _strided(lines, repeats, ctas)
+            order = _strided(lines, repeats, ctas)
         order = order.to(records.device)
         rank, repeat = order % lines, order // lines
-        tiles = torch.cat([records[rank, :3], repeat[:, None].to(torch.int32)], 1)
-        kept[key] = (starts.to(torch.int32).to(records.device), tiles.contiguous())
-    made: tuple[Tensor, Tensor] = kept[key]
+        tiles = torch.cat([records[rank][..., :3], repeat[..., None].to(torch.int32)], -1)
+        tiles[order < 0] = -1
+        kept[key] = tiles.contiguous()
+    made: Tensor = kept[key]
     return made
 
 
-def _dealt(counts: list[int], repeats: int, ctas: int) -> tuple[Tensor, Tensor]:
-    """Starts, and tiles repeat * lines + rank, longest first to the CTA with the least."""
+def _dealt(counts: list[int], repeats: int, ctas: int) -> Tensor:
+    """Tiles repeat * lines + rank of each CTA, −1 after the last, so that sums are about equal."""
+    # A tile costs about as much as an element besides its elements.
     free = [(0, cta) for cta in range(ctas)]
     mine: list[list[int]] = [[] for _ in range(ctas)]
-    for rank, count in enumerate(counts):
+    for rank, count in enumerate(counts):  # longest first, to the CTA with the least
         for repeat in range(repeats):
             load, cta = free[0]
-            # Half an element is about what a tile costs besides its elements.
-            heapq.heapreplace(free, (load + 2 * count + 1, cta))
+            heapq.heapreplace(free, (load + count + 1, cta))
             mine[cta].append(repeat * len(counts) + rank)
+    _evened(mine, [count + 1 for count in counts])
     # Tiles of the same columns at about the same time: L2 then holds what they share.
-    flat = [number for own in mine for number in sorted(own)]
-    return torch.tensor([0, *itertools.accumulate(map(len, mine))]), torch.tensor(flat)
+    most = max(map(len, mine))
+    return torch.tensor([sorted(own) + [-1] * (most - len(own)) for own in mine])
 
 
-def _strided(lines: int, repeats: int, ctas: int) -> tuple[Tensor, Tensor]:
-    """Starts, and tiles in turn; every other turn goes backwards, so that all end together."""
-    total = lines * repeats
-    turns = -(-total // ctas)
+def _evened(mine: list[list[int]], costs: list[int]) -> None:
+    """Exchange tiles between the CTA with the most and another, as long as the most falls."""
+    lines = len(costs)
+    loads = [sum(costs[tile % lines] for tile in own) for own in mine]
+    for _ in range(4 * len(mine)):
+        top = max(range(len(mine)), key=loads.__getitem__)
+        best: tuple[int, int, int, int] | None = None
+        for other in sorted(range(len(mine)), key=loads.__getitem__)[: len(mine) // 2]:
+            gap = loads[top] - loads[other]
+            for a, given in enumerate(mine[top]):
+                for b, taken in enumerate(mine[other]):
+                    moved = costs[given % lines] - costs[taken % lines]
+                    # The larger of the two sums afterwards.
+                    worst = loads[top] - min(moved, gap - moved)
+                    if 0 < moved < gap and (best is None or worst < best[0]):
+                        best = (worst, other, a, b)
+            if best is not None and best[0] <= loads[top] - gap // 2:
+                break
+        if best is None:
+            return
+        _, other, a, b = best
+        moved = costs[mine[top][a] % lines] - costs[mine[other][b] % lines]
+        mine[top][a], mine[other][b] = mine[other][b], mine[top][a]
+        loads[top] -= moved
+        loads[other] += moved
+
+
+def _strided(lines: int, repeats: int, ctas: int) -> Tensor:
+    """Tiles in turn, −1 after the last; every other turn goes backwards, so that sums even out."""
+    turns = -(-lines * repeats // ctas)
     tile = torch.arange(turns * ctas).view(turns, ctas)
     tile[1::2] = tile[1::2].flip(1)
-    tile = tile.T
-    kept = tile < total
-    return torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)]), tile[kept]
+    return torch.where(tile < lines * repeats, tile, -1).T
 
 
 @functools.lru_cache(maxsize=256)

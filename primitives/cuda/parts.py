@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.launch import Argument
+from mixgrain.cuda.recording import current
 from mixgrain.formats.errors import UnsupportedError
+
+from ..plans.plan import PartPlan
 
 #: Codes of types.cuh.
 CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 THREADS = 128
 # Grids count matrices in y or z.
 MOST_MATRICES = 65_535
+# Fewer fine positions than this gain less than a fork and join cost.
+FORK_POSITIONS = 1 << 20
 
 
 def check_dtypes(op: str, *dtypes: torch.dtype) -> None:
@@ -72,6 +77,54 @@ def tf32(dtype: torch.dtype) -> bool:
     """Whether float32 products may round operands to TF32: where torch allows it."""
     # Unlike allow_tf32, this can be read whichever of torch's two switches was used.
     return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def is_fine(part: PartPlan) -> bool:
+    """Whether a part runs on CUDA cores: single entries."""
+    return part.kind == "crow"
+
+
+def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) -> None:
+    """Launch work for every part, fine parts beside the coarse ones where there is much of them.
+
+    Coarse parts go first: a device hands out the CTAs of one kernel before those of the next, so
+    what two lanes gain is that the fine kernel fills the coarse one's end.
+
+    Args:
+        parts: of the layout.
+        work: launches the kernels of one part; reads nothing that another part's kernels write.
+        free: matrices.
+    """
+    fine = [part for part in parts if is_fine(part)]
+    coarse = [part for part in parts if not is_fine(part)]
+    recording = current()
+    positions = free * sum(part.starts[-1] - part.starts[0] for part in fine)
+    if recording is None or not coarse or positions < FORK_POSITIONS:
+        for part in parts:
+            work(part)
+        return
+    with recording.fork():
+        for part in coarse:
+            work(part)
+        with recording.side():
+            for part in fine:
+                work(part)
+
+
+def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
+    """Slots between the parts that no kernel clears: panel kernels clear theirs, row kernels too.
+
+    Returns:
+        (start, stop) of each gap.
+    """
+    found, at, cleared = [], 0, 0
+    for part in parts:
+        if at + cleared < part.starts[0]:
+            found.append((at + cleared, part.starts[0]))
+        at, cleared = part.starts[-1], part.scalars[-1] if is_fine(part) else 0
+    if at + cleared < slots:
+        found.append((at + cleared, slots))
+    return found
 
 
 def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:

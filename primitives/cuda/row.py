@@ -118,6 +118,8 @@ def sddmm_row(
                 np.int32(q.shape[2]),
                 np.int32(width * q.element_size() // 16),
                 np.float32(scale),
+                np.int64(columns.numel()),
+                np.int32(part.scalars[2]),
             ),
         )
 

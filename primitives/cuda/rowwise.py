@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from .parts import CODES, MOST_MATRICES, aligned_values, mask_side
+from .parts import CODES, MOST_MATRICES, aligned_values, at_once, gaps, mask_side
 
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
 ONCE, ROWS, SLOTS = range(3)  # PHASE
@@ -80,12 +79,8 @@ class Call:
         self.out: Tensor | None = None
         if out_dtype is not None:
             self.out = like.new_empty(self.free, slots, dtype=out_dtype)
-            # Slots between the parts; a panel part clears its own gaps.
-            at, spans = 0, ((p.starts[0], p.starts[-1]) for p in self.parts)
-            for start, stop in chain(spans, [(slots, slots)]):
-                if at < start:
-                    self.out[:, at:start].zero_()
-                at = stop
+            for start, stop in gaps(self.parts, slots):
+                self.out[:, start:stop].zero_()
 
     @property
     def once(self) -> bool:
@@ -196,13 +191,23 @@ class Call:
 
     def _row(self, phase: int, part: PartPlan, v: Vectors, start: int, many: int) -> None:
         offsets, columns, row_order = part.tensors
-        long = part.scalars[0]
-        for first, stop, team in ((0, long, TEAM), (long, row_order.shape[0], 1)):
+        long, longest, gap = part.scalars
+        lines = row_order.shape[0]
+        behind = part.starts[-1] - part.starts[0]
+        # The last of the launches clears the gap.
+        for first, stop, team, clear in (
+            (0, long, TEAM, 0 if long < lines else gap),
+            (long, lines, 1, gap),
+        ):
             if stop == first:
                 continue
-            constants = self.constants(phase, 1, ROW_HOLDS[self.op], team, True)
-            _kernel(self.device, "row", constants)(
-                (stop - first if team > 1 else -(-(stop - first) // WARPS), many),
+            # Short rows share a warp: each would leave most of its lanes idle.
+            lanes = 32 if team > 1 or longest > 128 else 16 if longest > 64 else 8
+            hold = ROW_HOLDS[self.op] if lanes == 32 else 4 if longest <= 32 else 8
+            constants = self.constants(phase, 1, hold, team, True)
+            rows = WARPS * 32 // lanes if team == 1 else 1
+            _kernel(self.device, "row", (*constants, ("LANES", lanes)))(
+                (-(-(stop - first) // rows), many),
                 32 * (team if team > 1 else WARPS),
                 (
                     *self.slots(part, start, phase),
@@ -213,6 +218,8 @@ class Call:
                     row_order.data_ptr() + 4 * first,
                     np.int32(stop - first),
                     np.int32(self.rows),
+                    np.int64(behind),
+                    np.int32(clear),
                 ),
             )
 
@@ -246,10 +253,13 @@ class Call:
         piece_ptr, piece_list = panels[0].tensors[4:6] if panels else (None, None)
         places = len(dense) * self.lines + (0 if piece_list is None else piece_list.shape[0])
         numbers = self.numbers(places)
-        for n, part in enumerate(dense):
-            self.run(ROWS, part, Vectors(numbers, n * self.lines))
-        for part in panels:
-            self.run(ROWS, part, Vectors(numbers, len(dense) * self.lines))
+        starts = {id(part): n * self.lines for n, part in enumerate(dense)}
+        starts |= {id(part): len(dense) * self.lines for part in panels}
+        at_once(
+            self.parts,
+            lambda part: self.run(ROWS, part, Vectors(numbers, starts[id(part)])),
+            self.free,
+        )
         return numbers, len(dense), piece_ptr, piece_list
 
     def joined(self, lse: Tensor | None = None, grad_lse: Tensor | None = None) -> Tensor:
@@ -287,8 +297,7 @@ class Call:
 
     def everywhere(self, numbers: Tensor) -> None:
         """Write the slots of every part, given the numbers of the rows."""
-        for part in self.parts:
-            self.run(SLOTS, part, Vectors(numbers))
+        at_once(self.parts, lambda part: self.run(SLOTS, part, Vectors(numbers)), self.free)
 
 
 def _pointer(t: Tensor | None, start: int, offset: int = 0) -> int:

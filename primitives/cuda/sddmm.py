@@ -1,15 +1,13 @@
-"""The operator sddmm on CUDA: one kernel per part of the layout."""
+"""The operator sddmm on CUDA: one kernel per part of the layout, fine beside coarse."""
 
 from __future__ import annotations
-
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from ..plans.plan import Plan, split
+from ..plans.plan import PartPlan, Plan, split
 from . import block, panel, row
-from .parts import aligned, check_dtypes
+from .parts import aligned, at_once, check_dtypes, gaps
 
 _KINDS = {"cblock": block.sddmm, "cpanel": panel.sddmm, "crow": row.sddmm_row}
 
@@ -36,13 +34,12 @@ def sddmm(
     if q.dtype != k.dtype:
         wide = torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(wide), k.to(wide)
-    # Slots between the parts; a panel part clears its own gaps.
-    at = 0
-    for start, stop in chain(((p.starts[0], p.starts[-1]) for p in parts), [(slots, slots)]):
-        if at < start:
-            values[:, at:start].zero_()
-        at = stop
+    for start, stop in gaps(parts, slots):
+        values[:, start:stop].zero_()
     q, k = aligned(q), aligned(k)
-    for part in parts:
+
+    def write(part: PartPlan) -> None:
         _KINDS[part.kind](values, q, k, keep, keep_rows, part, scale)
+
+    at_once(parts, write, values.shape[0])
     return values

@@ -1,13 +1,21 @@
-"""The operators spmm and spmm_t on CUDA: one kernel or two per part, one after the other."""
+"""The operators spmm and spmm_t on CUDA: one kernel or two per part.
+
+Coarse parts (blocks, panels) and fine ones (rows) leave float32 sums of their own, so that they can
+run at once; a last kernel adds the two and rounds.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..plans.plan import Plan, split
+from mixgrain.cuda.compile import request
+from mixgrain.cuda.launch import kernel
+
+from ..plans.plan import PartPlan, Plan, split
 from . import block, panel, row
-from .parts import aligned, aligned_values, check_dtypes
+from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine
 
 _KINDS = {"cblock": block.spmm, "cpanel": panel.spmm, "crow": row.spmm_row}
 
@@ -63,9 +71,40 @@ def _product(
     if not parts or 0 in size:
         return x.new_zeros(size, dtype=dtype)
     x, values = aligned(x), aligned_values(values)
-    # Several parts are summed in float32, in this order, and rounded once.
-    alone = len(parts) == 1
-    out = x.new_empty(*size[:3], x.shape[3], dtype=dtype if alone else torch.float32)
-    for n, part in enumerate(parts):
-        _KINDS[part.kind](out, values, x, keep, keep_rows, part, scale, transposed, n > 0)
-    return out[..., :width].to(dtype).contiguous()
+    size = (*size[:3], x.shape[3])
+    if len(parts) == 1:
+        out = x.new_empty(size, dtype=dtype)
+        _KINDS[parts[0].kind](out, values, x, keep, keep_rows, parts[0], scale, transposed, False)
+        return out[..., :width].contiguous()
+    # Each lane is summed in the order of its parts, then coarse + fine: always the same bits.
+    sums: dict[bool, Tensor] = {}
+
+    def add(part: PartPlan) -> None:
+        lane = is_fine(part)
+        more = lane in sums
+        if not more:
+            sums[lane] = x.new_empty(size, dtype=torch.float32)
+        out = sums[lane]
+        _KINDS[part.kind](out, values, x, keep, keep_rows, part, scale, transposed, more)
+
+    at_once(parts, add, values.shape[0])
+    return _rounded([sums[lane] for lane in sorted(sums)], dtype)[..., :width].contiguous()
+
+
+def _rounded(sums: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of one or two float32 tensors, in another dtype."""
+    if len(sums) == 1 and dtype == torch.float32:
+        return sums[0]
+    out = sums[0].new_empty(sums[0].shape, dtype=dtype)
+    wanted = request("spmm_join", {"OUT": CODES[dtype], "TWO": int(len(sums) == 2)})
+    kernel(wanted, out.device.index)(
+        (-(-out.numel() // 2048),),
+        256,
+        (
+            out.data_ptr(),
+            sums[0].data_ptr(),
+            sums[-1].data_ptr(),
+            np.int64(out.numel()),
+        ),
+    )
+    return out

@@ -15,9 +15,9 @@ from mixgrain.cuda.launch import kernel
 from ..plans.cuda_block import UNION_ROWS
 from .block_sm90 import CODES, TILES, laid_out, operand_map, values_map, walks
 
-# TMA stages of 64 rows of x.
-STAGES = {64: 5, 128: 4}
-THREADS = 640
+# TMA stages of 64 rows of x, by columns of a CTA.
+STAGES = {64: 4, 128: 6, 256: 4}
+THREADS = 384
 
 
 def spmm(
@@ -26,6 +26,7 @@ def spmm(
     x: Tensor,
     shift: int,
     size: int,
+    items: int,
     table: Tensor,
     blocks: Tensor,
     records: Tensor,
@@ -42,8 +43,9 @@ def spmm(
         x: (F, E, inner, D), rows 16-byte aligned.
         shift: first slot of the part.
         size: side of a block, 16 or 32.
+        items: blocks of the part.
         table: int32 (U, 4), the unions of ``plans.cuda_block``, of columns when transposed.
-        blocks: int32 (items, 2), their blocks, likewise.
+        blocks: int32 (U, lines, 2), their blocks, likewise.
         records: int32 (E * groups, 4), likewise.
         masks: uint8 (M, size, size // 8), the transposed ones when transposed.
         transposed: multiply by the transpose.
@@ -54,25 +56,25 @@ def spmm(
     if 0 in (free, records.shape[0], width):
         return
     x = laid_out(x)
-    wide = 64 if width <= 64 else 128
+    wide = wide_of(width)
     partial = out.dtype == torch.float32
     device = x.device.index
     groups, across = records.shape[0], -(-width // wide)
-    several = facts(device).multiprocessors
+    several = facts(device).multiprocessors * (2 if wide == 64 else 1)
     run = kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)
     for start in range(0, free, step := max(1, TILES // (groups * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
-        starts, tiles = walks(records, across, to.shape[0], several)
+        tiles = walks(records, across, to.shape[0], several)
         run(
-            (starts.shape[0] - 1,),
+            (tiles.shape[0],),
             THREADS,
             (
-                values_map(weights, shift, size, blocks.shape[0], (size, size)),
+                values_map(weights, shift, size, items, (size, size)),
                 operand_map(right, size),
                 table.data_ptr(),
                 blocks.data_ptr(),
-                starts.data_ptr(),
                 tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
                 masks.data_ptr(),
                 np.int32(groups // entries),
                 np.int32(entries),
@@ -85,6 +87,11 @@ def spmm(
             ),
             spmm_shared(wide),
         )
+
+
+def wide_of(width: int) -> int:
+    """Columns of a CTA for x of this width."""
+    return 64 if width <= 64 else 128 if width <= 128 else 256
 
 
 def spmm_shared(wide: int) -> int:

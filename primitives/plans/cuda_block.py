@@ -14,10 +14,10 @@ from .plan import PartPlan, Plan, cached, join
 
 # Columns that one CTA of sddmm takes from a block row (sddmm.cuh: kColumns).
 COLUMNS = 256
-# Blocks that one CTA of sddmm_block_sm90 takes from a block row.
-WGMMA_BLOCKS = 16
+# Blocks that one CTA of sddmm_block_sm90 takes from a block row, by size: as measured.
+WGMMA_BLOCKS = {64: 16, 128: 4}
 # Rows of a CTA of spmm_union_sm90.
-UNION_ROWS = 256
+UNION_ROWS = 128
 
 
 def spread(
@@ -93,8 +93,8 @@ def unions(
 
     Returns:
         int64 (U, 4): inner block; bits of the group's lines that have a block there; bits of the
-        inner positions in use; where its blocks start. By entry, group, inner block. Their
-        ``records``. And int64 (n, 2): item and mask of the blocks of each, by line.
+        inner positions in use; 0. By entry, group, inner block. Their ``records``. And int64
+        (U, lines of a group, 2): item and mask of the block of each line, −1 and −1 where none.
     """
     size = used.shape[1]
     each, inner = UNION_ROWS // size, max(lines[1], 1)
@@ -110,11 +110,12 @@ def unions(
     weights = 1 << torch.arange(size, device=items.device)
     words = ((live > 0) * weights).sum(1)
     words = torch.where(words >= 1 << 31, words - (1 << 32), words)  # as int32
-    starts = running(torch.bincount(which, minlength=len(found)))[:-1]
-    table = torch.stack([found % inner, bits, words, starts], 1)
+    table = torch.stack([found % inner, bits, words, torch.zeros_like(found)], 1)
     counts = torch.bincount(found // inner, minlength=entries * groups)
-    order = torch.argsort(which * each + line % each)
-    blocks = torch.stack([order, mask[order]], 1)
+    blocks = torch.full((len(found), each, 2), -1, device=items.device)
+    blocks[which, line % each] = torch.stack(
+        [torch.arange(len(items), device=mask.device), mask], 1
+    )
     return table, records(running(counts), longest_first(counts), groups), blocks
 
 
@@ -142,7 +143,7 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         t_table    the same of columns, as t_items
         t_records  the same of columns
         masks_t    uint8 (M, size, size / 8), the transposed masks
-        blocks     int32 (NBE, 2): item, mask, in the order of unions; sizes 16 and 32 only
+        blocks     int32 (U, lines, 2): item and mask by union and line; sizes 16 and 32 only
         t_blocks   the same of columns
 
     Scalars: size.
@@ -179,7 +180,7 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         table = torch.stack([torch.arange(len(items), device=device), *items[:, 2:].T, zero], 1)
         t_table = torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, zero], 1)
         walks = [table, records(row_ptr, row_order, nqb), t_table, records(col_ptr, col_order, nkb)]
-        blocks = [row_ptr.new_empty(0, 2)] * 2
+        blocks = [row_ptr.new_empty(0, 0, 2)] * 2
     else:
         rows = unions(items, 1, len(entry), (nqb, nkb), bits.any(1))
         columns = unions(items, 2, len(entry), (nkb, nqb), bits.any(2))
@@ -195,7 +196,7 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         pack_bits(bits.any(1)),
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
-        chunks_of(row_ptr, WGMMA_BLOCKS) if size >= 64 else row_ptr.new_empty(0, 2),
+        chunks_of(row_ptr, WGMMA_BLOCKS[size]) if size >= 64 else row_ptr.new_empty(0, 2),
         *(walk.to(torch.int32).contiguous() for walk in walks),
         pack_bits(bits.mT.contiguous()),
         *(block.to(torch.int32) for block in blocks),

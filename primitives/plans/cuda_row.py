@@ -15,6 +15,8 @@ from .plan import PartPlan, Plan, cached, join
 # Kept positions of one work item. Longer rows are cut, so that a row that keeps everything does not
 # hold up the end; partial results of this many positions are one percent of the traffic.
 ITEM = 512
+# Threads of a CTA of the row kernels: what one of them clears.
+MOST_CLEARED = 128
 
 
 def expand_offsets(
@@ -74,7 +76,13 @@ def row_items(offsets: Tensor, most: int = ITEM) -> tuple[Tensor, Tensor, int]:
     return items.contiguous(), splits.to(torch.int32), int(parts.sum())
 
 
-def part(layout: RowLayout, shift: int = 0) -> PartPlan:
+def gap(layout: RowLayout, shift: int, end: int | None) -> int:
+    """Slots between a part and the next that its own kernels clear: at most one of each thread."""
+    free = 0 if end is None else end - shift - layout.slots
+    return free if layout.slots and free <= MOST_CLEARED else 0
+
+
+def part(layout: RowLayout, shift: int = 0, end: int | None = None) -> PartPlan:
     """What CUDA kernels need of a RowLayout whose slots start ``shift`` into the values.
 
     Tensors, E entries with NNZE kept positions together; position n has the slot ``shift + n``:
@@ -87,7 +95,8 @@ def part(layout: RowLayout, shift: int = 0) -> PartPlan:
         t_order      (NNZE,), the position at each place of it; int32, int64 from 2**31 on
         col_items    int32, col_splits int32
 
-    Scalars: partial results of the rows, and of the columns.
+    Scalars: partial results of the rows, and of the columns; slots that kernels clear behind the
+    last position, up to ``end`` (see ``gap``).
     """
     (rows, cols), entry, slots = layout.shape, layout.entry, layout.entry_slots
     narrow = torch.int32 if slots[-1] < INT32_LIMIT else torch.int64
@@ -107,7 +116,12 @@ def part(layout: RowLayout, shift: int = 0) -> PartPlan:
         t_items,
         t_splits,
     ]
-    return PartPlan("crow", tensors, [partials, t_partials], [shift + start for start in slots])
+    return PartPlan(
+        "crow",
+        tensors,
+        [partials, t_partials, gap(layout, shift, end)],
+        [shift + start for start in slots],
+    )
 
 
 def cuda(layout: RowLayout) -> Plan:

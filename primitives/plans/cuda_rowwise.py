@@ -6,6 +6,8 @@ row. So they have plans of their own.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from mixgrain.formats.panel import PanelLayout
 from mixgrain.formats.row import RowLayout
 
 from . import cuda_block, cuda_panel
-from .cuda_row import expand_offsets
+from .cuda_row import expand_offsets, gap
 from .plan import PartPlan, Plan, cached, join
 
 # Rows of at most this many blocks, or entries, are a warp's; longer ones a team's of warps.
@@ -48,15 +50,16 @@ def _block(layout: BlockLayout, shift: int) -> PartPlan:
     return PartPlan("cblock", [items, row_ptr, row_order, made.tensors[6]], scalars, made.starts)
 
 
-def _row(layout: RowLayout, shift: int) -> PartPlan:
-    """Tensors row_offsets, columns, row_order; scalars row classes."""
+def _row(layout: RowLayout, shift: int, end: int) -> PartPlan:
+    """Tensors row_offsets, columns, row_order; scalars row classes, slots to clear behind."""
     slots = layout.entry_slots
     offsets = expand_offsets(layout.row_offsets, layout.shape[0], layout.entry, slots)
     counts = offsets.diff()
     columns = over_entries(layout.columns, layout.entry, slots)
     tensors = [offsets, columns, cuda_block.longest_first(counts)]
     starts = [shift + start for start in slots]
-    return PartPlan("crow", tensors, row_classes(counts, SHORT_ENTRIES), starts)
+    scalars = [*row_classes(counts, SHORT_ENTRIES), gap(layout, shift, end)]
+    return PartPlan("crow", tensors, scalars, starts)
 
 
 def panel_items(table: Tensor) -> Tensor:
@@ -142,21 +145,21 @@ def _panel(layout: PanelLayout, shift: int) -> PartPlan:
     return PartPlan("cpanel", tensors, [], made.starts)
 
 
-def _part(layout: Layout, shift: int) -> PartPlan:
+def _part(layout: Layout, shift: int, end: int) -> PartPlan:
     if isinstance(layout, BlockLayout):
         return _block(layout, shift)
     if isinstance(layout, PanelLayout):
         return _panel(layout, shift)
     assert isinstance(layout, RowLayout)
-    return _row(layout, shift)
+    return _row(layout, shift, end)
 
 
 def cuda(layout: Layout) -> Plan:
     """The CUDA plan of a block, row, panel or mixed layout, for all operations along rows."""
 
     def make() -> Plan:
-        pairs = zip(layout.parts, layout.part_offsets, strict=False)
-        return join(layout, [_part(part, shift) for part, shift in pairs])
+        spans = zip(layout.parts, pairwise(layout.part_offsets), strict=True)
+        return join(layout, [_part(part, *span) for part, span in spans])
 
     # Beside the plan of the products, which is another plan of the same layout.
     return cached(layout, make, "rowwise")

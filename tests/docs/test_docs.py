@@ -154,7 +154,8 @@ def generate() -> Any:
 def test_reference_has_every_public_name(generate: Any) -> None:
     pages = generate.api_pages()
     text = "\n".join(pages.values())
-    named = set(re.findall(r"^\.\. auto\w+:: mixgrain\.[\w.]*?(\w+)$", text, re.M))
+    named = set(re.findall(r"^\.\. auto\w+:: mixgrain\.[\w.]*?(\w+)(?:\(.*)?$", text, re.M))
+    assert "return_lse: bool = False, impl: Impl = 'auto') -> Tensor | tuple" in text
     modules = {name for name in mg.__all__ if f"api-{name}.rst" in pages}
     assert modules >= {"patterns"}
     assert named >= set(mg.__all__) - modules
@@ -169,11 +170,12 @@ def test_reference_has_every_command(generate: Any) -> None:
 
 
 def test_docstrings_are_read_as_text(generate: Any) -> None:
-    lines = ["Of *leading and ``*this``:", "", "    . #0 *x", "    #1", "", "Args:", "    x: (*a)."]
+    lines = ["Of *leading and ``*this``:", "", "    . #0 *x", "    #1", "", "Args:", "    x: (*a).",
+             "    e: E.", "    h: (H) int64, 2 * H."]  # fmt: skip
     generate.plain_text(None, "function", "f", None, None, lines)
     assert lines == [
         r"Of \*leading and ``*this``:", "", "::", "", "    . #0 *x", "    #1", "", "Args:",
-        r"    x: (\*a).",
+        r"    x: (\*a).", r"    e: \E.", r"    h: \(H) int64, 2 * H.",
     ]  # fmt: skip
 
 

@@ -9,8 +9,8 @@ import torch
 
 from mixgrain.formats import patterns as P
 from mixgrain.formats.block import BlockLayout
-from mixgrain.formats.convert import from_scipy, from_torch, to_scipy, to_torch
 from mixgrain.formats.errors import DtypeError, LayoutError
+from mixgrain.formats.interchange import from_scipy, from_torch, to_scipy, to_torch
 from mixgrain.formats.row import RowLayout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
@@ -103,7 +103,9 @@ def test_refusals() -> None:
     heads = sparsify(x.expand(2, 32, 32), "row")
     deep = torch.stack([x, x])[None, None].to_sparse_csr()
     hybrid = torch.ones(4, 4, 2).to_sparse(2)
-    uncoalesced = torch.sparse_coo_tensor([[0, 0], [1, 1]], torch.ones(2), (2, 2))
+    uncoalesced = torch.sparse_coo_tensor(
+        [[0, 0], [1, 1]], torch.ones(2), (2, 2), check_invariants=True
+    )
     stray = torch.sparse_coo_tensor([[0], [8]], torch.ones(1), (2, 2), check_invariants=False)
     ragged = sparsify(torch.tensor([[[0.0, 0.0]], [[1.0, 0.0]]]), "row")
     cases = [

@@ -15,6 +15,7 @@ from predicates import count_nm
 
 from mixgrain.formats import cache
 from mixgrain.formats import patterns as P
+from mixgrain.formats.costs import Costs
 from mixgrain.formats.pattern import Frame, Pattern
 from mixgrain.formats.pattern_algebra import And, Not, Or
 
@@ -240,7 +241,7 @@ def test_layouts_are_remembered_by_expression(split) -> None:
         P.longformer(3, [0, 9]).to_layout("block", 16, 16),
         P.longformer(3, [0, 9]).to_layout("mixed", 15, 16),
         P.longformer(3, [0, 9]).to_layout("mixed", 16, 16, size=32),
-        P.longformer(3, [0, 9]).to_layout("mixed", 16, 16, device="meta"),
+        P.longformer(3, [0, 9]).to_layout("mixed", 16, 16, costs=Costs.h200()),
     ]
     assert len({id(x) for x in [a, *others]}) == len(split) == 6
     cache.clear_caches()

@@ -6,8 +6,6 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mixgrain.attention.hf import evaluate as evaluating
 from mixgrain.attention.hf import kinds, readers
@@ -18,6 +16,10 @@ from mixgrain.formats import patterns as P
 from mixgrain.formats.errors import ShapeError, UnsupportedError
 
 masking = pytest.importorskip("transformers.masking_utils")
+if not hasattr(masking, "packed_sequence_compatibility_function"):
+    pytest.skip("this transformers has other mask functions", allow_module_level=True)
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 BATCH, LONGEST = 3, 40
 
@@ -31,6 +33,7 @@ PLACES = {
     "decoding, full sliding cache": (1, 8, 20, 13),
     "several tokens, sliding cache": (5, 11, 20, 14),
     "one token": (1, 1, 0, 0),
+    "queries behind all keys": (4, 10, 8, 0),
 }
 IDS = torch.tensor([[0] * 5 + [1] * 9 + [2] * 26, [0] * 40, [3] * 1 + [4] * 38 + [5]])
 SPANS = torch.where(IDS == 1, -1, IDS)
@@ -42,6 +45,11 @@ PACKED = torch.tensor([0] * 5 + [1] * 9 + [2] * 26)[None].expand(3, -1)
 def custom(b, h, q, k):
     """What nobody knows: depends on the batch entry and on absolute positions."""
     return (q * 3 + k * 5 + b) % 4 != 0
+
+
+def other(b, h, q, k):
+    """Another one."""
+    return (q + k) % 3 != b
 
 
 def packed(inner):
@@ -72,6 +80,10 @@ FUNCTIONS = {
     "packed, other positions": masking.packed_sequence_compatibility_function(
         masking.causal_mask_function, POSITIONS * 2, PACKED
     ),
+    "packed, positions fall": masking.packed_sequence_compatibility_function(
+        masking.causal_mask_function, 40 - POSITIONS, PACKED
+    ),
+    "two customs": masking.and_masks(custom, masking.causal_mask_function, other),
     "custom": custom,
     "custom within a window": masking.and_masks(
         masking.sliding_window_causal_mask_function(4), custom
@@ -82,7 +94,7 @@ FUNCTIONS = {
     ),
 }  # fmt: skip
 UNKNOWN = {"custom", "custom within a window", "custom or causal", "padding inside"}
-UNKNOWN |= {"packed, chunks", "packed, other positions"}
+UNKNOWN |= {"packed, chunks", "packed, other positions", "packed, positions fall", "two customs"}
 
 
 def expected(function, place, attention_mask) -> torch.Tensor:
@@ -138,8 +150,8 @@ def compositions(draw, depth=2):
     return join(*terms)
 
 
-@settings(max_examples=20)
-@given(function=compositions(), place=st.sampled_from(sorted(PLACES)))
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(function=compositions(), place=st.sampled_from(sorted(PLACES)))
 def test_any_composition(function, place) -> None:
     assert torch.equal(dense(made(function, place, None)), expected(function, place, None))
 
@@ -178,6 +190,17 @@ def test_unknown_functions_are_called_where_the_rest_keeps(monkeypatch) -> None:
 def test_equal_masks_share_a_layout() -> None:
     first, again = (make_mask(2, 9, 9, mask_function=custom) for _ in range(2))
     assert first.pattern.to_layout("mixed", 9, 9) is again.pattern.to_layout("mixed", 9, 9)
+
+
+def test_equal_long_documents_share_a_layout() -> None:
+    """Every forward brings tensors of its own; only their content says that they are the same."""
+    n = 20_000
+    for make in (
+        lambda: masking.chunked_causal_mask_function(512, torch.tensor([0, 9])),
+        lambda: masking.packed_sequence_mask_function(torch.arange(n).repeat(2, 1) // 700),
+    ):
+        first, again = (make_mask(2, n, n, mask_function=make()) for _ in range(2))
+        assert first.pattern.expression_key() == again.pattern.expression_key()
 
 
 def test_entries_that_agree_are_one_pattern() -> None:
@@ -219,6 +242,12 @@ def test_attention_mask_of_another_shape() -> None:
         make_mask(2, 9, 9, attention_mask=torch.ones(2, 9, 9))
     with pytest.raises(ShapeError, match="batch 2"):
         make_mask(2, 9, 9, attention_mask=torch.ones(3, 9))
+
+
+def test_a_table_for_fewer_entries() -> None:
+    """transformers reads such a table out of range; so do we, and do not guess what is meant."""
+    with pytest.raises(IndexError):
+        make_mask(2, 9, 9, mask_function=masking.packed_sequence_mask_function(IDS[:1, :9]))
 
 
 def test_a_static_cache_gives_its_offset_as_a_tensor() -> None:

@@ -101,6 +101,15 @@ def test_generate(name, cache, models) -> None:
     assert eager.sequences.unique().numel() > 12
 
 
+@pytest.mark.parametrize("name", ["bert", "mistral", "llama4"])
+def test_inference_mode(name, models) -> None:
+    model, given = on(models(name), "mixgrain"), batch(21, (0, 6), "right")
+    with torch.no_grad():
+        expected = outputs(model, **given)
+    with torch.inference_mode():
+        assert torch.equal(outputs(model, **given), expected)
+
+
 @torch.no_grad()
 def test_beam_search(models) -> None:
     model, given = models("mistral"), batch(9, (0, 3), "left")

@@ -7,6 +7,8 @@ import torch
 from cases import BUILDERS, CASES, Case, band, density, masks_of, operands
 from torch import Tensor
 
+from mixgrain.cuda import prepared
+from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
@@ -86,14 +88,20 @@ def poisoned(monkeypatch):
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    like = torch.empty_like
+    monkeypatch.setattr(prepared, "_empty_like", lambda t: new_empty(like(t), t.shape))
 
 
 @pytest.fixture(params=[False, True], ids=["best", "portable"])
 def portable(request, monkeypatch):
     """The kernels that this device would take, then those that every device can."""
-    if request.param:
-        monkeypatch.setattr(block, "_hopper", lambda *_: False)
-    return request.param
+    if not request.param:
+        yield False
+        return
+    clear_caches()  # of calls prepared for the others
+    monkeypatch.setattr(block, "_hopper", lambda *_: False)
+    yield True
+    clear_caches()
 
 
 # Every case of the table's list

@@ -38,7 +38,7 @@ LEADS = (
     ((1, 3), (0, 1, 0)),
     ((2, 2), (0, 1, 2, 3)),
 )
-FREE: tuple[tuple[int, ...], ...] = ((), (2,), (1, 2))
+FREE: tuple[tuple[int, ...], ...] = ((), (2,), (1, 2), (0,))
 NM = ((2, 4), (1, 2), (1, 4), (4, 8), (3, 4), (1, 16), (4, 4), (1, 1))
 
 #: Integers as wide as a float, to see its bits.

@@ -19,8 +19,8 @@ from mixgrain.formats.pattern import Pattern
 
 SIDES = st.sampled_from((5, 0, 1, 2, 8, 13, 17, 24))
 HEADS = st.sampled_from(((1, 1), (2, 1), (2, 2), (4, 2), (3, 3)))
-BATCH = st.sampled_from((1, 2))
-DIMS = st.sampled_from((3, 1, 2, 8))
+BATCH = st.sampled_from((1, 2, 0))
+DIMS = st.sampled_from((3, 1, 2, 8, 0))
 KINDS = st.sampled_from(("row", "block", "mixed"))
 FLOATS = st.sampled_from((torch.float32, torch.float64, torch.bfloat16))
 IMPLS = st.sampled_from(("fused", "composed"))
@@ -44,6 +44,8 @@ def tensors(
 
 @law(0.6, e=expressions(), nq=sides, nk=sides, batch=BATCH, heads=HEADS, d=DIMS, seed=seeds,
      masked=st.booleans(), sunk=st.booleans(), kind=KINDS)  # fmt: skip
+@example(e=("window", 1, 1), nq=5, nk=5, batch=1, heads=(1, 1), d=0, seed=0, masked=False,
+         sunk=False, kind="row")  # fmt: skip
 def test_implementations_agree(
     e: Expression, nq: int, nk: int, batch: int, heads: tuple[int, int], d: int, seed: int,
     masked: bool, sunk: bool, kind: str,
@@ -60,7 +62,7 @@ def test_implementations_agree(
     if keep is not None:
         live = live & keep[:, None, None]
     wide_k, wide_v = (t.repeat_interleave(heads[0] // heads[1], 1) for t in (k, v))
-    s = torch.where(live, q @ wide_k.mT / d**0.5, -torch.inf)
+    s = torch.where(live, q @ wide_k.mT / max(d, 1) ** 0.5, -torch.inf)
     if sink is not None:
         s = torch.cat([s, sink[:, None, None].expand(batch, -1, nq, 1)], -1)
     expected = torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -torch.inf)
@@ -296,15 +298,15 @@ def test_a_key_mask_is_a_pattern_without_those_keys(
     close(got[1], expected[1])
 
 
-@law(0.4, n=st.integers(1, 4), m=st.sampled_from((4, 2, 1, 3, 8, 16)), nq=SIDES, nk=SIDES,
-     e=expressions(most=2), within=st.booleans(), masked=st.booleans(), heads=HEADS, seed=seeds,
-     odd=st.sampled_from((None, torch.inf, -torch.inf, torch.nan)))  # fmt: skip
-@example(n=1, m=4, nq=1, nk=8, e=("full",), within=False, masked=False, heads=(1, 1), seed=0,
-         odd=torch.nan)  # fmt: skip
-@example(n=1, m=4, nq=1, nk=1, e=("full",), within=False, masked=False, heads=(1, 1), seed=0,
-         odd=-torch.inf)  # fmt: skip
+@law(0.4, batch=BATCH, n=st.integers(1, 4), m=st.sampled_from((4, 2, 1, 3, 8, 16)), nq=SIDES,
+     nk=SIDES, e=expressions(most=2), within=st.booleans(), masked=st.booleans(), heads=HEADS,
+     seed=seeds, odd=st.sampled_from((None, torch.inf, -torch.inf, torch.nan)))  # fmt: skip
+@example(batch=1, n=1, m=4, nq=1, nk=8, e=("full",), within=False, masked=False, heads=(1, 1),
+         seed=0, odd=torch.nan)  # fmt: skip
+@example(batch=1, n=1, m=4, nq=1, nk=1, e=("full",), within=False, masked=False, heads=(1, 1),
+         seed=0, odd=-torch.inf)  # fmt: skip
 def test_dynamic_nm_implementations_agree(
-    n: int, m: int, nq: int, nk: int, e: Expression, within: bool, masked: bool,
+    batch: int, n: int, m: int, nq: int, nk: int, e: Expression, within: bool, masked: bool,
     heads: tuple[int, int], seed: int, odd: float | None,
 ) -> None:  # fmt: skip
     """Whole scores with many ties, so that the choice itself is compared; and one key whose scores
@@ -313,9 +315,9 @@ def test_dynamic_nm_implementations_agree(
     n = min(n, m)
     within = within and 64 % m == 0
     g = generator(seed)
-    q, k = whole(g, 2, heads[0], nq, 2), whole(g, 2, heads[1], nk, 2)
-    v = real(g, 2, heads[1], nk, 3)
-    keep = torch.rand(2, nk, generator=g) < 0.7 if masked else None
+    q, k = whole(g, batch, heads[0], nq, 2), whole(g, batch, heads[1], nk, 2)
+    v = real(g, batch, heads[1], nk, 3)
+    keep = torch.rand(batch, nk, generator=g) < 0.7 if masked else None
     if odd is not None and nk and nq:
         q = q.abs() + 1
         k[:, :, nk // 2] = odd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -102,6 +103,30 @@ def test_mistake_in_an_expression(text: str, capsys: pytest.CaptureFixture[str])
     assert len(streams.err) < 700
 
 
+def test_no_text_shows_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """Pieces of expressions in any order: a picture, or one line and status 2."""
+    draw, seen = random.Random(0), {0: 0, 2: 0}
+    pieces = [
+        *"()[]|&~-,.: =", "causal()", "window", "(3)", "nm(2, 4)", "per_head", "per_batch", "P.",
+        "documents", "blocks", "from_csr", "from_dense", "random", "bigbird", "range",
+        "inf", "None", "True", "1e400", "9" * 30, "0.5", "-1", "[0, 7]", "[[True]]", "'x'", "é",
+        "global_tokens([1])", "longformer(2, [0])", "size=64", "seed=0", "lambda: 0", "*[1]", "\\",
+    ]  # fmt: skip
+    texts = ["".join(draw.choices(pieces, k=draw.randint(1, 6))) for _ in range(400)]
+    texts += [f"{name}({argument})" for name in P.__all__ for argument in (
+        "", "None", "inf", "-1", "[]", "[[]]", "causal()", "[causal()]", "True, True", "1e400",
+        "10**9", "2, 3", "2, 3, 4", "[0, 1], [0], (1, 1)", "[[True]]", "[[True]], 4", "9" * 30,
+    )]  # fmt: skip
+    for n, text in enumerate(texts):
+        verb = ["explain"] if n % 3 == 0 else ["show", "--no-png"]
+        status = cli.main([*verb, "--n", "9", "--", text])
+        streams = capsys.readouterr()
+        seen[status] += 1
+        if status:
+            assert streams.out == "" and len(streams.err.splitlines()) == 1, (text, streams.err)
+    assert min(seen.values()) >= 10, seen
+
+
 # Commands
 
 
@@ -147,7 +172,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["show", "causal()", "--nq", "many"],
         ["show", "causal()", "--size", "63"],
         ["show", "causal()", "--png", "/nowhere/at/all.png"],
-        ["show", "causal()", "--nq", "16777217"],
+        ["show", "causal()", "--nq", "2147483648"],
         ["show", "from_dense([[1]])"],
         ["show", "per_head([causal(), full()])", "--head", "2"],
         ["show", "documents([0, 0, 1])", "--n", "4"],
@@ -157,6 +182,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["explain", "from_dense([[1]])"],
         ["demo", "--contexts", "0"],
         ["demo", "--contexts", "1", "--out", "/nowhere/at/all.png"],
+        ["demo", "--contexts", "1", "--out", "/"],
     ],
     ids=" ".join,
 )

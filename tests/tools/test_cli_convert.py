@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import re
 import zipfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -124,6 +125,28 @@ def test_other_files(ending: str, tmp_path: Path, capsys: Streams) -> None:
     assert same(mg.load(tmp_path / "out" / "sparse" / "w.safetensors").to_dense(), weight)
 
 
+def test_shards(tmp_path: Path, capsys: Streams) -> None:
+    a, b = sparse(40, 24, 0.3, torch.float32), sparse(24, 40, 0.3, torch.bfloat16)
+    save_file({"a": a, "bias": torch.ones(3)}, tmp_path / "m-1.safetensors", {"format": "pt"})
+    save_file({"b": b}, tmp_path / "m-2.safetensors", {"format": "pt"})
+    places = {"a": "m-1.safetensors", "bias": "m-1.safetensors", "b": "m-2.safetensors"}
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    assert run(index, "--to", "row", "--out", tmp_path / "out") == 0
+    assert run(tmp_path / "out", "--to", "dense", "--out", tmp_path / "one.safetensors") == 0
+    whole = load_file(tmp_path / "one.safetensors")
+    assert whole.keys() == places.keys() and same(whole["a"], a) and same(whole["b"], b)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "m.safetensors").write_bytes(b"")
+    assert run(index, "--to", "row") == 0 and (tmp_path / "m.row" / "dense.safetensors").exists()
+    places = ["../m.safetensors", "elsewhere/m.safetensors", "/etc/passwd", "none.safetensors", 1]
+    for wrong in [{}, [], {"x": "m-1.safetensors"}, *({"a": place} for place in places)]:
+        index.write_text(json.dumps({"weight_map": wrong}))
+        assert run(index, "--to", "row", "--out", tmp_path / "no") == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "no").exists()
+
+
 def test_one_file(tmp_path: Path) -> None:
     weight = sparse(40, 24, 0.3, torch.float16)
     np.save(tmp_path / "w.npy", weight.numpy())
@@ -166,6 +189,36 @@ def test_a_layout_that_loses_bits_is_found(
     assert run(model, "--to", "row", "--out", tmp_path / "out") == 1
     assert "bit for bit" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_empty_and_tiny_matrices(tmp_path: Path) -> None:
+    tensors = {"empty": torch.zeros(0, 5), "none": torch.zeros(5, 0), "one": torch.ones(1, 1)}
+    save_file({**tensors, "zero": torch.zeros(20, 20)}, tmp_path / "w.safetensors")
+    for kind in ("tile", "nm", "block", "row", "mixed"):
+        options = ["--prune"] if kind == "nm" else []
+        assert run(tmp_path / "w.safetensors", "--to", kind, *options) == 0
+        assert run(tmp_path / f"w.{kind}", "--to", "dense", "--out", tmp_path / "b.safetensors",
+                   "--force") == 0  # fmt: skip
+        back = load_file(tmp_path / "b.safetensors")
+        assert all(same(back[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("what", ["a full disk", "a long name"])
+def test_what_cannot_be_written(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Streams
+) -> None:
+    name = "w" if what == "a full disk" else "w" * 300
+    save_file({name: torch.ones(4, 4)}, tmp_path / "w.safetensors")
+    if what == "a full disk":
+
+        def full(*_: object, **__: object) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("mixgrain.formats.files.save_file", full)
+    assert run(tmp_path / "w.safetensors", "--to", "row") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "w.row: cannot be written" in error, error
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
 # Mistakes
@@ -242,6 +295,8 @@ BAD_FILES = {
     "coo.pt": torch_file({"w": torch.eye(3).to_sparse()}),
     "code.npy": declared("(1,)").replace(b"<f8", b"|O ")[:-64] + pickle.dumps([Pickled()]),
     "text.txt": b"hello",
+    "list.safetensors.index.json": b"[]",
+    "broken.safetensors.index.json": b"{" * 100,
 }
 
 

@@ -121,10 +121,16 @@ def test_sample_is_near_and_counts_named_rows_exactly() -> None:
     assert torch.equal(counts.long(), dense_cells(lone.dense(n, n), cell))
 
 
+@pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize("each", [1, 3, 64, 1000])
-def test_strata(each: int) -> None:
-    rows = torch.arange(5, 700, 3)
-    chosen, weight = survey.stratified(rows, rows // 64, each)
+def test_strata(each: int, others: bool) -> None:
+    listed, every = torch.arange(5, 700, 3), torch.arange(704)
+    rows = every[~torch.isin(every, listed)] if others else listed
+    members = survey.Members(listed, 704, others)
+    assert members.count == len(rows)
+    assert torch.equal(members.at(torch.arange(len(rows))), rows)
+    bounds = torch.arange(0, 705, 64)
+    chosen, weight = survey.stratified(members, bounds, each)
     assert torch.isin(chosen, rows).all() and (chosen.diff() > 0).all()
     assert weight.sum() == len(rows)
     in_stratum = torch.zeros(11, dtype=torch.float64).index_add_(0, chosen // 64, weight)
@@ -229,6 +235,8 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 n = str(1 << 20)
 for k, text in enumerate(sys.argv[2:]):
     shape = ["--n", n] if k % 3 else ["--nq", "65536", "--nk", n]
+    if "2147483646" in text:
+        shape = ["--n", "2147483647"]
     begin = time.perf_counter()
     assert cli.main(["show", text, *shape, "--png", sys.argv[1]]) == 0, text
     print(f"took {time.perf_counter() - begin:.1f} {text}", file=sys.stderr)
@@ -238,7 +246,8 @@ for k, text in enumerate(sys.argv[2:]):
 @pytest.mark.slow
 def test_a_million_tokens_in_little_memory(tmp_path: Path) -> None:
     """A bool per pair would take 1 TB, a bit 128 GiB; each picture takes seconds and < 1.5 GiB."""
-    heavy = [EVERY[n] for n in (2, 7, 9, 11, 14)]
+    # The last at the greatest length there is, where a list of the rows alone takes 16 GB.
+    heavy = [*(EVERY[n] for n in (2, 7, 9, 11, 14)), "window(99) | global_queries([2147483646])"]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path / "p.png"), *heavy],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUTF8": "1"},

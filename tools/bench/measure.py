@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+import torch.profiler
+
+from mixgrain.formats.cache import clear_caches
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any device there is
 
@@ -61,3 +65,57 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """‖out − reference‖ / ‖reference‖ in float64; NaN when anything is not finite."""
     difference = out.double() - reference.double()
     return float(difference.norm() / reference.double().norm().clamp(min=1e-300))
+
+
+def plan_ms(call: Callable[[], object], host: float) -> float:
+    """What planning adds to the first call on a layout when kernels are there, milliseconds.
+
+    Args:
+        call: runs mixgrain on layouts that exist; their plans are forgotten before.
+        host: microseconds of a call that needs no planning.
+    """
+    times = []
+    for _ in range(3):
+        clear_caches()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+    return max(0.0, statistics.median(times) * 1e3 - host / 1e3)
+
+
+def once_ms(call: Callable[[], object]) -> float:
+    """Wall time of one call and the work it queues, milliseconds; median of three."""
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1e3
+
+
+def intervals(call: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """Kernels of one call as the profiler sees them: name, start and end in microseconds."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = profile.events() or []
+    found = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in events
+        if event.device_type == torch.profiler.DeviceType.CUDA
+    )
+    return [(name, start - found[0][0], end - found[0][0]) for start, end, name in found]
+
+
+def kernels(call: Callable[[], object]) -> str:
+    """Names of the kernels that a call runs, in order, each once, without template arguments."""
+    names = [re.split(r"[<(]", name.removeprefix("void "))[0] for name, *_ in intervals(call)]
+    return " + ".join(dict.fromkeys(names))

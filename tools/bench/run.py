@@ -19,8 +19,10 @@ import torch
 from mixgrain import __version__
 from mixgrain.formats.errors import BackendUnavailableError
 
-from .measure import device_ms, host_us, relative_error
-from .works import Work, chosen
+from . import launching
+from .measure import device_ms, host_us, kernels, plan_ms, relative_error
+from .work import Work
+from .works import chosen
 
 
 def environment() -> dict[str, str]:
@@ -51,6 +53,7 @@ def measure(work: Work) -> list[dict[str, Any]]:
             "shape": work.shape,
             "floor_ms": round(work.floor_ms, 5),
             "floor": work.floor,
+            "plan_ms": None,  # where an engine plans nothing, or nothing apart from its call
         }
         try:
             out = call()
@@ -61,6 +64,11 @@ def measure(work: Work) -> list[dict[str, Any]]:
             if row["ok"]:
                 row["ms"] = round(device_ms(call), 5)
                 row["host_us"] = round(host_us(call), 1)
+                row["impl"] = kernels(call)
+                if engine in work.plans:
+                    row["plan_ms"] = round(work.plans[engine](), 3)
+                elif call == work.ours:
+                    row["plan_ms"] = round(plan_ms(call, row["host_us"]), 3)
         except Exception as error:  # one engine's failure is a row, not the end of the run
             row |= {"ok": False, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
             traceback.print_exc(limit=6)
@@ -88,7 +96,8 @@ def run(ids: list[str], out: Path | None) -> int:
     rows: list[dict[str, Any]] = []
     for name, make in works:
         try:
-            rows += measure(make())
+            made = make()
+            rows += measure(made) if isinstance(made, Work) else made
         except Exception as error:
             traceback.print_exc(limit=8)
             rows.append(
@@ -100,6 +109,8 @@ def run(ids: list[str], out: Path | None) -> int:
         for row in mine:
             print(line(row, ours), flush=True)
     if out:
+        if any(row["work"] == "composed-streams" for row in rows):
+            (out.parent / "composed-streams.txt").write_text(launching.overlap() + "\n")
         out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
     return 0 if all(r["ok"] for r in rows if r["engine"] == "mixgrain") else 1
 
@@ -110,6 +121,8 @@ def line(row: dict[str, Any], ours: float | None) -> str:
     ms = row.get("ms")
     if not ms:
         return f"{head}    failed"
+    if row["work"] == "launch":
+        return f"{head} {row['host_us']:9.1f} µs of host time  {row['shape']}"
     ratio = f"  {ms / ours:5.2f}×" if ours else ""
     share = f"floor {row['floor_ms'] / ms:4.0%}"
     return f"{head} {ms * 1e3:9.1f} µs  {share}{ratio}  host {row['host_us']} µs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,48 +15,15 @@ from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.primitives.softmax import softmax_backward
 
-# Ceilings of the device the floors are for: one H200, a 1 GiB copy and 4096³ cuBLAS products.
-COPY_BYTES = 4.24e12
-TENSOR_FLOPS = 8.0e14
-L2_BYTES = 8.9e12
-# Largest relative error accepted of a product: a few roundings of the result.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-
-
-@dataclass
-class Work:
-    """One row of the table.
-
-    Attributes:
-        id: its name.
-        ours: runs mixgrain once.
-        peers: name to a call of the same work.
-        oracle: what `ours` should return, float64.
-        floor_ms: time that the limit named allows, milliseconds.
-        floor: how the floor was reckoned.
-        tolerance: largest relative error accepted.
-        shape: sizes and dtype, in words.
-    """
-
-    id: str
-    ours: Callable[[], Tensor]
-    peers: dict[str, Callable[[], Tensor]]
-    oracle: Callable[[], Tensor]
-    floor_ms: float
-    floor: str
-    tolerance: float = 5e-3
-    shape: str = ""
-
-
-def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, device="cuda", dtype=dtype, generator=generator)
+from . import launching
+from .measure import once_ms
+from .work import COPY_BYTES, L2_BYTES, TENSOR_FLOPS, TOLERANCE, Work, dots, random
 
 
 def _block_weight(n: int, size: int, density: float) -> tuple[mg.SparseTensor, Tensor]:
     kept = torch.rand(n // size, n // size, generator=torch.Generator().manual_seed(0)) < density
     layout = P.blocks(kept, size).to_layout("block", n, n, size=size).to("cuda")
-    dense = _random(n, n, dtype=torch.float16)
+    dense = random(n, n, dtype=torch.float16)
     mask = kept.cuda().repeat_interleave(size, 0).repeat_interleave(size, 1)
     return mg.sparsify(dense, layout=layout), dense * mask
 
@@ -64,7 +31,7 @@ def _block_weight(n: int, size: int, density: float) -> tuple[mg.SparseTensor, T
 def spmm_block(size: int, density: float, n: int = 4096) -> Work:
     """Block weights times a dense matrix, n³ float16."""
     weight, dense = _block_weight(n, size, density)
-    x = _random(n, n, dtype=torch.float16, seed=1)
+    x = random(n, n, dtype=torch.float16, seed=1)
     bsr = dense.to_sparse_bsr((size, size))
     flops = 2 * weight.nnz * n
     floor = max(flops / TENSOR_FLOPS, (2 * n * n + weight.nnz) * 2 / COPY_BYTES)
@@ -85,14 +52,14 @@ def _row_weight(
     generator = torch.Generator("cuda").manual_seed(0)
     kept = torch.rand(n, n, device="cuda", generator=generator) < density
     # torch.where, not a product with the mask: −0 is an element that sparsify keeps.
-    dense = torch.where(kept, _random(n, n, dtype=dtype), 0)
+    dense = torch.where(kept, random(n, n, dtype=dtype), 0)
     return mg.sparsify(dense, "row"), dense
 
 
 def spmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
     """Unstructured 8192² weights, 5 %, times `width` columns."""
     weight, dense = _row_weight(dtype)
-    x = _random(dense.shape[1], width, dtype=dtype, seed=1)
+    x = random(dense.shape[1], width, dtype=dtype, seed=1)
     csr = dense.to_sparse_csr()
     gathered = weight.nnz * width * dense.element_size()
     return Work(
@@ -110,7 +77,7 @@ def spmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
 def sddmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
     """Scores at unstructured positions of 8192², 5 %, head dimension `width`."""
     weight, dense = _row_weight(dtype)
-    q, k = (_random(8192, width, dtype=dtype, seed=s) for s in (1, 2))
+    q, k = (random(8192, width, dtype=dtype, seed=s) for s in (1, 2))
     layout = weight.layout
     row, column = layout.indices()
     peers: dict[str, Callable[[], Tensor]] = {}
@@ -122,7 +89,7 @@ def sddmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
         id=f"sddmm-row-n{width}-{name}",
         ours=lambda: mg.sddmm(q, k, layout).values,
         peers=peers,
-        oracle=lambda: _dots(q, k, row, column),
+        oracle=lambda: dots(q, k, row, column),
         floor_ms=gathered / L2_BYTES * 1e3,
         floor="nnz · D elements gathered from L2 at 8.9 TB/s; hits in L1 can beat it",
         shape=f"8192² {name}, 5 %, D {width}",
@@ -130,18 +97,10 @@ def sddmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
     )
 
 
-def _dots(q: Tensor, k: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    pieces = [
-        (q[i].double() * k[j].double()).sum(-1)
-        for i, j in zip(row.split(1 << 20), column.split(1 << 20), strict=True)
-    ]
-    return torch.cat(pieces)
-
-
 def _attention_blocks(size: int) -> tuple[Layout, Tensor, Tensor]:
     kept = torch.rand(4096 // size, 4096 // size, generator=torch.Generator().manual_seed(0)) < 0.15
     layout = P.blocks(kept, size).to_layout("block", 4096, 4096, size=size).to("cuda")
-    q, k = (_random(4, 16, 4096, 128, dtype=torch.bfloat16, seed=s) for s in (1, 2))
+    q, k = (random(4, 16, 4096, 128, dtype=torch.bfloat16, seed=s) for s in (1, 2))
     return layout, q, k
 
 
@@ -152,7 +111,7 @@ def sddmm_block(size: int) -> Work:
 
     def oracle() -> Tensor:
         row, column = layout.indices()
-        return _dots(q[0, 0], k[0, 0], row, column)
+        return dots(q[0, 0], k[0, 0], row, column)
 
     return Work(
         id=f"sddmm-block{size}",
@@ -204,11 +163,11 @@ def composed_longformer() -> Work:
     n = 4096
     chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:64]
     pattern = P.longformer(256, chosen)
-    q, k, v = (_random(4, 16, n, 64, dtype=torch.float16, seed=s) for s in (1, 2, 3))
+    q, k, v = (random(4, 16, n, 64, dtype=torch.float16, seed=s) for s in (1, 2, 3))
     layout = pattern.to_layout("mixed", n, n, device="cuda")
 
-    def flex() -> Callable[[], Tensor]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def flex() -> tuple[Callable[[], Tensor], Callable[[], float]]:
+        from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
         marked = torch.zeros(n, dtype=torch.bool, device="cuda")
         marked[chosen.cuda()] = True
@@ -216,15 +175,20 @@ def composed_longformer() -> Work:
         def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return ((i - j).abs() <= 256) | marked[i] | marked[j]
 
-        mask = create_block_mask(keep, None, None, n, n, device="cuda")
+        def plan() -> BlockMask:
+            return create_block_mask(keep, None, None, n, n, device="cuda")
+
+        mask = plan()
         compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda: compiled(q, k, v, block_mask=mask)
+        return lambda: compiled(q, k, v, block_mask=mask), lambda: once_ms(plan)
 
     values = layout.nnz * 64 * 2
+    attention, plan = flex()
     return Work(
         id="composed-longformer",
         ours=lambda: mg.attend(q, k, v, layout, impl="composed"),
-        peers={"FlexAttention": flex()},
+        peers={"FlexAttention": attention},
+        plans={"FlexAttention": plan},
         oracle=lambda: mg.attend(
             q[:1, :1], k[:1, :1], v[:1, :1], pattern, impl="reference"
         ).double(),
@@ -235,7 +199,8 @@ def composed_longformer() -> Work:
     )
 
 
-WORKS: dict[str, Callable[[], Work]] = {
+# What makes a work, or measures rows itself.
+WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "spmm-block128-d20": lambda: spmm_block(128, 0.20),
     "spmm-block128-d05": lambda: spmm_block(128, 0.05),
     "spmm-block64-d20": lambda: spmm_block(64, 0.20),
@@ -252,10 +217,14 @@ WORKS: dict[str, Callable[[], Work]] = {
     "softmax-fwd": lambda: softmax_block(False),
     "softmax-bwd": lambda: softmax_block(True),
     "composed-longformer": composed_longformer,
+    "composed-streams": launching.composed_streams,
+    "launch": launching.launch,
 }
 
 
-def chosen(ids: list[str]) -> Iterator[tuple[str, Callable[[], Work]]]:
+def chosen(
+    ids: list[str],
+) -> Iterator[tuple[str, Callable[[], Work | list[dict[str, Any]]]]]:
     """The works asked for, all when none is; a name that ends in * takes all it begins.
 
     Raises:

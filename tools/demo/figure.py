@@ -274,7 +274,7 @@ def draw_demo(
     figure.text(0.035, 0.925, subtitle(results), fontsize=10, color=MUTED, va="top")
     draw_patterns(figure, layouts, layer, weight)
     draw_charts(figure, results, table)
-    figure.savefig(path, metadata={"Title": "mixgrain demo"})
+    figure.savefig(path, format="png", metadata={"Title": "mixgrain demo"})
 
 
 def subtitle(results: list[Result]) -> str:

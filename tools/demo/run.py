@@ -175,6 +175,8 @@ def run(
     began = time.perf_counter()
     if not out.parent.is_dir():
         raise DemoError(f"--out {out}: there is no folder {out.parent}; make it or name another")
+    if out.is_dir():
+        raise DemoError(f"--out {out}: a folder given, a file for the picture expected")
     if threads is not None:
         torch.set_num_threads(threads)
     model = read_model(weights)

@@ -1,0 +1,141 @@
+"""The kernels that calls ask for, found by recording launch code; needs no GPU.
+
+Tests compile them for every architecture, and ``mixgrain warm`` does so ahead of first use.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request
+from mixgrain.cuda.device import pretending
+from mixgrain.cuda.recording import Launch, Recording, recorded
+from mixgrain.formats import patterns
+from mixgrain.formats.layout import Layout
+
+from ..dispatch import TABLE
+from ..plans.plan import Plan
+from . import launch_code
+
+HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
+#: Dtypes of the operands, and of the values beside them.
+DTYPES = ((HALF, HALF), (BRAIN, BRAIN), (FLOAT, FLOAT))
+#: Dtypes of values that differ from the operands': scores that are kept in float32, and the like.
+MIXED_DTYPES = ((HALF, FLOAT), (BRAIN, FLOAT), (FLOAT, HALF), (FLOAT, BRAIN))
+#: Head dimensions, or columns of x, that kernels are cut for differently.
+WIDTHS = (8, 16, 32, 64, 80, 96, 128, 200, 256, 512)
+#: The common ones among them.
+COMMON = (64, 128)
+#: Without a run-time mask; with one over columns; over rows.
+MASKS = (0, 1, 2)
+
+
+@functools.cache
+def _layouts() -> tuple[Layout, ...]:
+    """Small layouts that between them have every kind of part and every class of row lengths."""
+    n = 640
+    band = patterns.window(70)
+    made: list[Any] = [band.to_layout("block", n, n, size=size) for size in (16, 32, 64, 128)]
+    full = patterns.full()
+    # Nothing masked, and rows of more blocks than one warp takes.
+    made += [full.to_layout("block", n, n, size=size) for size in (16, 32, 64, 128)]
+    rows = (full, band, patterns.window(45), patterns.window(20), patterns.window(9))
+    made += [pattern.to_layout("row", n, n) for pattern in rows]
+    some = patterns.global_tokens(list(range(0, n, 40)))
+    mixed = (band | some | patterns.random(0.004, 0)).to_layout("mixed", n, n)
+    kinds = [part.kind for part in mixed.parts]
+    assert kinds == ["block", "panel", "row"], kinds
+    made += [mixed, mixed.parts[1]]
+    return tuple(made)
+
+
+def requests(
+    arch: str,
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = DTYPES,
+    widths: Sequence[int] = COMMON,
+    masks: Sequence[int] = (0,),
+) -> list[Request]:
+    """The kernels that calls of these kinds ask for on an architecture, each once.
+
+    Args:
+        arch: one of ``mixgrain.cuda.compile.ARCHITECTURES``.
+        dtypes: pairs of the operands' dtype and the values'.
+        widths: head dimensions and columns.
+        masks: 0 without a run-time mask, 1 over columns, 2 over rows.
+
+    Every operator, forward and backward, over every kind of layout; without arguments those of the
+    common calls. The others, and float32 products that torch lets round to TF32, compile when first
+    used.
+    """
+    found: dict[Request, None] = {}
+    with pretending(arch):
+        for layout in _layouts():
+            products = TABLE["spmm"][type(layout)]["cuda"](layout)
+            rowwise = TABLE["softmax"][type(layout)]["cuda"](layout)
+            for mask in masks:
+                for operand, value in dtypes:
+                    for name, arguments in _rowwise_calls(layout, rowwise, mask, operand, value):
+                        found |= dict.fromkeys(_asked(name, arguments))
+                    for width in widths:
+                        for name, arguments in _products(
+                            layout, products, mask, operand, value, width
+                        ):
+                            found |= dict.fromkeys(_asked(name, arguments))
+    return list(found)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _keep(layout: Layout, mask: int) -> tuple[Tensor | None, bool]:
+    if not mask:
+        return None, False
+    n = layout.shape[0 if mask == 2 else 1]
+    return _meta(1, layout.entries, n, dtype=torch.bool), mask == 2
+
+
+def _products(
+    layout: Layout,
+    plan: Plan,
+    mask: int,
+    operand: torch.dtype,
+    value: torch.dtype,
+    width: int,
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments of sddmm, spmm and its transpose."""
+    q, k = (_meta(1, layout.entries, n, width, dtype=operand) for n in layout.shape)
+    values = _meta(1, layout.slots, dtype=value)
+    shared = (*_keep(layout, mask), *plan, 1.0)
+    yield "sddmm", (q, k, *shared, value)
+    for name, x in (("spmm", k), ("spmm_t", q)):
+        yield name, (values, x, *shared, operand)
+
+
+def _rowwise_calls(
+    layout: Layout, plan: Plan, mask: int, first: torch.dtype, second: torch.dtype
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments of the operators along rows."""
+    a, b = (_meta(1, layout.slots, dtype=dtype) for dtype in (first, second))
+    shared = (*_keep(layout, mask), *plan)
+    yield "softmax", (a, *shared, second, True)
+    yield "softmax_backward", (b, b, None, *shared, first)
+    if first == second:
+        yield "row_sum", (a, *shared)
+        yield (
+            "row_expand",
+            (_meta(1, layout.entries, layout.shape[0], dtype=FLOAT), *shared, first),
+        )
+
+
+def _asked(name: str, arguments: tuple[Any, ...]) -> list[Request]:
+    recording = Recording(0)
+    described = [recording.given(a, 0) if isinstance(a, Tensor) else a for a in arguments]
+    with recorded(recording):
+        launch_code(name)(*described)
+    return [step.kernel.wanted for step in recording.steps if isinstance(step, Launch)]

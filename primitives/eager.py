@@ -1,0 +1,277 @@
+"""The short way of the public functions: eager calls on CUDA tensors whose signature was seen.
+
+The first call of a signature goes the long way, with every check, through the operators. What it
+found out is kept here, and equal calls need none of it: the signature proves what the checks would.
+They go to the prepared kernels directly, past torch's dispatcher, with or without autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mixgrain.formats.block import BlockLayout
+from mixgrain.formats.cache import LRU
+from mixgrain.formats.layout import Layout
+from mixgrain.formats.mixed import MixedLayout
+from mixgrain.formats.panel import PanelLayout
+from mixgrain.formats.row import RowLayout
+
+from . import ops
+from .fold import (
+    expand,
+    fold,
+    fold_mask,
+    fold_values,
+    fold_vector,
+    free_shape,
+    unfold,
+    unfold_vector,
+)
+from .plans.plan import Plan
+
+if TYPE_CHECKING:
+    from mixgrain.cuda.prepared import Prepared
+
+_Signatures = dict[Hashable, "Call"]
+TENSORS = (Tensor, torch.nn.Parameter)
+LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout))
+# Layouts whose calls are kept, and signatures of each.
+LAYOUTS, SIGNATURES = 128, 64
+
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_tracing: Callable[[], object] = torch._C._get_tracing_state
+_grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+_FLOAT = torch.float32
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+def plain() -> bool:
+    """Whether calls mean what they say: nothing that watches or changes operators is active."""
+    return not (
+        _function_modes()  # e.g. a default device, or someone's logging of torch functions
+        or _dispatch_modes()  # fake tensors, tracing by make_fx, flop counters
+        or _transforms()  # vmap, grad, jvp: tensors may be wrappers
+        or _tracing()  # torch.jit.trace
+        or _autocast()  # may cast the operators' inputs
+        or forward_ad._current_level >= 0  # tensors may carry tangents
+    )
+
+
+def usable(t: Any) -> bool:
+    """Whether a tensor is what it looks like: dense, on CUDA, no subclass and no lazy negation."""
+    return type(t) in TENSORS and t.is_cuda and t.layout is torch.strided and not t.is_neg()
+
+
+class _Layouts(LRU[_Signatures]):
+    """An LRU that is read without its lock."""
+
+    def find(self, layout: Layout) -> _Signatures | None:
+        """The calls of a layout, which counts as used."""
+        key = (layout.key, layout._home)  # `home` itself asks whether this is being traced
+        found = self._values.get(key)
+        if found is not None:
+            try:  # noqa: SIM105  # contextlib.suppress takes a microsecond
+                self._values.move_to_end(key)
+            except KeyError:  # another thread dropped it this moment
+                pass
+        return found
+
+
+_layouts = _Layouts(LAYOUTS)
+
+
+find = _layouts.find
+
+
+class Term(NamedTuple):
+    """One operator on tensors as users hold them: fold, compute, unfold.
+
+    Attributes:
+        op: the operator.
+        layout: the positions.
+        lead: leading dimensions of the matrices.
+        kinds: of each tensor: "dense" (*lead, N, D), "values" (*free, slots), "vector" (*lead, N).
+        results: likewise of the results.
+        keep_rows: the run-time mask is over rows.
+        plan: of the layout for this operator.
+        scalars: what the operator takes besides.
+    """
+
+    op: str
+    layout: Layout
+    lead: tuple[int, ...]
+    kinds: tuple[str, ...]
+    results: tuple[str, ...]
+    keep_rows: bool
+    plan: Plan
+    scalars: tuple[Any, ...]
+
+    def folded(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> list[Tensor | None]:
+        """The tensors and the mask as the operator takes them."""
+        lead = self.layout.lead
+        made = [
+            None if t is None else _fold(kind, t, lead, self.lead)
+            for kind, t in zip(self.kinds, tensors, strict=True)
+        ]
+        return [*made, fold_mask(keep, lead, self.lead)]
+
+    def unfolded(self, made: Any) -> Any:
+        """What the operator returns, as users hold it."""
+        if len(self.results) == 1:
+            return _unfold(self.results[0], made, self.layout, self.lead)
+        pairs = zip(self.results, made, strict=True)
+        return tuple(_unfold(kind, t, self.layout, self.lead) for kind, t in pairs)
+
+    def through_operators(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> Any:
+        """Compute by the dispatcher, so that whatever is active sees it."""
+        made = getattr(ops, self.op)(
+            *self.folded(tensors, keep), self.keep_rows, self.plan, *self.scalars
+        )
+        return self.unfolded(made)
+
+    def prepare(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> Call:
+        """The call for tensors like these."""
+        from .cuda import prepared
+
+        folded = self.folded(tensors, keep)
+        arguments = (*folded, self.keep_rows, *self.plan, *self.scalars)
+        made = prepared(self.op, arguments, alone=len(self.results) == 1)
+        originals = [*tensors, keep]
+        copied = any(
+            new is not None and old is not None and not _same_memory(new, old)
+            for new, old in zip(folded, originals, strict=True)
+        )
+        shapes = [self._result(kind, s) for kind, s in zip(self.results, made.shapes, strict=True)]
+        shaped = None if None in shapes else made.shaped(cast(Any, shapes))
+        return Call(self, shaped or made, copied, shaped is None)
+
+    def _result(self, kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape users see of a result, None where it is not contiguous."""
+        b, h = self.layout.lead
+        if kind == "values":
+            return (*free_shape((b, h), self.lead), shape[1])
+        return None if b > 1 and h == 1 else (*self.lead, *shape[2:])
+
+
+def _same_memory(view: Tensor, of: Tensor) -> bool:
+    """Whether a tensor made by folding another is a view of it."""
+    return view.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+
+
+def _fold(kind: str, t: Tensor, lead: tuple[int, int], full: tuple[int, ...]) -> Tensor:
+    if kind == "dense":
+        return fold(expand(t, full), lead)
+    return fold_values(t, lead, full) if kind == "values" else fold_vector(t, lead)
+
+
+def _unfold(kind: str, t: Tensor, layout: Layout, full: tuple[int, ...]) -> Tensor:
+    if kind == "values":
+        return t.reshape(*free_shape(layout.lead, full), layout.slots)
+    return (unfold if kind == "dense" else unfold_vector)(t, layout.lead, full)
+
+
+class Call:
+    """A prepared call on tensors as users hold them.
+
+    Attributes:
+        run: takes tensors of the signature, a mask last, and the list of their addresses, which it
+            uses up.
+        term: what it computes.
+        gradients: what computes the gradient of each tensor; None where it may not be recorded.
+    """
+
+    __slots__ = ("_prepared", "_viewed", "gradients", "run", "term")
+
+    def __init__(self, term: Term, prepared: Prepared, copied: bool, viewed: bool) -> None:
+        self.term, self._prepared, self._viewed = term, prepared, viewed
+        self.gradients: tuple[Gradient, ...] | None = None
+        self.run: Callable[[tuple[Tensor, ...], list[int]], Any] = prepared.__call__
+        if copied or viewed:
+            self.run = self._folding if copied else self._viewing
+
+    def _viewing(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
+        """Where results are views."""
+        return self.term.unfolded(self._prepared(given, pointers))
+
+    def _folding(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
+        """Where folding copies: repeated key heads, strides that do not fold."""
+        count = len(given)
+        keep = given[-1] if given[-1].dtype == torch.bool else None
+        tensors: list[Tensor | None] = list(given[: count - (keep is not None)])
+        tensors += [None] * (len(self.term.kinds) - len(tensors))
+        folded = [t for t in self.term.folded(tensors, keep) if t is not None]
+        made = self._prepared(folded, [t.data_ptr() for t in folded])
+        return self.term.unfolded(made) if self._viewed else made
+
+
+class Gradient:
+    """A term of a backward pass, with its calls by signature."""
+
+    __slots__ = ("_calls", "_term")
+
+    def __init__(self, term: Term) -> None:
+        self._term = term
+        self._calls: _Signatures = {}
+
+    def __call__(self, tensors: tuple[Tensor | None, ...], keep: Tensor | None) -> Any:
+        """Compute; by the operators when this is itself to be differentiated."""
+        if torch.compiler.is_dynamo_compiling() or _grad_enabled() or not plain():
+            return self._term.through_operators(tensors, keep)
+        given, pointers = [], []
+        key: list[Hashable] = []
+        for t in (*tensors, keep):
+            if t is None:
+                key.append(None)
+            elif not usable(t):
+                return self._term.through_operators(tensors, keep)
+            else:
+                pointer, dtype = t.data_ptr(), t.dtype
+                given.append(t)
+                pointers.append(pointer)
+                key += (t.shape, t.is_contiguous() or t.stride(), dtype, pointer & 15)
+                if dtype is _FLOAT:
+                    key.append(tf32())
+        signature = tuple(key)
+        call = self._calls.get(signature)
+        if call is None:
+            call = self._term.prepare(tensors, keep)
+            if not torch.cuda.is_current_stream_capturing():
+                if len(self._calls) >= SIGNATURES:
+                    self._calls = {}
+                self._calls[signature] = call
+        return call.run(tuple(given), pointers)
+
+
+def tf32() -> str:
+    """Torch's switch for float32 products; this reads whichever of its two was used."""
+    return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def learnable(*tensors: Tensor | None) -> bool:
+    """Whether a call that went the long way may go the short one next time."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and plain()
+        and all(t is None or usable(t) for t in tensors)
+        and not torch.cuda.is_current_stream_capturing()  # plans may be copies for the capture
+    )
+
+
+def learn(
+    layout: Layout, key: Hashable, term: Term, tensors: tuple[Tensor, ...], keep: Tensor | None
+) -> Call:
+    """Keep the call of a signature; it has to be ``learnable``."""
+    with torch.no_grad():
+        call = term.prepare(tensors, keep)
+    kept = _layouts.get((layout.key, layout._home), dict)
+    if len(kept) >= SIGNATURES:
+        kept.clear()
+    kept[key] = call
+    return call

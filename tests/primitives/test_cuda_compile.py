@@ -1,0 +1,113 @@
+"""Every kernel that calls ask for compiles, for every architecture, without spills; no GPU.
+
+What is compiled is what launch code asks for when it is recorded, so it is real requests.
+"""
+
+import pytest
+import torch
+
+from mixgrain.cuda import compile as service
+from mixgrain.cuda import nvrtc
+from mixgrain.cuda.errors import CompileError, MissingError
+from mixgrain.primitives.cuda import block, panel
+from mixgrain.primitives.cuda.warm import (
+    BRAIN,
+    DTYPES,
+    FLOAT,
+    HALF,
+    MASKS,
+    MIXED_DTYPES,
+    WIDTHS,
+    requests,
+)
+
+try:
+    nvrtc.library()
+    nvrtc.header_folder()
+except MissingError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+ARCHES = ("80", "86", "89", "90", "90a", "100", "120")
+EVERYWHERE = {
+    "sddmm_block", "sddmm_panel", "sddmm_row", "spmm_block", "spmm_panel", "spmm_row",
+    "spmm_row_merge", "spmm_merge", "spmm_join",
+    "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
+}  # fmt: skip
+HOPPER = {"sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90"}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_kernel_file_is_asked_for(arch):
+    names = {wanted.name for wanted in requests(arch)}  # the common ones are of every file
+    assert names == EVERYWHERE | (HOPPER if arch == "90a" else set())
+    assert {path.stem for path in service.KERNELS.glob("*.cu")} == EVERYWHERE | HOPPER
+
+
+def everything(arch: str) -> list[service.Request]:
+    return requests(arch, DTYPES + MIXED_DTYPES, WIDTHS, MASKS)
+
+
+def test_a_choice_is_a_part_of_all():
+    all_of_them = set(everything("90a"))
+    for dtype in DTYPES:
+        for width in (64, 128):
+            some = requests("90a", [dtype], [width], [0])
+            assert 0 < len(some) < len(all_of_them)
+            assert set(some) <= all_of_them
+
+
+def rounded() -> list[service.Request]:
+    """Products that torch lets round to TF32, which the listing leaves to first use."""
+    made = [
+        block._sddmm_kernel(0, size, 64, FLOAT, FLOAT, 0, True)[0] for size in (16, 32, 64, 128)
+    ]
+    made.append(panel._sddmm_kernel(0, 64, FLOAT, HALF, 0, True)[0])
+    for transposed in (False, True):
+        for size in (16, 32, 64, 128):
+            more = (FLOAT, HALF, FLOAT, transposed, 1, True, True)
+            made.append(block._spmm_kernel(0, size, 64, *more)[0])
+        made.append(panel._spmm_kernel(0, 64, FLOAT, BRAIN, transposed, 0, True)[0])
+    return [kernel.wanted for kernel in made]
+
+
+def chosen(arch: str) -> list[service.Request]:
+    """Spills hardly depend on the architecture: more where it matters, some elsewhere.
+
+    All of them together are hours; every ninth is of another dtype, width, mask and phase.
+    """
+    found = [wanted for wanted in everything(arch) if wanted.name not in HOPPER]
+    by_name: dict[str, list[service.Request]] = {}
+    for wanted in found:
+        by_name.setdefault(wanted.name, []).append(wanted)
+    step = 9 if arch in ("80", "90a") else 37
+    return [w for all_of in by_name.values() for w in all_of[::step]] + rounded()
+
+
+def _warned(wanted: service.Request, log: str) -> bool:
+    # rowwise.cuh names more than each of its operators and phases uses.
+    return "warning" in log and not wanted.name.startswith("rowwise")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("arch", ["80", "86", "89", "90a", "100", "120"])
+def test_kernels_compile_without_faults(arch, tmp_path_factory, monkeypatch):
+    # A cubin from the cache says nothing of spills.
+    monkeypatch.setenv("MIXGRAIN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    service.cache_folder.cache_clear()
+    some = chosen(arch)
+    try:
+        built = service.build_all([(wanted, arch) for wanted in some])
+    finally:
+        service.cache_folder.cache_clear()
+    faults = {}
+    for wanted, made in zip(some, built, strict=True):
+        if isinstance(made, CompileError):
+            faults[wanted] = [str(made)]
+        elif made.faults() or not made.registers or _warned(wanted, made.log):
+            faults[wanted] = [*made.faults(), made.log]
+    assert faults == {}
+
+
+def test_listing_needs_no_device():
+    assert not torch.cuda.is_available() or requests("80")
+    assert requests("80") != requests("90a")

@@ -1,0 +1,238 @@
+"""The short way of the public functions on the CPU: a stand-in runs for prepared calls."""
+
+import itertools
+import types
+
+import pytest
+import torch
+from cases import BUILDERS, Case, density, masks_of
+from torch import Tensor
+
+from mixgrain.formats.cache import clear_caches
+from mixgrain.formats.errors import DtypeError
+from mixgrain.formats.sparse import SparseTensor
+from mixgrain.primitives import cuda, eager, ops, recorded
+from mixgrain.primitives.sddmm import sddmm
+from mixgrain.primitives.softmax import softmax
+from mixgrain.primitives.spmm import spmm
+
+CASES = {
+    "shared": Case((20, 28), density(0.4), free=(2, 3)),
+    "per head": Case((20, 28), density(0.4), lead=(1, 3), free=(2,)),
+    "per batch": Case((20, 28), density(0.4), lead=(2, 1), free=(3,)),  # results are views
+    "both": Case((20, 28), density(0.4), lead=(2, 3)),
+    "plain": Case((20, 28), density(0.4)),
+}
+
+
+class Stand:
+    """What a prepared call is to the layers above it."""
+
+    def __init__(self, name, arguments, alone, runs):
+        self.name, self.arguments, self.alone, self.runs = name, arguments, alone, runs
+        self.sizes = None
+        made = self._compute([a for a in arguments if isinstance(a, Tensor)])
+        self.shapes = [tuple(t.shape) for t in (made if isinstance(made, tuple) else (made,))]
+
+    def _compute(self, given):
+        rest = iter(given)
+        arguments = [next(rest) if isinstance(a, Tensor) else a for a in self.arguments]
+        with torch._C._AutoDispatchBelowAutograd():
+            made = getattr(torch.ops.mixgrain, self.name)(*arguments)
+        return made[0] if self.alone and isinstance(made, tuple) else made
+
+    def shaped(self, sizes):
+        other = Stand(self.name, self.arguments, self.alone, self.runs)
+        other.sizes = sizes
+        return other
+
+    def __call__(self, given, pointers):
+        assert pointers == [t.data_ptr() for t in given]
+        self.runs.append(self.name)
+        # The operator takes folded tensors; these are views of the same memory.
+        folded = [a for a in self.arguments if isinstance(a, Tensor)]
+        given = [g.as_strided(f.shape, f.stride()) for g, f in zip(given, folded, strict=True)]
+        made = self._compute(given)
+        if self.sizes is None:
+            return made
+        several = made if isinstance(made, tuple) else (made,)
+        shaped = tuple(t.reshape(size) for t, size in zip(several, self.sizes, strict=True))
+        return shaped if isinstance(made, tuple) else shaped[0]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Names of the prepared calls that ran; CPU tensors count as usable."""
+    seen: list[str] = []
+    clear_caches()
+    monkeypatch.setattr(
+        cuda, "prepared", lambda name, arguments, alone=False: Stand(name, arguments, alone, seen)
+    )
+    for module in (eager, recorded):
+        monkeypatch.setattr(module, "usable", lambda t: type(t) in eager.TENSORS)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield seen
+    clear_caches()
+
+
+def operands(case: Case, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    make = lambda n: torch.randn(*case.lead_shape, n, 5, generator=g, dtype=torch.float64)  # noqa: E731
+    return [make(n).requires_grad_() for n in (case.shape[0], case.shape[1], case.shape[1])]
+
+
+def attention(q, k, v, layout, mask=None):
+    p, lse = softmax(sddmm(q, k, layout, 0.3, mask), return_lse=True)
+    return spmm(p, v), lse
+
+
+def mask_of(case: Case) -> Tensor:
+    batch = case.lead_shape[-2:-1] if len(case.lead_shape) > 1 else ()
+    return torch.rand(*batch, case.shape[1], generator=torch.Generator().manual_seed(9)) < 0.8
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["block", "row", "mixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_short_way_equals_the_long_way(name, kind, masked, runs):
+    case = CASES[name]
+    layout = BUILDERS[kind](case, *masks_of(case))
+    mask = mask_of(case) if masked else None
+    found = []
+    for n in range(3):
+        runs.clear()
+        q, k, v = operands(case)
+        with torch.no_grad():
+            plain = attention(q, k, v, layout, mask)
+        assert runs == ([] if n == 0 else ["sddmm", "softmax", "spmm"])
+        o, lse = attention(q, k, v, layout, mask)
+        assert o.requires_grad
+        assert torch.equal(o, plain[0])
+        assert torch.equal(lse, plain[1])
+        total = o.square().sum() + (torch.where(lse.isfinite(), lse, 0) ** 2).sum()
+        runs.clear()
+        first = torch.autograd.grad(total, (q, k, v), retain_graph=True)
+        assert sorted(runs) == [
+            "sddmm", "softmax_backward", "spmm", "spmm_t", "spmm_t",
+        ]  # fmt: skip
+        runs.clear()
+        (again,) = torch.autograd.grad(total, q, create_graph=True)
+        assert runs == []  # to be differentiated: the operators
+        torch.testing.assert_close(again, first[0], rtol=1e-12, atol=1e-12)
+        second = torch.autograd.grad(again.square().sum(), (q, k, v))
+        found.append([o, lse, *first, *second])
+    for made in found[1:]:
+        assert all(map(torch.equal, made, found[0]))
+
+
+def test_every_part_of_a_signature_counts(runs):
+    case = CASES["shared"]
+    layout = BUILDERS["block"](case, *masks_of(case))
+    q, k, _ = (t.detach() for t in operands(case))
+    sddmm(q, k, layout)
+    assert sddmm(q, k, layout) is not None
+    assert runs == ["sddmm"]
+    runs.clear()
+    base = torch.zeros(q.numel() + 2, dtype=torch.float64)
+    shifted = base[1 : 1 + q.numel()].view(q.shape)
+    others = {
+        "scale": lambda: sddmm(q, k, layout, 2.0),
+        "zero": lambda: [sddmm(q, k, layout, 0.0) for _ in range(2)],
+        "dtype": lambda: sddmm(q, k, layout, out_dtype=torch.float32),
+        "mask": lambda: sddmm(q, k, layout, key_mask=torch.ones(28, dtype=torch.bool)),
+        "shape": lambda: sddmm(q[:1], k[:1], layout),
+        "strides": lambda: sddmm(q.mT.contiguous().mT, k, layout),
+        "alignment": lambda: sddmm(
+            shifted if (shifted.data_ptr() ^ q.data_ptr()) & 15 else base[2:].view(q.shape),
+            k,
+            layout,
+        ),
+    }
+    for name, call in others.items():
+        call()
+        assert runs == [], name
+    with pytest.raises(DtypeError):
+        sddmm(q, k.float(), layout)
+    with pytest.raises(TypeError):
+        sddmm(q, k, layout, torch.tensor(1.0))
+    assert runs == []
+
+
+def test_what_watches_sees_the_operators(runs):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    case = CASES["shared"]
+    layout = BUILDERS["block"](case, *masks_of(case))
+    q, k, _ = (t.detach() for t in operands(case))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        sddmm(q, k, layout)
+    runs.clear()
+    with Watch():
+        sddmm(q, k, layout)
+    with torch.device("cpu"):
+        sddmm(q, k, layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        sddmm(q, k, layout)
+    torch.func.vmap(lambda a: sddmm(a, k[0, 0], layout).values)(q[0])
+    torch.func.grad(lambda a: sddmm(a, k, layout).values.sum())(q)
+    sddmm(q.as_subclass(type("Own", (Tensor,), {})), k, layout)
+    assert runs == []
+    sddmm(torch.nn.Parameter(q), k, layout)
+    assert runs == ["sddmm"]
+
+
+def test_broadcast_operands_are_not_recorded(runs):
+    case = CASES["shared"]
+    layout = BUILDERS["block"](case, *masks_of(case))
+    q, k, v = operands(case)
+    single = k.detach()[:, :1].requires_grad_()
+    grads = []
+    for _ in range(3):
+        s = sddmm(q, single, layout)
+        grads.append(torch.autograd.grad(s.values.square().sum(), (q, single)))
+    assert runs == []
+    assert all(torch.equal(a, b) for made in grads[1:] for a, b in zip(made, grads[0], strict=True))
+    with torch.no_grad():
+        short = sddmm(q, single, layout)
+    assert runs == ["sddmm"]
+    assert torch.equal(short.values, s.values)
+    assert v.requires_grad
+
+
+def test_caches_are_bounded_and_cleared(runs):
+    case = CASES["plain"]
+    x = torch.zeros(28, 5, dtype=torch.float64)
+    kept = []
+    for _ in range(eager.LAYOUTS + 3):
+        layout = BUILDERS["row"](case, *masks_of(case))
+        kept.append(SparseTensor(layout, torch.zeros(layout.slots, dtype=torch.float64)))
+        spmm(kept[-1], x)
+    assert len(eager._layouts) == eager.LAYOUTS
+    spmm(kept[0], x)  # dropped: the long way
+    assert runs == []
+    spmm(kept[-1], x)
+    assert runs == ["spmm"]
+    for width in range(1, eager.SIGNATURES + 5):
+        spmm(kept[-1], x[:, :1].expand(28, width).contiguous())
+    assert max(map(len, eager._layouts._values.values())) <= eager.SIGNATURES
+    clear_caches()
+    assert len(eager._layouts) == 0
+
+
+def test_conditions_are_those_of_torch():
+    assert eager.plain()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not eager.plain()
+    with torch.autograd.forward_ad.dual_level():
+        assert not eager.plain()
+    with torch.device("cpu"):
+        assert not eager.plain()
+    assert eager.plain()
+    assert not eager.usable(torch.zeros(2))  # not on CUDA
+    assert isinstance(ops, types.ModuleType)
+    assert list(itertools.islice(eager.TENSORS, 2)) == [Tensor, torch.nn.Parameter]

@@ -1,0 +1,176 @@
+"""What the launch path costs: host time of calls, first use, and two streams against one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import mixgrain as mg
+from mixgrain import patterns as P
+from mixgrain.formats.layout import Layout, next_key
+from mixgrain.primitives.cuda import parts
+
+from .measure import host_us, intervals, kernels
+from .work import COPY_BYTES, Work, random
+
+# A process that has run another kernel, then calls this one for the first time.
+FIRST = """
+import time, torch
+import mixgrain as mg
+from mixgrain import patterns as P
+layout = P.window(64).to_layout("block", 1024, 1024, device="cuda")
+values = torch.ones(layout.slots, device="cuda", dtype=torch.float16)
+x = torch.ones(1024, 64, device="cuda", dtype=torch.float16)
+mg.sddmm(x, x, layout)
+torch.cuda.synchronize()
+begin = time.perf_counter()
+mg.spmm(mg.SparseTensor(layout, values), x)
+torch.cuda.synchronize()
+print((time.perf_counter() - begin) * 1e3)
+"""
+
+
+def _first_use() -> tuple[float, float]:
+    """Milliseconds of a first call that compiles its kernel, and of one that finds it on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = {**os.environ, "MIXGRAIN_CACHE_DIR": folder}
+        made = [
+            subprocess.run(
+                [sys.executable, "-c", FIRST], env=given, check=True, capture_output=True, text=True
+            )
+            for _ in range(2)
+        ]
+    return float(made[0].stdout), float(made[1].stdout)
+
+
+def launch() -> list[dict[str, Any]]:
+    """Rows of the host times; the floor is torch's own ``x.add_`` in the same run."""
+    n, d = 4096, 64
+    q, k, v = (random(1, 1, n, d, dtype=torch.float16, seed=s) for s in range(3))
+    layout = P.window(60).to_layout("block", n, n, device="cuda")
+    mixed = (P.window(60) | P.random(0.002, 1)).to_layout("mixed", n, n, device="cuda")
+    assert len(mixed.parts) == 2, mixed
+    s, t = mg.sddmm(q, k, layout), mg.sddmm(q, k, mixed)
+    p, r = mg.softmax(s), mg.softmax(t)
+    asking = q.clone().requires_grad_(), k.clone().requires_grad_()
+    floor = host_us(lambda: q.add_(0))
+    for _ in range(2):  # clocks and caches settle
+        host_us(lambda: mg.spmm(p, v), 500)
+    calls: dict[str, tuple[Callable[[], object], float]] = {
+        "one kernel: sddmm": (lambda: mg.sddmm(q, k, layout), 10),
+        "one kernel: softmax": (lambda: mg.softmax(s), 10),
+        "one kernel: spmm": (lambda: mg.spmm(p, v), 10),
+        "one kernel, recorded: sddmm": (lambda: mg.sddmm(asking[0], asking[1], layout), 18),
+    }
+    rows = [_row(name, host_us(call), floor, goal, call) for name, (call, goal) in calls.items()]
+    for name, few, many in (
+        ("sddmm", lambda: mg.sddmm(q, k, layout), lambda: mg.sddmm(q, k, mixed)),
+        ("softmax", lambda: mg.softmax(s), lambda: mg.softmax(t)),
+        ("spmm", lambda: mg.spmm(p, v), lambda: mg.spmm(r, v)),
+    ):
+        more = len(intervals(many)) - len(intervals(few))
+        each = (host_us(many) - host_us(few)) / max(more, 1)
+        rows.append(_row(f"each further kernel: {name} of a mixed layout", each, floor, 6, many))
+    backward = _backward(asking, layout)
+    rows.append(_row("each further kernel: backward of sddmm", backward, floor, 6, None))
+    cold, disk = _first_use()
+    rows.append(_row("first use, compiled: spmm", cold * 1e3, floor, 2e6, None))
+    rows.append(_row("first use, from disk: spmm", disk * 1e3, floor, 2e4, None))
+    return rows
+
+
+def _backward(asking: tuple[Tensor, Tensor], layout: Layout) -> float:
+    """Microseconds that the second kernel of a backward pass adds to the first."""
+    q, k = asking
+    for _ in range(2):
+        mg.sddmm(q, k, layout)
+    both = mg.sddmm(q, k, layout).values
+    one = mg.sddmm(q, k.detach(), layout).values
+    grad = torch.ones_like(both)
+    two = host_us(lambda: torch.autograd.grad(both, (q, k), grad, retain_graph=True))
+    return two - host_us(lambda: torch.autograd.grad(one, (q,), grad, retain_graph=True))
+
+
+def _row(
+    shape: str, spent: float, floor: float, goal: float, call: Callable[[], object] | None
+) -> dict[str, Any]:
+    return {
+        "work": "launch",
+        "engine": "mixgrain",
+        "shape": shape,
+        "ms": round(spent / 1e3, 5),
+        "floor_ms": round(floor / 1e3, 5),
+        "floor": "host time of torch's x.add_(0) in the same run",
+        "host_us": round(spent, 1),
+        "plan_ms": None,
+        "error": 0.0,
+        "ok": True,
+        "goal_us": goal,
+        "impl": kernels(call) if call else "",
+    }
+
+
+def _streams() -> tuple[Callable[[], Tensor], Callable[[], Tensor], Any]:
+    """Composed attention whose fine kernels run beside the coarse ones; the same in sequence."""
+    n = 4096
+    pattern = P.window(256) | P.random(0.005, 0)
+    q, k, v = (random(4, 16, n, 64, dtype=torch.float16, seed=s) for s in range(3))
+    layout = pattern.to_layout("mixed", n, n, device="cuda")
+    other: Layout = replace(cast(Any, layout), key=next_key())  # prepared calls of its own
+
+    def two() -> Tensor:
+        return mg.attend(q, k, v, layout, impl="composed")
+
+    def one() -> Tensor:
+        before, parts.FORK_POSITIONS = parts.FORK_POSITIONS, 1 << 62
+        try:
+            return mg.attend(q, k, v, other, impl="composed")
+        finally:
+            parts.FORK_POSITIONS = before
+
+    return two, one, (q, k, v, layout, pattern)
+
+
+def composed_streams() -> Work:
+    """±256 and 0.5 % at random: coarse and fine kernels on two streams, against one."""
+    two, one, (q, k, v, layout, pattern) = _streams()
+    values = layout.nnz * 64 * 2
+    return Work(
+        id="composed-streams",
+        ours=two,
+        peers={"one stream": one},
+        oracle=lambda: mg.attend(
+            q[:1, :1], k[:1, :1], v[:1, :1], pattern, impl="reference"
+        ).double(),
+        floor_ms=(4 * values + 4 * q.numel() * 2) / COPY_BYTES * 1e3,
+        floor="scores written, read and written, read once; Q, K, V, out once; at 4.24 TB/s",
+        shape="±256 and 0.5 % at random, B4 H16 N4096 D64 float16",
+        tolerance=1e-2,
+    )
+
+
+def overlap() -> str:
+    """A table of the kernels of `composed-streams` as the profiler saw them, for both ways."""
+    two, one, _ = _streams()
+    lines = []
+    for name, call in (("two streams", two), ("one stream", one)):
+        found = intervals(call)
+        lines += [
+            name,
+            f"  {'kernel':44s} {'from µs':>9s} {'to µs':>9s} {'beside the one before':>22s}",
+        ]
+        last = 0.0
+        for kernel, start, end in found:
+            beside = max(0.0, min(last, end) - start) if last else 0.0
+            lines.append(f"  {kernel[:44]:44s} {start:9.1f} {end:9.1f} {beside:22.1f}")
+            last = max(last, end)
+        lines.append("")
+    return "\n".join(lines).rstrip()

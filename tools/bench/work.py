@@ -1,0 +1,58 @@
+"""What a benchmark is: our call, the peers' calls, an oracle and a floor; and what works share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Ceilings of the device the floors are for: one H200, a 1 GiB copy and 4096³ cuBLAS products.
+COPY_BYTES = 4.24e12
+TENSOR_FLOPS = 8.0e14
+L2_BYTES = 8.9e12
+# Largest relative error accepted of a product: a few roundings of the result.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Work:
+    """One work of the table.
+
+    Attributes:
+        id: its name.
+        ours: runs mixgrain once.
+        peers: name to a call of the same work.
+        oracle: what `ours` should return, float64.
+        floor_ms: time that the limit named allows, milliseconds.
+        floor: how the floor was reckoned.
+        tolerance: largest relative error accepted.
+        shape: sizes and dtype, in words.
+        plans: engine to a function that measures its planning, milliseconds.
+    """
+
+    id: str
+    ours: Callable[[], Tensor]
+    peers: dict[str, Callable[[], Tensor]]
+    oracle: Callable[[], Tensor]
+    floor_ms: float
+    floor: str
+    tolerance: float = 5e-3
+    shape: str = ""
+    plans: dict[str, Callable[[], float]] = field(default_factory=dict)
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers on the device."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", dtype=dtype, generator=generator)
+
+
+def dots(q: Tensor, k: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Products of chosen rows of q and k, float64."""
+    pieces = [
+        (q[i].double() * k[j].double()).sum(-1)
+        for i, j in zip(row.split(1 << 20), column.split(1 << 20), strict=True)
+    ]
+    return torch.cat(pieces)
