@@ -26,6 +26,7 @@ SOURCES = (
     "cuda/*.py",
     "primitives/cuda/*.py",
     "primitives/plans/*.py",
+    "attention/cuda/*.py",
 )
 
 

@@ -209,7 +209,6 @@ def on_cpu(monkeypatch) -> None:
         "unpack": keep_work,
         "facts": lambda device: facts,
         "using": lambda device: contextlib.nullcontext(),
-        "concurrently": lambda device, jobs: [job() for job in jobs],
     }.items():
         monkeypatch.setattr(cuda_forward, name, value)
 

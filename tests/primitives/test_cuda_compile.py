@@ -34,13 +34,15 @@ EVERYWHERE = {
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
 }  # fmt: skip
 HOPPER = {"sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90"}
+#: Of the floor above, whose own tests compile them.
+FUSED = {"fused_sm90", "fused_row", "fused_merge", "gather_rows"}
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_file_is_asked_for(arch):
     names = {wanted.name for wanted in requests(arch)}  # the common ones are of every file
     assert names == EVERYWHERE | (HOPPER if arch == "90a" else set())
-    assert {path.stem for path in service.KERNELS.glob("*.cu")} == EVERYWHERE | HOPPER
+    assert {path.stem for path in service.KERNELS.glob("*.cu")} == EVERYWHERE | HOPPER | FUSED
 
 
 def everything(arch: str) -> list[service.Request]:
