@@ -17,41 +17,43 @@ CODES = {torch.float16: 0, torch.bfloat16: 1}
 # Head dimensions the kernel is compiled for; others read as zeros up to the next of these.
 DIMS = (32, 64, 96, 128, 192, 256)
 UNIT = 64  # rows of a query unit, keys of a key unit
-GROUPS = 2  # query units of an item
 PACKED = 1 << 24  # units from here on lie in the gathered tensors
 
 
 class Cut(NamedTuple):
-    """How a CTA cuts its work.
+    """How the kernel is compiled for a head dimension.
 
     Attributes:
-        dim: head dimension compiled for.
-        stages: pairs of key units that each ring holds, one ring for K, one for V.
-        pair: key units that a warpgroup takes at a time, 1 or 2.
-        pingpong: whether the warpgroups take turns at the tensor cores.
+        dim: head dimension, padded.
+        stages: key units that each ring holds, one ring for K, one for V.
+        groups: consumer warpgroups, each with a query unit of an item.
     """
 
     dim: int
     stages: int
-    pair: int
-    pingpong: bool
+    groups: int
 
     @property
     def threads(self) -> int:
         """Threads of a CTA: consumers and a producer warpgroup."""
-        return 128 * (GROUPS + 1)
+        return 128 * (self.groups + 1)
 
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        return (GROUPS + 2 * self.stages * self.pair) * -(-self.dim // 64) * 8192 + 1024
+        return (self.groups + 2 * self.stages) * -(-self.dim // 64) * 8192 + 1024
 
 
 def cut(width: int) -> Cut:
     """The cut for a head dimension, 8 … 256."""
     dim = next(d for d in DIMS if d >= width)
-    stages = {32: 6, 64: 6, 96: 3, 128: 3, 192: 3, 256: 2}[dim]
-    return Cut(dim, stages, 1 if dim > 128 else 2, True)
+    stages = {32: 8, 64: 8, 96: 5, 128: 5, 192: 3, 256: 2}[dim]
+    return Cut(dim, stages, groups(width))
+
+
+def groups(width: int) -> int:
+    """Query units of an item: as many as the registers hold accumulators for."""
+    return 3 if width <= 128 else 2
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,8 +63,7 @@ def fused_request(dtype: torch.dtype, how: Cut) -> Request:
         "DTYPE": CODES[dtype],
         "DIM": how.dim,
         "STAGES": how.stages,
-        "PAIR": how.pair,
-        "PINGPONG": int(how.pingpong),
+        "GROUPS": how.groups,
     }
     return request("fused_sm90", constants, flush=True)
 

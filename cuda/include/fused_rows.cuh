@@ -4,26 +4,30 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-constexpr int kDim = MG_DIM, kStages = MG_STAGES, kPair = MG_PAIR;
-constexpr bool kPingPong = MG_PINGPONG;
-constexpr int kGroups = 2, kConsumers = 128 * kGroups;
+constexpr int kDim = MG_DIM, kStages = MG_STAGES, kGroups = MG_GROUPS;
+constexpr int kConsumers = 128 * kGroups;
 static_assert(kDim % 32 == 0 && kDim <= 256, "DIM must be a multiple of 32, at most 256");
-static_assert(kPair == 1 || kPair == 2, "PAIR must be 1 or 2");
-static_assert(kStages >= 2, "rings of at least two pairs");
+static_assert(kGroups == 2 || kGroups == 3, "GROUPS must be 2 or 3");
+static_assert(kStages >= 2, "rings of at least two units");
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
-constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStage = kPair * kUnit;
-constexpr bool kHeld = kDim <= 128;  // Q in registers
+constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel;
+constexpr bool kHeld = kDim <= 64;  // Q in registers
 constexpr int kPacked = 1 << 24;
-constexpr float kSlack = 8.f, kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
+// two; at once where a unit is partial: few keys may be kept there, and then the largest weight should be
+// 1, which P holds exactly.
+constexpr float kSlack = 8.f;
 
+// What the producer says to a consumer warpgroup of an item.
 struct alignas(16) Info {
     int unit, count, slot, matrix;
-    int first, mark[2], spare;
+    int first, mark, spare[2];
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ __forceinline__ float log2_fast(float x) {
@@ -43,9 +47,6 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
     return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // A ring of stages: the stage that comes next and the parity of its round.
@@ -68,8 +69,8 @@ __device__ __forceinline__ u32 uniform(u32 x) {
 
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
-    float o[kDim / 2], s[kPair][32], m[2], l[2];
-    u32 q[kHeld ? kDepth : 1][4], p[4 * kPair][4];
+    float o[kDim / 2], s[32], m[2], l[2];
+    u32 q[kHeld ? kDepth : 1][4], p[4][4];
     u32 q_at;
 
     __device__ __forceinline__ void start(u32 at, int row16) {
@@ -85,82 +86,67 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
     }
-    // Issues S = Q Kᵀ of one or two units.
-    template <int kUnits> __device__ __forceinline__ void scores(u32 from) {
-        const u64 first = wgmma_descriptor(uniform(from), 1);
+    // Issues S = Q Kᵀ of a unit.
+    __device__ __forceinline__ void scores(u32 from) {
+        const u64 right = wgmma_descriptor(uniform(from), 1);
+        const u64 left = wgmma_descriptor(uniform(q_at), 1);
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u)
-#pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                const u32 step = d / 4 * kPanel + d % 4 * 32;
-                const u64 right = first + (u * kUnit + step) / 16;
-                if constexpr (kHeld)
-                    Wgmma<64>::rs<0>(s[u], q[d], right, d > 0);
-                else
-                    Wgmma<64>::ss<0, 0>(s[u], wgmma_descriptor(q_at, 1) + step / 16, right, d > 0);
-            }
+        for (int d = 0; d < kDepth; ++d) {
+            const u32 step = (d / 4 * kPanel + d % 4 * 32) / 16;
+            if constexpr (kHeld)
+                Wgmma<64>::rs<0>(s, q[d], right + step, d > 0);
+            else
+                Wgmma<64>::ss<0, 0>(s, left + step, right + step, d > 0);
+        }
+        wgmma_commit();
     }
-    // Issues O += P V of one or two units.
-    template <int kUnits> __device__ __forceinline__ void product(u32 from) {
-        const u64 first = wgmma_descriptor(uniform(from), kPanel);
+    // Issues O += P V of a unit.
+    __device__ __forceinline__ void product(u32 from) {
+        const u64 right = wgmma_descriptor(uniform(from), kPanel);
 #pragma unroll
-        for (int d = 0; d < 4 * kUnits; ++d)
-            Wgmma<kDim>::template rs<1>(o, p[d], first + (d / 4 * kUnit + d % 4 * 2048) / 16);
+        for (int d = 0; d < 4; ++d) Wgmma<kDim>::template rs<1>(o, p[d], right + d * 2048 / 16);
+        wgmma_commit();
     }
-    __device__ __forceinline__ static void keep(float (&x)[32], u32 word) {
+    __device__ __forceinline__ void keep(u32 word) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             const int bit = i / 4 * 2 + i % 2 + i / 2 % 2 * 16;
-            x[i] = (word >> bit) & 1 ? x[i] : -kInfinity;
+            s[i] = (word >> bit) & 1 ? s[i] : -kInfinity;
         }
     }
-    // Exponentials of scores in place; `grown`: what the accumulators have to be multiplied by, and
-    // whether any lane of the warp needs it.
-    template <int kUnits> __device__ __forceinline__ bool soften(float (&grown)[2], float log2_scale) {
-        // Four maxima a row: a chain of 32 would take longer than the exponentials.
-        float top[2][4], base[2];
+    // P from S, sums and references; rescales O.
+    __device__ __forceinline__ void soften(float log2_scale, float slack) {
+        // Four maxima a row: a chain of 16 would take longer than the exponentials.
+        float top[2][4], base[2], grown[2], sum[2][2];
         bool moved = false;
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u)
-#pragma unroll
-            for (int i = 0; i < 32; ++i) {
-                float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-                t = u == 0 && i < 8 ? s[u][i] : fmaxf(t, s[u][i]);
-            }
+        for (int i = 0; i < 32; ++i) {
+            float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+            t = i < 8 ? s[i] : fmaxf(t, s[i]);
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float reach = quad_max(fmaxf(fmaxf(top[h][0], top[h][1]), fmaxf(top[h][2], top[h][3]))) * log2_scale;
-            const bool far = reach > m[h] + kSlack;
+            const bool far = reach > m[h] + slack;
             grown[h] = far ? exp2_fast(m[h] - reach) : 1.f;
             m[h] = far ? reach : m[h];
             moved |= far;
             base[h] = m[h] == -kInfinity ? 0.f : m[h];
-            l[h] *= grown[h];
         }
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u)
+        for (int i = 0; i < 32; ++i) {
+            s[i] = exp2_fast(fmaf(s[i], log2_scale, -base[i / 2 % 2]));
+            float &t = sum[i / 2 % 2][i % 2];
+            t = i < 4 ? s[i] : t + s[i];
+        }
 #pragma unroll
-            for (int i = 0; i < 32; ++i) {
-                s[u][i] = exp2_fast(fmaf(s[u][i], log2_scale, -base[i / 2 % 2]));
-                l[i / 2 % 2] += s[u][i];
-            }
-        return __any_sync(0xFFFFFFFFu, moved);
-    }
-    // Holds what follows back until the exponentials are there: ptxas would put the wait for the product
-    // that they are to run beside before them, but not before a trap that depends on them. No sum of
-    // exponentials is negative.
-    __device__ __forceinline__ void settle() const {
-        asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}\n" ::"f"(l[0] + l[1]) : "memory");
-    }
-    template <int kUnits> __device__ __forceinline__ void convert() {
+        for (int h = 0; h < 2; ++h) l[h] = fmaf(l[h], grown[h], sum[h][0] + sum[h][1]);
 #pragma unroll
-        for (int d = 0; d < 4 * kUnits; ++d)
+        for (int d = 0; d < 4; ++d)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                p[d][i] = pack2<operand_t>(s[d / 4][d % 4 * 8 + 2 * i], s[d / 4][d % 4 * 8 + 2 * i + 1]);
-    }
-    __device__ __forceinline__ void rescale(const float (&grown)[2]) {
+            for (int i = 0; i < 4; ++i) p[d][i] = pack2<operand_t>(s[8 * d + 2 * i], s[8 * d + 2 * i + 1]);
+        if (__any_sync(0xFFFFFFFFu, moved))
 #pragma unroll
-        for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
+            for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
     }
 };
