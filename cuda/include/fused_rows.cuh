@@ -15,14 +15,13 @@ constexpr bool kHeld = kDim <= 64;  // Q in registers
 constexpr int kPacked = 1 << 24;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
-// two; at once where a unit is partial: few keys may be kept there, and then the largest weight should be
-// 1, which P holds exactly.
+// two; in partial units at once: few keys may be kept there, and then the largest weight should be 1, which
+// P holds exactly.
 constexpr float kSlack = 8.f;
 
 // What the producer says to a consumer warpgroup of an item.
 struct alignas(16) Info {
     int unit, count, slot, matrix;
-    int first, mark, spare[2];
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -39,6 +38,11 @@ __device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(address));
+}
+__device__ __forceinline__ int load_shared(u32 address) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
 }
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
@@ -71,10 +75,8 @@ __device__ __forceinline__ u32 uniform(u32 x) {
 struct Rows {
     float o[kDim / 2], s[32], m[2], l[2];
     u32 q[kHeld ? kDepth : 1][4], p[4][4];
-    u32 q_at;
 
     __device__ __forceinline__ void start(u32 at, int row16) {
-        q_at = at;
         int lane;  // read here, or the compiler keeps all that follows from it in registers
         asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
         if constexpr (kHeld)
@@ -86,10 +88,8 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
     }
-    // Issues S = Q Kᵀ of a unit.
-    __device__ __forceinline__ void scores(u32 from) {
-        const u64 right = wgmma_descriptor(uniform(from), 1);
-        const u64 left = wgmma_descriptor(uniform(q_at), 1);
+    // Issues S = Q Kᵀ of a unit; both descriptors in uniform registers.
+    __device__ __forceinline__ void scores(u64 left, u64 right) {
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
             const u32 step = (d / 4 * kPanel + d % 4 * 32) / 16;
@@ -101,8 +101,7 @@ struct Rows {
         wgmma_commit();
     }
     // Issues O += P V of a unit.
-    __device__ __forceinline__ void product(u32 from) {
-        const u64 right = wgmma_descriptor(uniform(from), kPanel);
+    __device__ __forceinline__ void product(u64 right) {
 #pragma unroll
         for (int d = 0; d < 4; ++d) Wgmma<kDim>::template rs<1>(o, p[d], right + d * 2048 / 16);
         wgmma_commit();
@@ -114,11 +113,34 @@ struct Rows {
             s[i] = (word >> bit) & 1 ? s[i] : -kInfinity;
         }
     }
-    // P from S, sums and references; rescales O.
-    __device__ __forceinline__ void soften(float log2_scale, float slack) {
+    // P and the sums of a unit against the references as they are. False, and nothing done but P spoiled,
+    // if some row of the warp has outgrown its reference: maxima stand beside the exponentials, not
+    // before them, and need not leave their lanes.
+    __device__ __forceinline__ bool follow(float log2_scale) {
+        float top[2][2], sum[2][2];
+#pragma unroll
+        for (int d = 0; d < 4; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int at = 8 * d + 2 * i, h = i % 2;
+                const float a = exp2_fast(fmaf(s[at], log2_scale, -m[h])), b = exp2_fast(fmaf(s[at + 1], log2_scale, -m[h]));
+                p[d][i] = pack2<operand_t>(a, b);
+                const bool fresh = d == 0 && i < 2;
+                sum[h][0] = fresh ? a : sum[h][0] + a, sum[h][1] = fresh ? b : sum[h][1] + b;
+                top[h][0] = fresh ? s[at] : fmaxf(top[h][0], s[at]), top[h][1] = fresh ? s[at + 1] : fmaxf(top[h][1], s[at + 1]);
+            }
+        bool far = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) far |= fmaxf(top[h][0], top[h][1]) * log2_scale > m[h] + kSlack;
+        if (__any_sync(0xFFFFFFFFu, far)) return false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) l[h] += sum[h][0] + sum[h][1];
+        return true;
+    }
+    // P and the sums of a unit against references that move to the maxima; rescales O.
+    __device__ __forceinline__ void outgrow(float log2_scale) {
         // Four maxima a row: a chain of 16 would take longer than the exponentials.
         float top[2][4], base[2], grown[2], sum[2][2];
-        bool moved = false;
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
@@ -127,10 +149,9 @@ struct Rows {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float reach = quad_max(fmaxf(fmaxf(top[h][0], top[h][1]), fmaxf(top[h][2], top[h][3]))) * log2_scale;
-            const bool far = reach > m[h] + slack;
+            const bool far = reach > m[h];
             grown[h] = far ? exp2_fast(m[h] - reach) : 1.f;
             m[h] = far ? reach : m[h];
-            moved |= far;
             base[h] = m[h] == -kInfinity ? 0.f : m[h];
         }
 #pragma unroll
@@ -145,7 +166,7 @@ struct Rows {
         for (int d = 0; d < 4; ++d)
 #pragma unroll
             for (int i = 0; i < 4; ++i) p[d][i] = pack2<operand_t>(s[8 * d + 2 * i], s[8 * d + 2 * i + 1]);
-        if (__any_sync(0xFFFFFFFFu, moved))
+        if (__any_sync(0xFFFFFFFFu, grown[0] != 1.f || grown[1] != 1.f))
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
     }

@@ -37,19 +37,17 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     extern __shared__ u8 raw[];
     const u32 q_at = (shared_address(raw) + 1023) & ~1023u;
     const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kUnit;
-    __shared__ alignas(8) u64 barriers[4 * kStages + 2 * kGroups];
+    __shared__ alignas(8) u64 barriers[2 * kStages + 2 * kGroups];
+    // What each warpgroup has to do with a stage's unit.
+    __shared__ int4 marks[kStages];
     // By turns: an item's stands until its results are written.
     __shared__ Info infos[2][kGroups];
-    const u32 full_k = shared_address(barriers), empty_k = full_k + 8 * kStages;
-    const u32 full_v = empty_k + 8 * kStages, empty_v = full_v + 8 * kStages;
-    const u32 full_q = empty_v + 8 * kStages, empty_q = full_q + 8 * kGroups;
+    const u32 full = shared_address(barriers), empty = full + 8 * kStages;
+    const u32 full_q = empty + 8 * kStages, empty_q = full_q + 8 * kGroups;
     const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) {
-            barrier_init(full_k + 8 * s, 1), barrier_init(empty_k + 8 * s, kConsumers / 32);
-            barrier_init(full_v + 8 * s, 1), barrier_init(empty_v + 8 * s, kConsumers / 32);
-        }
+        for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kConsumers / 32);
         for (int g = 0; g < kGroups; ++g) barrier_init(full_q + 8 * g, 1), barrier_init(empty_q + 8 * g, 4);
         barrier_init_fence();
     }
@@ -76,12 +74,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             if (t + 1 < end) tile = tiles[t + 1];
             const int4 *step = steps + head.w;
             int4 now = tail.x > 0 ? step[0] : make_int4(0, -2, -2, -2);
-            const int4 begin = now;
             int asked = 0;  // warpgroups whose Q has been asked for
             const auto ask = [&](int g) {
                 const int unit = g == 0 ? head.x : g == 1 ? head.y : head.z;
-                infos[parity_q][g] = Info{unit, tail.x, g == 0 ? tail.y : g == 1 ? tail.z : tail.w, matrix,
-                                          head.w, g == 0 ? begin.y : g == 1 ? begin.z : begin.w};
+                infos[parity_q][g] = Info{unit, tail.x, g == 0 ? tail.y : g == 1 ? tail.z : tail.w, matrix};
                 if (unit < 0) {
                     barrier_arrive(full_q + 8 * g);
                     return;
@@ -97,18 +93,16 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                 const int4 next = i + 1 < tail.x ? step[i + 1] : now;
                 const bool packed = now.x >= kPacked;
                 const int row = (now.x & (kPacked - 1)) * 64, from = packed ? packed_kv : kv;
-                barrier_wait(empty_k + 8 * ring.stage, ring.parity);
-                barrier_expect(full_k + 8 * ring.stage, kUnit);
+                const u32 filled = full + 8 * ring.stage, at = ring_k + ring.stage * kUnit;
+                barrier_wait(empty + 8 * ring.stage, ring.parity);
+                marks[ring.stage] = now;
+                barrier_expect(filled, 2 * kUnit);
 #pragma unroll
                 for (int p = 0; p < kPanels; ++p)
-                    tma_load(ring_k + ring.stage * kUnit + p * kPanel, packed ? packed_k_map : k_map,
-                             full_k + 8 * ring.stage, 64 * p, row, from, b);
-                barrier_wait(empty_v + 8 * ring.stage, ring.parity);
-                barrier_expect(full_v + 8 * ring.stage, kUnit);
+                    tma_load(at + p * kPanel, packed ? packed_k_map : k_map, filled, 64 * p, row, from, b);
 #pragma unroll
                 for (int p = 0; p < kPanels; ++p)
-                    tma_load(ring_v + ring.stage * kUnit + p * kPanel, packed ? packed_v_map : v_map,
-                             full_v + 8 * ring.stage, 64 * p, row, from, b);
+                    tma_load(at + ring_v - ring_k + p * kPanel, packed ? packed_v_map : v_map, filled, 64 * p, row, from, b);
                 ring.advance();
                 now = next;
                 // Keys of the new item come before the Q that a slow warpgroup still holds, but the ring
@@ -138,20 +132,24 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = warp / 4, row16 = warp % 4 * 16;
     const float log2_scale = scale * kLog2e;
+    const u32 mark_at = shared_address(marks) + 4 * (1 + group);
     Ring ring(0);
     u32 parity_q = 0;
     Rows r;
-    // Whether the P of a unit stands in r.p, and the stage and parity of its V.
-    bool held = false;
-    u32 held_stage = 0, held_parity = 0;
+    // The stage whose V the P in r.p waits for; kStages: there is none.
+    u32 held = kStages;
+    const auto value_descriptor = [&](u32 stage) { return wgmma_descriptor(uniform(ring_v + stage * kUnit), kPanel); };
+    const auto release = [&](u32 stage) {
+        if (lane == 0) barrier_arrive(empty + 8 * stage);
+    };
     const auto flush = [&] {
-        if (!held) return;
-        barrier_wait(full_v + 8 * held_stage, held_parity);
+        if (held == kStages) return;
+        const u64 values = value_descriptor(held);
         wgmma_fence();
-        r.product(ring_v + held_stage * kUnit);
+        r.product(values);
         wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(empty_v + 8 * held_stage);
-        held = false;
+        release(held);
+        held = kStages;
     };
 
     for (int t = starts[blockIdx.x], end = starts[blockIdx.x + 1]; t < end; ++t) {
@@ -159,50 +157,38 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         const Info &info = infos[parity_q ^ 1][group];
         parity_q ^= 1;
         r.start(q_at + group * kUnit, row16);
-        const int *at = reinterpret_cast<const int *>(steps + info.first) + 1 + group;
-        int mark = info.mark, coming = -2;
-        int left = info.count;
-        if (left > 1) coming = __ldg(at + 4);
-        at += 8;
-        u32 word = mark >= 0 ? __ldg(masks + mark * 128 + threadIdx.x % 128) : ~0u;
+        const u64 queries = wgmma_descriptor(uniform(q_at + group * kUnit), 1);
+        bool fresh = true;
         if constexpr (kHeld) {
             __syncwarp();
             if (lane == 0) barrier_arrive(empty_q + 8 * group);
         }
-        for (; left > 0; --left, at += 4) {
+        for (int left = info.count; left > 0; --left) {
             const u32 stage = ring.stage, parity = ring.parity;
             ring.advance();
-            // Marks are asked for two units ahead, masks one: their latency would stand between products.
-            const u32 next_word = coming >= 0 ? __ldg(masks + coming * 128 + threadIdx.x % 128) : ~0u;
-            const int later = left > 2 ? __ldg(at) : -2;
-            const int mine = mark;
-            const u32 bits = word;
-            mark = coming, coming = later, word = next_word;
-            barrier_wait(full_k + 8 * stage, parity);
-            if (mine == -2) {
-                if (lane == 0) barrier_arrive(empty_k + 8 * stage);
+            const u64 keys = wgmma_descriptor(uniform(ring_k + stage * kUnit), 1), values = value_descriptor(held);
+            barrier_wait(full + 8 * stage, parity);
+            const int mark = load_shared(mark_at + 16 * stage);
+            if (mark == -2) {
                 flush();
-                barrier_wait(full_v + 8 * stage, parity);
-                if (lane == 0) barrier_arrive(empty_v + 8 * stage);
+                release(stage);
                 continue;
             }
+            u32 word;
+            if (mark >= 0) word = __ldg(masks + mark * 128 + threadIdx.x % 128);
             wgmma_fence();
-            r.scores(ring_k + stage * kUnit);
-            if (held) {
-                barrier_wait(full_v + 8 * held_stage, held_parity);
+            r.scores(queries, keys);
+            if (held < kStages) {
                 wgmma_fence();
-                r.product(ring_v + held_stage * kUnit);
-                wgmma_wait<1>();
-                if (lane == 0) barrier_arrive(empty_k + 8 * stage);
+                r.product(values);
                 wgmma_wait<0>();
-                if (lane == 0) barrier_arrive(empty_v + 8 * held_stage);
+                release(held);
             } else {
                 wgmma_wait<0>();
-                if (lane == 0) barrier_arrive(empty_k + 8 * stage);
             }
-            if (mine >= 0) r.keep(bits);
-            r.soften(log2_scale, mine >= 0 ? 0.f : kSlack);
-            held = true, held_stage = stage, held_parity = parity;
+            if (mark >= 0) r.keep(word);
+            if (mark >= 0 || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
+            held = stage, fresh = false;
         }
         if constexpr (!kHeld) {
             __syncwarp();
