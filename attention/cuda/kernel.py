@@ -27,11 +27,15 @@ class Cut(NamedTuple):
         dim: head dimension, padded.
         stages: key units that each ring holds, one ring for K, one for V.
         groups: consumer warpgroups, each with a query unit of an item.
+        ctas: CTAs to an SM.
+        held: whether Q stays in registers.
     """
 
     dim: int
     stages: int
     groups: int
+    ctas: int = 1
+    held: bool = False
 
     @property
     def threads(self) -> int:
@@ -47,13 +51,13 @@ class Cut(NamedTuple):
 def cut(width: int) -> Cut:
     """The cut for a head dimension, 8 … 256."""
     dim = next(d for d in DIMS if d >= width)
-    stages = {32: 8, 64: 8, 96: 5, 128: 5, 192: 3, 256: 2}[dim]
-    return Cut(dim, stages, groups(width))
+    stages = {32: 5, 64: 5, 96: 5, 128: 5, 192: 3, 256: 2}[dim]
+    return Cut(dim, stages, groups(width), 2 if dim <= 64 else 1)
 
 
 def groups(width: int) -> int:
-    """Query units of an item: as many as the registers hold accumulators for."""
-    return 3 if width <= 128 else 2
+    """Query units of an item: what registers have room for in a CTA, or in half an SM."""
+    return 3 if 64 < width <= 128 else 2
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,6 +68,8 @@ def fused_request(dtype: torch.dtype, how: Cut) -> Request:
         "DIM": how.dim,
         "STAGES": how.stages,
         "GROUPS": how.groups,
+        "CTAS": how.ctas,
+        "HELD": how.dim if how.held else 0,
     }
     return request("fused_sm90", constants, flush=True)
 

@@ -9,9 +9,12 @@ constexpr int kConsumers = 128 * kGroups;
 static_assert(kDim % 32 == 0 && kDim <= 256, "DIM must be a multiple of 32, at most 256");
 static_assert(kGroups == 2 || kGroups == 3, "GROUPS must be 2 or 3");
 static_assert(kStages >= 2, "rings of at least two units");
+constexpr int kCtas = MG_CTAS;  // to an SM
+// Registers of a consumer's thread and of a producer's.
+constexpr int kMany = kCtas == 2 ? 104 : kGroups == 3 ? 160 : 232, kFew = kCtas == 2 ? 24 : kGroups == 3 ? 32 : 40;
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel;
-constexpr bool kHeld = kDim <= 64;  // Q in registers
+constexpr bool kHeld = kDim <= MG_HELD;  // Q in registers
 constexpr int kPacked = 1 << 24;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
@@ -20,8 +23,9 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kSlack = 8.f;
 
 // What the producer says to a consumer warpgroup of an item.
-struct alignas(16) Info {
-    int unit, count, slot, matrix;
+struct Info {
+    int unit, count, slot, matrix, first;
+    int marks[32];  // of its first steps
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -38,11 +42,6 @@ __device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(address));
-}
-__device__ __forceinline__ int load_shared(u32 address) {
-    int x;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-    return x;
 }
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
@@ -70,6 +69,42 @@ __device__ __forceinline__ u32 uniform(u32 x) {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return __shfl_sync(0xFFFFFFFFu, x + (lane >> 5), 0);
 }
+
+// A warpgroup's own steps of an item, in order. Lanes look at 32 steps at a time.
+struct Steps {
+    const int *later;  // this lane's mark in the 32 steps after the next 32
+    int chunk, next, base, count, at, mark;
+    u32 own;
+
+    __device__ __forceinline__ Steps(const Info &info, const int4 *steps, int group, int lane)
+        : chunk(info.marks[lane]), next(-2), base(0), count(info.count) {
+        later = reinterpret_cast<const int *>(steps + info.first + 32 + lane) + 1 + group;
+        own = __ballot_sync(0xFFFFFFFFu, chunk != -2);
+        load(lane);
+    }
+    __device__ __forceinline__ void load(int lane) {
+        next = -2;
+        if (base + 32 + lane < count) next = __ldg(later);
+        later += 128;
+    }
+    // The next step, `at`, and its mark; at = count when there is none.
+    __device__ __forceinline__ void advance(int lane) {
+        while (!own) {
+            base += 32;
+            if (base >= count) {
+                at = count, mark = -2;
+                return;
+            }
+            chunk = next;
+            load(lane);
+            own = __ballot_sync(0xFFFFFFFFu, chunk != -2);
+        }
+        const int bit = __ffs(own) - 1;
+        own &= own - 1;
+        at = base + bit;
+        mark = __shfl_sync(0xFFFFFFFFu, chunk, bit);
+    }
+};
 
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {

@@ -24,7 +24,7 @@
 #include "fused_rows.cuh"
 #include "result.cuh"
 
-extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
+extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
     fused_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap packed_q_map,
                const __grid_constant__ TensorMap packed_k_map,
@@ -38,8 +38,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const u32 q_at = (shared_address(raw) + 1023) & ~1023u;
     const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kUnit;
     __shared__ alignas(8) u64 barriers[2 * kStages + 2 * kGroups];
-    // What each warpgroup has to do with a stage's unit.
-    __shared__ int4 marks[kStages];
     // By turns: an item's stands until its results are written.
     __shared__ Info infos[2][kGroups];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
@@ -53,49 +51,55 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     }
     __syncthreads();
 
-    if (warp >= kConsumers / 32) {  // producer
-        if constexpr (kGroups == 3)
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        else
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x != kConsumers) return;
-        tma_prefetch(q_map);
-        tma_prefetch(k_map);
-        tma_prefetch(v_map);
-        // Barriers of an empty ring let the first round pass: the parity of the round before it.
-        Ring ring(1);
-        u32 parity_q = 1;
-        int t = starts[blockIdx.x];
-        const int end = starts[blockIdx.x + 1];
-        int2 tile = t < end ? tiles[t] : make_int2(0, 0);
-        for (; t < end; ++t) {
-            const int4 head = items[2 * tile.x], tail = items[2 * tile.x + 1];
-            const int matrix = tile.y, b = matrix / heads, h = matrix % heads;
-            if (t + 1 < end) tile = tiles[t + 1];
-            const int4 *step = steps + head.w;
-            int4 now = tail.x > 0 ? step[0] : make_int4(0, -2, -2, -2);
-            int asked = 0;  // warpgroups whose Q has been asked for
-            const auto ask = [&](int g) {
-                const int unit = g == 0 ? head.x : g == 1 ? head.y : head.z;
-                infos[parity_q][g] = Info{unit, tail.x, g == 0 ? tail.y : g == 1 ? tail.z : tail.w, matrix};
+    const int begin = starts[blockIdx.x], end = starts[blockIdx.x + 1];
+    if (warp >= kConsumers / 32) {  // producers: one warp for K and V, one for each warpgroup's Q
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFew));
+        const int group = warp - kConsumers / 32 - 1;
+        if (group >= kGroups) return;
+        if (group >= 0) {
+            u32 parity = 1;
+            for (int t = begin; t < end; ++t) {
+                const int2 tile = tiles[t];
+                const int *item = reinterpret_cast<const int *>(items + 2 * tile.x);
+                const int unit = item[group], first = item[3], count = item[4], slot = item[5 + group];
+                const int mark = lane < count ? reinterpret_cast<const int *>(steps + first + lane)[1 + group] : -2;
+                barrier_wait(empty_q + 8 * group, parity);
+                Info &info = infos[parity][group];
+                parity ^= 1;
+                info.marks[lane] = mark;
+                if (lane == 0) info.unit = unit, info.count = count, info.slot = slot, info.matrix = tile.y, info.first = first;
+                __syncwarp();
+                if (lane > 0) continue;
+                const u32 filled = full_q + 8 * group;
                 if (unit < 0) {
-                    barrier_arrive(full_q + 8 * g);
-                    return;
+                    barrier_arrive(filled);
+                    continue;
                 }
-                barrier_expect(full_q + 8 * g, kUnit);
+                barrier_expect(filled, kUnit);
 #pragma unroll
                 for (int p = 0; p < kPanels; ++p)
-                    tma_load(q_at + g * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map,
-                             full_q + 8 * g, 64 * p, (unit & (kPacked - 1)) * 64, h, b);
-            };
-            const int kv = h / ratio, packed_kv = h / packed_ratio;
-            for (int i = 0; i < tail.x; ++i) {
-                const int4 next = i + 1 < tail.x ? step[i + 1] : now;
+                    tma_load(q_at + group * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled,
+                             64 * p, (unit & (kPacked - 1)) * 64, tile.y % heads, tile.y / heads);
+            }
+            return;
+        }
+        if (lane > 0) return;
+        // Barriers of an empty ring let the first round pass: the parity of the round before it.
+        Ring ring(1);
+        int2 tile = begin < end ? tiles[begin] : make_int2(0, 0);
+        for (int t = begin; t < end; ++t) {
+            const int *item = reinterpret_cast<const int *>(items + 2 * tile.x);
+            const int4 *step = steps + item[3], *const stop = step + item[4];
+            const int b = tile.y / heads, h = tile.y % heads;
+            if (t + 1 < end) tile = tiles[t + 1];
+            int4 now = step < stop ? *step : make_int4(0, -2, -2, -2);
+            while (step < stop) {
+                ++step;
+                const int4 next = step < stop ? *step : now;
                 const bool packed = now.x >= kPacked;
-                const int row = (now.x & (kPacked - 1)) * 64, from = packed ? packed_kv : kv;
-                const u32 filled = full + 8 * ring.stage, at = ring_k + ring.stage * kUnit;
-                barrier_wait(empty + 8 * ring.stage, ring.parity);
-                marks[ring.stage] = now;
+                const int row = (now.x & (kPacked - 1)) * 64, from = packed ? h / packed_ratio : h / ratio;
+                const u32 filled = full + 8 * ring.stage, freed = empty + 8 * ring.stage, at = ring_k + ring.stage * kUnit;
+                barrier_wait(freed, ring.parity);
                 barrier_expect(filled, 2 * kUnit);
 #pragma unroll
                 for (int p = 0; p < kPanels; ++p)
@@ -105,34 +109,14 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                     tma_load(at + ring_v - ring_k + p * kPanel, packed ? packed_v_map : v_map, filled, 64 * p, row, from, b);
                 ring.advance();
                 now = next;
-                // Keys of the new item come before the Q that a slow warpgroup still holds, but the ring
-                // must not be full of them.
-#pragma unroll
-                for (int g = 0; g < kGroups; ++g)
-                    if (!(asked >> g & 1) && (i >= kStages - 2 || barrier_passed(empty_q + 8 * g, parity_q))) {
-                        barrier_wait(empty_q + 8 * g, parity_q);
-                        ask(g);
-                        asked |= 1 << g;
-                    }
             }
-#pragma unroll
-            for (int g = 0; g < kGroups; ++g)
-                if (!(asked >> g & 1)) {
-                    barrier_wait(empty_q + 8 * g, parity_q);
-                    ask(g);
-                }
-            parity_q ^= 1;
         }
         return;
     }
 
-    if constexpr (kGroups == 3)
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    else
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMany));
     const int group = warp / 4, row16 = warp % 4 * 16;
     const float log2_scale = scale * kLog2e;
-    const u32 mark_at = shared_address(marks) + 4 * (1 + group);
     Ring ring(0);
     u32 parity_q = 0;
     Rows r;
@@ -152,52 +136,67 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         held = kStages;
     };
 
-    for (int t = starts[blockIdx.x], end = starts[blockIdx.x + 1]; t < end; ++t) {
+    for (int t = begin; t < end; ++t) {
         barrier_wait(full_q + 8 * group, parity_q);
         const Info &info = infos[parity_q ^ 1][group];
         parity_q ^= 1;
         r.start(q_at + group * kUnit, row16);
         const u64 queries = wgmma_descriptor(uniform(q_at + group * kUnit), 1);
-        bool fresh = true;
+        Steps own(info, steps, group, lane);
+        const auto let_go = [&] {
+            if (lane == 0) barrier_arrive(empty_q + 8 * group);
+        };
         if constexpr (kHeld) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty_q + 8 * group);
+            let_go();
         }
-        for (int left = info.count; left > 0; --left) {
+        own.advance(lane);
+        u32 word = own.mark >= 0 ? __ldg(masks + own.mark * 128 + threadIdx.x % 128) : 0;
+        bool fresh = true;
+        int passed = 0;
+        // Steps of others: every warpgroup goes round the ring with the producer.
+        const auto pass = [&](int to) {
+            for (; passed < to; ++passed, ring.advance()) {
+                barrier_wait(full + 8 * ring.stage, ring.parity);
+                release(ring.stage);
+            }
+        };
+        while (own.at < own.count) {
+            // The V that is held would keep the ring from coming round to this unit.
+            if (own.at - passed >= kStages - 1) flush();
+            pass(own.at);
             const u32 stage = ring.stage, parity = ring.parity;
             ring.advance();
+            ++passed;
             const u64 keys = wgmma_descriptor(uniform(ring_k + stage * kUnit), 1), values = value_descriptor(held);
             barrier_wait(full + 8 * stage, parity);
-            const int mark = load_shared(mark_at + 16 * stage);
-            if (mark == -2) {
-                flush();
-                release(stage);
-                continue;
-            }
-            u32 word;
-            if (mark >= 0) word = __ldg(masks + mark * 128 + threadIdx.x % 128);
             wgmma_fence();
             r.scores(queries, keys);
             if (held < kStages) {
                 wgmma_fence();
                 r.product(values);
-                wgmma_wait<0>();
-                release(held);
-            } else {
-                wgmma_wait<0>();
             }
-            if (mark >= 0) r.keep(word);
-            if (mark >= 0 || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
+            const bool partial = own.mark >= 0;
+            const u32 bits = word;
+            own.advance(lane);
+            if (own.mark >= 0) word = __ldg(masks + own.mark * 128 + threadIdx.x % 128);
+            wgmma_wait<0>();
+            if (held < kStages) release(held);
+            if (!kHeld && own.at >= own.count) let_go();
+            if (partial) r.keep(bits);
+            if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
             held = stage, fresh = false;
         }
-        if constexpr (!kHeld) {
+        if (!kHeld && fresh) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty_q + 8 * group);
+            let_go();
         }
         flush();
-        const Info done = info;
-        if (done.unit < 0) continue;
-
+        struct { int unit, slot, matrix; } const done{info.unit, info.slot, info.matrix};
+        if (done.unit < 0) {
+            pass(own.count);
+            continue;
+        }
         // Normalise; a sink is one more term of the sum, added where the result is final.
         float total[2];
 #pragma unroll
@@ -233,5 +232,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) partial_lse[base + row + 8 * h] = total[h];
         }
+        pass(own.count);
     }
 }
