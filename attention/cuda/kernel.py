@@ -27,25 +27,26 @@ class Cut(NamedTuple):
         dim: head dimension, padded.
         stages: key units that each ring holds, one ring for K, one for V.
         groups: consumer warpgroups, each with a query unit of an item.
-        ctas: CTAs to an SM.
+        streams: independent streams of items in a CTA.
         held: whether Q stays in registers.
     """
 
     dim: int
     stages: int
     groups: int
-    ctas: int = 1
+    streams: int = 1
     held: bool = False
 
     @property
     def threads(self) -> int:
-        """Threads of a CTA: consumers and a producer warpgroup."""
-        return 128 * (self.groups + 1)
+        """Threads of a CTA: consumers and a warpgroup of producers."""
+        return 128 * (self.groups * self.streams + 1)
 
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        return (self.groups + 2 * self.stages) * -(-self.dim // 64) * 8192 + 1024
+        units = self.streams * (self.groups + 2 * self.stages)
+        return units * -(-self.dim // 64) * 8192 + 1024
 
 
 def cut(width: int) -> Cut:
@@ -56,7 +57,7 @@ def cut(width: int) -> Cut:
 
 
 def groups(width: int) -> int:
-    """Query units of an item: what registers have room for in a CTA, or in half an SM."""
+    """Query units of an item: what registers have room for in a stream."""
     return 3 if 64 < width <= 128 else 2
 
 
@@ -68,7 +69,7 @@ def fused_request(dtype: torch.dtype, how: Cut) -> Request:
         "DIM": how.dim,
         "STAGES": how.stages,
         "GROUPS": how.groups,
-        "CTAS": how.ctas,
+        "STREAMS": how.streams,
         "HELD": how.dim if how.held else 0,
     }
     return request("fused_sm90", constants, flush=True)
@@ -125,7 +126,7 @@ def fused(
         q, pq = (t * (0 if scale == 0 else -1) for t in (q, pq))
         scale = -scale or 1.0
     kernel(fused_request(q.dtype, how), q.device.index)(
-        (starts.shape[0] - 1,),
+        (-(-(starts.shape[0] - 1) // how.streams),),
         how.threads,
         (
             heads_map(q),
@@ -135,6 +136,7 @@ def fused(
             heads_map(pk),
             heads_map(pv),
             starts.data_ptr(),
+            np.int32(starts.shape[0] - 1),
             tiles.data_ptr(),
             items.data_ptr(),
             steps.data_ptr(),

@@ -3,17 +3,20 @@
 #include "types.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
+#include "quad.cuh"
 
 constexpr int kDim = MG_DIM, kStages = MG_STAGES, kGroups = MG_GROUPS;
-constexpr int kConsumers = 128 * kGroups;
 static_assert(kDim % 32 == 0 && kDim <= 256, "DIM must be a multiple of 32, at most 256");
 static_assert(kGroups == 2 || kGroups == 3, "GROUPS must be 2 or 3");
 static_assert(kStages >= 2, "rings of at least two units");
-constexpr int kCtas = MG_CTAS;  // to an SM
-// Registers of a consumer's thread and of a producer's.
-constexpr int kMany = kCtas == 2 ? 104 : kGroups == 3 ? 160 : 232, kFew = kCtas == 2 ? 24 : kGroups == 3 ? 32 : 40;
+// Independent streams of items in a CTA: with two of them, of two warpgroups each, the dead time of one
+// is the other's, where two CTAs would have too few registers.
+constexpr int kStreams = MG_STREAMS, kConsumers = 128 * kGroups * kStreams;
+// Registers of consumers, and what is left for the producer's warpgroup.
+constexpr int kMany = kStreams == 2 ? 112 : kGroups == 3 ? 160 : 232, kFew = kGroups == 2 && kStreams == 1 ? 40 : 32;
+static_assert(kStreams == 1 || (kStreams == 2 && kGroups == 2), "two streams are of two warpgroups");
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
-constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel;
+constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kGroups + 2 * kStages) * kUnit;
 constexpr bool kHeld = kDim <= MG_HELD;  // Q in registers
 constexpr int kPacked = 1 << 24;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -72,31 +75,22 @@ __device__ __forceinline__ u32 uniform(u32 x) {
 
 // A warpgroup's own steps of an item, in order. Lanes look at 32 steps at a time.
 struct Steps {
-    const int *later;  // this lane's mark in the 32 steps after the next 32
-    int chunk, next, base, count, at, mark;
+    int chunk, base = 0, at, mark;  // chunk: this lane's mark of steps base … base + 31
     u32 own;
 
-    __device__ __forceinline__ Steps(const Info &info, const int4 *steps, int group, int lane)
-        : chunk(info.marks[lane]), next(-2), base(0), count(info.count) {
-        later = reinterpret_cast<const int *>(steps + info.first + 32 + lane) + 1 + group;
+    __device__ __forceinline__ Steps(const Info &info, int lane) : chunk(info.marks[lane]) {
         own = __ballot_sync(0xFFFFFFFFu, chunk != -2);
-        load(lane);
-    }
-    __device__ __forceinline__ void load(int lane) {
-        next = -2;
-        if (base + 32 + lane < count) next = __ldg(later);
-        later += 128;
     }
     // The next step, `at`, and its mark; at = count when there is none.
-    __device__ __forceinline__ void advance(int lane) {
+    __device__ __forceinline__ void advance(const Info &info, const int4 *steps, int group, int lane) {
         while (!own) {
             base += 32;
-            if (base >= count) {
-                at = count, mark = -2;
+            if (base >= info.count) {
+                at = info.count, mark = -2;
                 return;
             }
-            chunk = next;
-            load(lane);
+            chunk = -2;
+            if (base + lane < info.count) chunk = __ldg(reinterpret_cast<const int *>(steps + info.first + base + lane) + 1 + group);
             own = __ballot_sync(0xFFFFFFFFu, chunk != -2);
         }
         const int bit = __ffs(own) - 1;
@@ -105,6 +99,12 @@ struct Steps {
         mark = __shfl_sync(0xFFFFFFFFu, chunk, bit);
     }
 };
+
+__device__ __forceinline__ void store16_if(bool there, void *to, const u32 (&v)[4]) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(to),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(there))
+                 : "memory");
+}
 
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
@@ -149,10 +149,18 @@ struct Rows {
         }
     }
     // P and the sums of a unit against the references as they are. False, and nothing done but P spoiled,
-    // if some row of the warp has outgrown its reference: maxima stand beside the exponentials, not
-    // before them, and need not leave their lanes.
+    // if some row of the warp has outgrown its reference. With registers to spare maxima stand beside the
+    // exponentials, not before them; they need not leave their lanes.
     __device__ __forceinline__ bool follow(float log2_scale) {
         float top[2][2], sum[2][2];
+        if constexpr (kStreams == 2) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) {
+                float &t = top[i / 2 % 2][i % 2];
+                t = i < 4 ? s[i] : fmaxf(t, s[i]);
+            }
+            if (far(top, log2_scale)) return false;
+        }
 #pragma unroll
         for (int d = 0; d < 4; ++d)
 #pragma unroll
@@ -162,15 +170,20 @@ struct Rows {
                 p[d][i] = pack2<operand_t>(a, b);
                 const bool fresh = d == 0 && i < 2;
                 sum[h][0] = fresh ? a : sum[h][0] + a, sum[h][1] = fresh ? b : sum[h][1] + b;
-                top[h][0] = fresh ? s[at] : fmaxf(top[h][0], s[at]), top[h][1] = fresh ? s[at + 1] : fmaxf(top[h][1], s[at + 1]);
+                if constexpr (kStreams == 1)
+                    top[h][0] = fresh ? s[at] : fmaxf(top[h][0], s[at]), top[h][1] = fresh ? s[at + 1] : fmaxf(top[h][1], s[at + 1]);
             }
-        bool far = false;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) far |= fmaxf(top[h][0], top[h][1]) * log2_scale > m[h] + kSlack;
-        if (__any_sync(0xFFFFFFFFu, far)) return false;
+        if constexpr (kStreams == 1)
+            if (far(top, log2_scale)) return false;
 #pragma unroll
         for (int h = 0; h < 2; ++h) l[h] += sum[h][0] + sum[h][1];
         return true;
+    }
+    __device__ __forceinline__ bool far(const float (&top)[2][2], float log2_scale) const {
+        bool any = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) any |= fmaxf(top[h][0], top[h][1]) * log2_scale > m[h] + kSlack;
+        return __any_sync(0xFFFFFFFFu, any);
     }
     // P and the sums of a unit against references that move to the maxima; rescales O.
     __device__ __forceinline__ void outgrow(float log2_scale) {
@@ -204,5 +217,21 @@ struct Rows {
         if (__any_sync(0xFFFFFFFFu, grown[0] != 1.f || grown[1] != 1.f))
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
+    }
+    // To 16-byte aligned rows of `width` columns, the first of them this lane's; no branch between
+    // stores, so that all of them are under way at once.
+    __device__ __forceinline__ void store(operand_t *to, const bool (&there)[2], int width) const {
+        const int pair = threadIdx.x % 4;
+        to += 8 * pair;
+#pragma unroll
+        for (int j = 0; j < kDim / 8; j += 4)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                u32 v[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[i] = pack2<operand_t>(o[4 * (j + i) + 2 * h], o[4 * (j + i) + 2 * h + 1]);
+                quad_transpose(v, pair);
+                store16_if(there[h] && 8 * (j + pair) < width, to + 8 * h * width + 8 * j, v);
+            }
     }
 };

@@ -2,7 +2,7 @@
 //
 //   q, k, v        (B, H, N, D)  by 4-D tensor maps, any strides; units of 64 rows, panels of 64 columns
 //   packed_q/k/v                 gathered rows, likewise; units from kPacked on
-//   starts (ctas + 1), tiles (t) int2: item, matrix = b · heads + h
+//   starts (walks + 1), tiles (t) int2: item, matrix = b · heads + h
 //   items  (n) 2 × int4          query unit of each of three warpgroups (−1 = none), first step;
 //                                steps, slot of each warpgroup's result (−1 = out)
 //   steps  (s) int4              key unit, its mask for each warpgroup (−2 = not its, −1 = full)
@@ -11,9 +11,8 @@
 //   out    (B · H, nq, width), lse (B · H, nq) float32 or null
 //   partial_out (B · H, slots, 64, width), partial_lse (B · H, slots, 64) float32
 //
-//   grid   persistent CTAs that walk their tiles
-//   block  128 consumers for each of two or three query units + a producer warpgroup, which gives its
-//          registers away
+//   grid   persistent CTAs, each with one or two streams that walk their tiles
+//   block  128 consumers for each of two or three query units of a stream + a producer warp each
 //   smem   Q of all units; rings of kStages units of K and of V
 //   floor  4 · 64 · 64 · D FLOP a kept unit and warpgroup at 800 TFLOP/s
 //   needs  sm_90a, width % 8 == 0, 16-byte aligned rows
@@ -24,98 +23,117 @@
 #include "fused_rows.cuh"
 #include "result.cuh"
 
-extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
+extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     fused_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap packed_q_map,
                const __grid_constant__ TensorMap packed_k_map,
-               const __grid_constant__ TensorMap packed_v_map, const int *__restrict__ starts,
+               const __grid_constant__ TensorMap packed_v_map, const int *__restrict__ starts, int walks,
                const int2 *__restrict__ tiles, const int4 *__restrict__ items,
                const int4 *__restrict__ steps, const u32 *__restrict__ masks,
                const float *__restrict__ sink, float scale, int heads, int ratio, int packed_ratio,
                operand_t *__restrict__ out, float *__restrict__ lse, int rows, int width,
                float *__restrict__ partial_out, float *__restrict__ partial_lse, int slots) {
     extern __shared__ u8 raw[];
-    const u32 q_at = (shared_address(raw) + 1023) & ~1023u;
-    const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kUnit;
-    __shared__ alignas(8) u64 barriers[2 * kStages + 2 * kGroups];
+    __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + 2 * kGroups];
     // By turns: an item's stands until its results are written.
-    __shared__ Info infos[2][kGroups];
-    const u32 full = shared_address(barriers), empty = full + 8 * kStages;
-    const u32 full_q = empty + 8 * kStages, empty_q = full_q + 8 * kGroups;
+    __shared__ Info all_infos[kStreams][2][kGroups];
     const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
-
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kConsumers / 32);
+    const bool consumes = warp < kConsumers / 32;
+    const int stream = kStreams == 1 ? 0 : consumes ? warp / (4 * kGroups) : min(warp - kConsumers / 32, kStreams - 1);
+    const u32 q_at = ((shared_address(raw) + 1023) & ~1023u) + stream * kStream;
+    const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kUnit;
+    const u32 full = shared_address(barriers[stream]), empty = full + 8 * kStages;
+    const u32 full_q = empty + 8 * kStages, empty_q = full_q + 8 * kGroups;
+    Info (&infos)[2][kGroups] = all_infos[stream];
+    if (threadIdx.x % (128 * kGroups) == 0 && consumes) {
+        for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, 4 * kGroups);
         for (int g = 0; g < kGroups; ++g) barrier_init(full_q + 8 * g, 1), barrier_init(empty_q + 8 * g, 4);
         barrier_init_fence();
     }
     __syncthreads();
 
-    const int begin = starts[blockIdx.x], end = starts[blockIdx.x + 1];
-    if (warp >= kConsumers / 32) {  // producers: one warp for K and V, one for each warpgroup's Q
+    const int walk = blockIdx.x * kStreams + stream;
+    const int begin = walk < walks ? starts[walk] : 0, end = walk < walks ? starts[walk + 1] : 0;
+    if (!consumes) {  // producers: a warp for each stream, whose lanes look at 32 steps at a time
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFew));
-        const int group = warp - kConsumers / 32 - 1;
-        if (group >= kGroups) return;
-        if (group >= 0) {
-            u32 parity = 1;
-            for (int t = begin; t < end; ++t) {
-                const int2 tile = tiles[t];
-                const int *item = reinterpret_cast<const int *>(items + 2 * tile.x);
-                const int unit = item[group], first = item[3], count = item[4], slot = item[5 + group];
-                const int mark = lane < count ? reinterpret_cast<const int *>(steps + first + lane)[1 + group] : -2;
-                barrier_wait(empty_q + 8 * group, parity);
-                Info &info = infos[parity][group];
-                parity ^= 1;
-                info.marks[lane] = mark;
-                if (lane == 0) info.unit = unit, info.count = count, info.slot = slot, info.matrix = tile.y, info.first = first;
-                __syncwarp();
-                if (lane > 0) continue;
-                const u32 filled = full_q + 8 * group;
-                if (unit < 0) {
-                    barrier_arrive(filled);
-                    continue;
-                }
-                barrier_expect(filled, kUnit);
-#pragma unroll
-                for (int p = 0; p < kPanels; ++p)
-                    tma_load(q_at + group * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled,
-                             64 * p, (unit & (kPacked - 1)) * 64, tile.y % heads, tile.y / heads);
-            }
-            return;
-        }
-        if (lane > 0) return;
+        if (warp >= kConsumers / 32 + kStreams || begin == end) return;
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         Ring ring(1);
-        int2 tile = begin < end ? tiles[begin] : make_int2(0, 0);
+        u32 parity_q = 1;
+        const auto ready = [&](int t) { return t < end ? tiles[t] : make_int2(0, 0); };
+        int2 tile = ready(begin), coming = ready(begin + 1);
+        int4 head = items[2 * tile.x], tail = items[2 * tile.x + 1];
+        const int4 none = make_int4(0, -2, -2, -2);
+        int4 chunk = lane < tail.x ? steps[head.w + lane] : none;
         for (int t = begin; t < end; ++t) {
-            const int *item = reinterpret_cast<const int *>(items + 2 * tile.x);
-            const int4 *step = steps + item[3], *const stop = step + item[4];
-            const int b = tile.y / heads, h = tile.y % heads;
-            if (t + 1 < end) tile = tiles[t + 1];
-            int4 now = step < stop ? *step : make_int4(0, -2, -2, -2);
-            while (step < stop) {
-                ++step;
-                const int4 next = step < stop ? *step : now;
-                const bool packed = now.x >= kPacked;
-                const int row = (now.x & (kPacked - 1)) * 64, from = packed ? h / packed_ratio : h / ratio;
-                const u32 filled = full + 8 * ring.stage, freed = empty + 8 * ring.stage, at = ring_k + ring.stage * kUnit;
-                barrier_wait(freed, ring.parity);
-                barrier_expect(filled, 2 * kUnit);
+            // The next tile's item is asked for now, its first steps a step later.
+            const int4 next_head = items[2 * coming.x], next_tail = items[2 * coming.x + 1];
+            const int2 later = ready(t + 2);
+            const int b = tile.y / heads, h = tile.y % heads, count = tail.x;
+            int4 next_chunk = none;
+            int waiting = (1 << kGroups) - 1;
+            // Keys of the new item come before the Q that a slow warpgroup still holds, but the ring must not
+            // be full of them.
+            const auto ask = [&](bool wait) {
 #pragma unroll
-                for (int p = 0; p < kPanels; ++p)
-                    tma_load(at + p * kPanel, packed ? packed_k_map : k_map, filled, 64 * p, row, from, b);
+                for (int g = 0; g < kGroups; ++g) {
+                    if (!(waiting >> g & 1)) continue;
+                    if (wait)
+                        barrier_wait(empty_q + 8 * g, parity_q);
+                    else if (!__all_sync(0xFFFFFFFFu, barrier_passed(empty_q + 8 * g, parity_q)))
+                        continue;
+                    waiting &= ~(1 << g);
+                    const int unit = g == 0 ? head.x : g == 1 ? head.y : head.z;
+                    Info &info = infos[parity_q][g];
+                    info.marks[lane] = g == 0 ? chunk.y : g == 1 ? chunk.z : chunk.w;
+                    if (lane == 0) {
+                        info.unit = unit, info.count = count, info.matrix = tile.y, info.first = head.w;
+                        info.slot = g == 0 ? tail.y : g == 1 ? tail.z : tail.w;
+                    }
+                    __syncwarp();
+                    const u32 filled = full_q + 8 * g;
+                    if (lane > 0) continue;
+                    if (unit < 0) {
+                        barrier_arrive(filled);
+                        continue;
+                    }
+                    barrier_expect(filled, kUnit);
 #pragma unroll
-                for (int p = 0; p < kPanels; ++p)
-                    tma_load(at + ring_v - ring_k + p * kPanel, packed ? packed_v_map : v_map, filled, 64 * p, row, from, b);
+                    for (int p = 0; p < kPanels; ++p)
+                        tma_load(q_at + g * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled,
+                                 64 * p, (unit & (kPacked - 1)) * 64, h, b);
+                }
+            };
+            for (int i = 0; i < count; ++i) {
+                if (i > 0 && i % 32 == 0) chunk = i + lane < count ? steps[head.w + i + lane] : none;
+                const int key = __shfl_sync(0xFFFFFFFFu, chunk.x, i % 32);
+                barrier_wait(empty + 8 * ring.stage, ring.parity);
+                if (lane == 0) {
+                    const bool packed = key >= kPacked;
+                    const int row = (key & (kPacked - 1)) * 64, from = packed ? h / packed_ratio : h / ratio;
+                    const u32 filled = full + 8 * ring.stage, at = ring_k + ring.stage * kUnit;
+                    barrier_expect(filled, 2 * kUnit);
+#pragma unroll
+                    for (int p = 0; p < kPanels; ++p)
+                        tma_load(at + p * kPanel, packed ? packed_k_map : k_map, filled, 64 * p, row, from, b);
+#pragma unroll
+                    for (int p = 0; p < kPanels; ++p)
+                        tma_load(at + ring_v - ring_k + p * kPanel, packed ? packed_v_map : v_map, filled, 64 * p, row, from, b);
+                }
                 ring.advance();
-                now = next;
+                if (waiting) ask(i >= kStages - 2);
+                if (i == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
             }
+            if (waiting) ask(true);
+            if (count == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
+            parity_q ^= 1;
+            tile = coming, coming = later, head = next_head, tail = next_tail, chunk = next_chunk;
         }
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMany));
-    const int group = warp / 4, row16 = warp % 4 * 16;
+    const int group = warp / 4 % kGroups, row16 = warp % 4 * 16;
     const float log2_scale = scale * kLog2e;
     Ring ring(0);
     u32 parity_q = 0;
@@ -142,7 +160,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
         parity_q ^= 1;
         r.start(q_at + group * kUnit, row16);
         const u64 queries = wgmma_descriptor(uniform(q_at + group * kUnit), 1);
-        Steps own(info, steps, group, lane);
+        Steps own(info, lane);
+        const int count = info.count;
         const auto let_go = [&] {
             if (lane == 0) barrier_arrive(empty_q + 8 * group);
         };
@@ -150,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
             __syncwarp();
             let_go();
         }
-        own.advance(lane);
+        own.advance(info, steps, group, lane);
         u32 word = own.mark >= 0 ? __ldg(masks + own.mark * 128 + threadIdx.x % 128) : 0;
         bool fresh = true;
         int passed = 0;
@@ -161,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
                 release(ring.stage);
             }
         };
-        while (own.at < own.count) {
+        while (own.at < count) {
             // The V that is held would keep the ring from coming round to this unit.
             if (own.at - passed >= kStages - 1) flush();
             pass(own.at);
@@ -178,11 +197,11 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
             }
             const bool partial = own.mark >= 0;
             const u32 bits = word;
-            own.advance(lane);
+            own.advance(info, steps, group, lane);
             if (own.mark >= 0) word = __ldg(masks + own.mark * 128 + threadIdx.x % 128);
             wgmma_wait<0>();
             if (held < kStages) release(held);
-            if (!kHeld && own.at >= own.count) let_go();
+            if (!kHeld && own.at >= count) let_go();
             if (partial) r.keep(bits);
             if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
             held = stage, fresh = false;
@@ -194,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
         flush();
         struct { int unit, slot, matrix; } const done{info.unit, info.slot, info.matrix};
         if (done.unit < 0) {
-            pass(own.count);
+            pass(count);
             continue;
         }
         // Normalise; a sink is one more term of the sum, added where the result is final.
@@ -220,7 +239,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
         if (done.slot < 0) {
             const int first = done.unit * 64 + row;
             const i64 base = static_cast<i64>(done.matrix) * rows;
-            store_result<kDim, false>(r.o, 1.f, out + base * width, first, rows, 0, width, false);
+            const bool there[2] = {first < rows, first + 8 < rows};
+            r.store(out + (base + first) * width, there, width);
             if (lse != nullptr && lane % 4 == 0)
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
@@ -232,6 +252,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kCtas)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) partial_lse[base + row + 8 * h] = total[h];
         }
-        pass(own.count);
+        pass(count);
     }
 }
