@@ -27,8 +27,8 @@ constexpr float kSlack = 8.f;
 
 // What the producer says to a consumer warpgroup of an item.
 struct Info {
-    int unit, count, slot, matrix, first;
-    int marks[32];  // of its first steps
+    int unit, count, slot, matrix;
+    int own;  // steps up to the last of its own
 };
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -45,6 +45,11 @@ __device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(address));
+}
+__device__ __forceinline__ int load_shared(u32 address) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
 }
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
@@ -72,33 +77,6 @@ __device__ __forceinline__ u32 uniform(u32 x) {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return __shfl_sync(0xFFFFFFFFu, x + (lane >> 5), 0);
 }
-
-// A warpgroup's own steps of an item, in order. Lanes look at 32 steps at a time.
-struct Steps {
-    int chunk, base = 0, at, mark;  // chunk: this lane's mark of steps base … base + 31
-    u32 own;
-
-    __device__ __forceinline__ Steps(const Info &info, int lane) : chunk(info.marks[lane]) {
-        own = __ballot_sync(0xFFFFFFFFu, chunk != -2);
-    }
-    // The next step, `at`, and its mark; at = count when there is none.
-    __device__ __forceinline__ void advance(const Info &info, const int4 *steps, int group, int lane) {
-        while (!own) {
-            base += 32;
-            if (base >= info.count) {
-                at = info.count, mark = -2;
-                return;
-            }
-            chunk = -2;
-            if (base + lane < info.count) chunk = __ldg(reinterpret_cast<const int *>(steps + info.first + base + lane) + 1 + group);
-            own = __ballot_sync(0xFFFFFFFFu, chunk != -2);
-        }
-        const int bit = __ffs(own) - 1;
-        own &= own - 1;
-        at = base + bit;
-        mark = __shfl_sync(0xFFFFFFFFu, chunk, bit);
-    }
-};
 
 __device__ __forceinline__ void store16_if(bool there, void *to, const u32 (&v)[4]) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(to),

@@ -37,6 +37,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + 2 * kGroups];
     // By turns: an item's stands until its results are written.
     __shared__ Info all_infos[kStreams][2][kGroups];
+    // What each warpgroup has to do with a stage's unit.
+    __shared__ int4 marks[kStreams][kStages];
     const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
     const bool consumes = warp < kConsumers / 32;
     const int stream = kStreams == 1 ? 0 : consumes ? warp / (4 * kGroups) : min(warp - kConsumers / 32, kStreams - 1);
@@ -84,15 +86,11 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                         continue;
                     waiting &= ~(1 << g);
                     const int unit = g == 0 ? head.x : g == 1 ? head.y : head.z;
-                    Info &info = infos[parity_q][g];
-                    info.marks[lane] = g == 0 ? chunk.y : g == 1 ? chunk.z : chunk.w;
-                    if (lane == 0) {
-                        info.unit = unit, info.count = count, info.matrix = tile.y, info.first = head.w;
-                        info.slot = g == 0 ? tail.y : g == 1 ? tail.z : tail.w;
-                    }
-                    __syncwarp();
-                    const u32 filled = full_q + 8 * g;
+                    const u32 own = __ballot_sync(0xFFFFFFFFu, (g == 0 ? chunk.y : g == 1 ? chunk.z : chunk.w) != -2);
                     if (lane > 0) continue;
+                    const u32 filled = full_q + 8 * g;
+                    infos[parity_q][g] = Info{unit, count, g == 0 ? tail.y : g == 1 ? tail.z : tail.w, tile.y,
+                                              count > 32 ? count : 32 - __clz(own)};
                     if (unit < 0) {
                         barrier_arrive(filled);
                         continue;
@@ -108,6 +106,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                 if (i > 0 && i % 32 == 0) chunk = i + lane < count ? steps[head.w + i + lane] : none;
                 const int key = __shfl_sync(0xFFFFFFFFu, chunk.x, i % 32);
                 barrier_wait(empty + 8 * ring.stage, ring.parity);
+                if (lane == i % 32) marks[stream][ring.stage] = chunk;
+                __syncwarp();
                 if (lane == 0) {
                     const bool packed = key >= kPacked;
                     const int row = (key & (kPacked - 1)) * 64, from = packed ? h / packed_ratio : h / ratio;
@@ -138,6 +138,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     Ring ring(0);
     u32 parity_q = 0;
     Rows r;
+    const u32 mark_at = shared_address(marks[stream]) + 4 * (1 + group);
     // The stage whose V the P in r.p waits for; kStages: there is none.
     u32 held = kStages;
     const auto value_descriptor = [&](u32 stage) { return wgmma_descriptor(uniform(ring_v + stage * kUnit), kPanel); };
@@ -160,60 +161,52 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         parity_q ^= 1;
         r.start(q_at + group * kUnit, row16);
         const u64 queries = wgmma_descriptor(uniform(q_at + group * kUnit), 1);
-        Steps own(info, lane);
-        const int count = info.count;
         const auto let_go = [&] {
+            __syncwarp();
             if (lane == 0) barrier_arrive(empty_q + 8 * group);
         };
-        if constexpr (kHeld) {
-            __syncwarp();
-            let_go();
-        }
-        own.advance(info, steps, group, lane);
-        u32 word = own.mark >= 0 ? __ldg(masks + own.mark * 128 + threadIdx.x % 128) : 0;
+        if constexpr (kHeld) let_go();
         bool fresh = true;
-        int passed = 0;
-        // Steps of others: every warpgroup goes round the ring with the producer.
-        const auto pass = [&](int to) {
-            for (; passed < to; ++passed, ring.advance()) {
-                barrier_wait(full + 8 * ring.stage, ring.parity);
-                release(ring.stage);
-            }
-        };
-        while (own.at < count) {
-            // The V that is held would keep the ring from coming round to this unit.
-            if (own.at - passed >= kStages - 1) flush();
-            pass(own.at);
+        int i = 0;
+        for (const int own = info.own; i < own; ++i) {
             const u32 stage = ring.stage, parity = ring.parity;
             ring.advance();
-            ++passed;
             const u64 keys = wgmma_descriptor(uniform(ring_k + stage * kUnit), 1), values = value_descriptor(held);
             barrier_wait(full + 8 * stage, parity);
+            const int mark = load_shared(mark_at + 16 * stage);
+            if (mark == -2) {
+                flush();
+                release(stage);
+                continue;
+            }
+            u32 word;
+            if (mark >= 0) word = __ldg(masks + mark * 128 + threadIdx.x % 128);
             wgmma_fence();
             r.scores(queries, keys);
             if (held < kStages) {
                 wgmma_fence();
                 r.product(values);
+                wgmma_wait<0>();
+                release(held);
+            } else {
+                wgmma_wait<0>();
             }
-            const bool partial = own.mark >= 0;
-            const u32 bits = word;
-            own.advance(info, steps, group, lane);
-            if (own.mark >= 0) word = __ldg(masks + own.mark * 128 + threadIdx.x % 128);
-            wgmma_wait<0>();
-            if (held < kStages) release(held);
-            if (!kHeld && own.at >= count) let_go();
-            if (partial) r.keep(bits);
-            if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
+            if (mark >= 0) r.keep(word);
+            if (mark >= 0 || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
             held = stage, fresh = false;
         }
-        if (!kHeld && fresh) {
-            __syncwarp();
-            let_go();
-        }
+        if constexpr (!kHeld) let_go();
         flush();
-        struct { int unit, slot, matrix; } const done{info.unit, info.slot, info.matrix};
+        const Info done = info;
+        // Steps that are only the others': every warpgroup goes round the ring with the producer.
+        const auto pass = [&] {
+            for (; i < done.count; ++i, ring.advance()) {
+                barrier_wait(full + 8 * ring.stage, ring.parity);
+                release(ring.stage);
+            }
+        };
         if (done.unit < 0) {
-            pass(count);
+            pass();
             continue;
         }
         // Normalise; a sink is one more term of the sum, added where the result is final.
@@ -252,6 +245,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) partial_lse[base + row + 8 * h] = total[h];
         }
-        pass(count);
+        pass();
     }
 }
