@@ -98,6 +98,7 @@ def fused(
     sink: Tensor | None = None,
     packed: tuple[Tensor, Tensor, Tensor] | None = None,
     partial: tuple[Tensor, Tensor] | None = None,
+    keep: tuple[Tensor, Tensor | None] | None = None,
     how: Cut | None = None,
 ) -> None:
     """Write attention over the units of a plan.
@@ -108,7 +109,7 @@ def fused(
         q: (B, Hq, nq, D), rows 16-byte aligned, no dimension broadcast.
         k: (B, Hkv, nk, D), likewise.
         v: (B, Hkv, nk, D), likewise.
-        starts: int32 (ctas + 1,), where each CTA's tiles start.
+        starts: int32 (walks + 1,), where the tiles of each CTA's stream start.
         tiles: int32 (t, 2), item and matrix b * Hq + h.
         items: int32 (n, 8); see the kernel.
         steps: int32 (s, 4); see the kernel.
@@ -117,11 +118,14 @@ def fused(
         sink: (Hq,), float32.
         packed: gathered q (B, Hq, …, D), k and v (B, Hkv or Hq, …, D).
         partial: float32 (B * Hq, slots, 64, D) and (B * Hq, slots, 64), contiguous.
+        keep: bits of keys that a mask keeps, int32 (B, units, 2), and of the gathered ones
+            (B, Hkv or Hq, units, 2); see ``keep``.
         how: another cut than ``cut(D)``.
     """
     _, heads, rows, width = q.shape
     how = how or cut(width)
     pq, pk, pv = packed or (q, k, v)
+    bits = (None, None) if keep is None else keep
     if not scale > 0:
         q, pq = (t * (0 if scale == 0 else -1) for t in (q, pq))
         scale = -scale or 1.0
@@ -141,6 +145,8 @@ def fused(
             items.data_ptr(),
             steps.data_ptr(),
             masks.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in bits),
+            *(np.int32(0 if t is None else t.shape[-2]) for t in bits),
             0 if sink is None else sink.data_ptr(),
             np.float32(scale),
             np.int32(heads),

@@ -51,6 +51,18 @@ __device__ __forceinline__ int load_shared(u32 address) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
     return x;
 }
+// Bits of a unit's 64 keys, as the mask words of this lane's columns 8j + 2 (lane % 4) + e: bit 2j + e, for
+// both of its rows.
+__device__ __forceinline__ u32 mask_word(uint2 keys) {
+    const int first = threadIdx.x % 4 * 2;
+    u32 word = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32 bits = (half ? keys.y : keys.x) >> first & 0x03030303u;
+        word |= ((bits | bits >> 6 | bits >> 12 | bits >> 18) & 0xFF) << 8 * half;
+    }
+    return word | word << 16;
+}
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));

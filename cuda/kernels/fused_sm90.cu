@@ -8,6 +8,8 @@
 //   steps  (s) int4              key unit, its mask for each warpgroup (−2 = not its, −1 = full)
 //   masks  (m, 128) u32          bit 2j + e + 16h of thread t: row t / 4 + 8h of its warp's 16,
 //                                column 8j + 2 (t % 4) + e
+//   keep   (B, units), packed_keep (B, H / packed_ratio, packed_units): bits of the keys that a run-time
+//          mask keeps; null: all
 //   out    (B · H, nq, width), lse (B · H, nq) float32 or null
 //   partial_out (B · H, slots, 64, width), partial_lse (B · H, slots, 64) float32
 //
@@ -30,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                const __grid_constant__ TensorMap packed_v_map, const int *__restrict__ starts, int walks,
                const int2 *__restrict__ tiles, const int4 *__restrict__ items,
                const int4 *__restrict__ steps, const u32 *__restrict__ masks,
+               const uint2 *__restrict__ keep, const uint2 *__restrict__ packed_keep, int units, int packed_units,
                const float *__restrict__ sink, float scale, int heads, int ratio, int packed_ratio,
                operand_t *__restrict__ out, float *__restrict__ lse, int rows, int width,
                float *__restrict__ partial_out, float *__restrict__ partial_lse, int slots) {
@@ -138,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     Ring ring(0);
     u32 parity_q = 0;
     Rows r;
-    const u32 mark_at = shared_address(marks[stream]) + 4 * (1 + group);
+    const u32 marks_at = shared_address(marks[stream]);
     // The stage whose V the P in r.p waits for; kStages: there is none.
     u32 held = kStages;
     const auto value_descriptor = [&](u32 stage) { return wgmma_descriptor(uniform(ring_v + stage * kUnit), kPanel); };
@@ -173,14 +176,21 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             ring.advance();
             const u64 keys = wgmma_descriptor(uniform(ring_k + stage * kUnit), 1), values = value_descriptor(held);
             barrier_wait(full + 8 * stage, parity);
-            const int mark = load_shared(mark_at + 16 * stage);
+            const int mark = load_shared(marks_at + 16 * stage + 4 * (1 + group));
             if (mark == -2) {
                 flush();
                 release(stage);
                 continue;
             }
-            u32 word;
-            if (mark >= 0) word = __ldg(masks + mark * 128 + threadIdx.x % 128);
+            bool partial = mark >= 0;
+            u32 word = ~0u;
+            if (partial) word = __ldg(masks + mark * 128 + threadIdx.x % 128);
+            if (keep != nullptr) {
+                const int key = load_shared(marks_at + 16 * stage), b = info.matrix / heads, h = info.matrix % heads;
+                const int packed_at = (b * (heads / packed_ratio) + h / packed_ratio) * packed_units;
+                word &= mask_word(key >= kPacked ? packed_keep[packed_at + key - kPacked] : keep[b * units + key]);
+                partial = true;
+            }
             wgmma_fence();
             r.scores(queries, keys);
             if (held < kStages) {
@@ -191,8 +201,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             } else {
                 wgmma_wait<0>();
             }
-            if (mark >= 0) r.keep(word);
-            if (mark >= 0 || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
+            if (partial) r.keep(word);
+            if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
             held = stage, fresh = false;
         }
         if constexpr (!kHeld) let_go();
