@@ -34,6 +34,18 @@ class Or(Pattern):
                 return None
         return joined
 
+    def bands(self, frame: Frame) -> list[Interval] | None:
+        joined: list[Interval] = []
+        for term in self.terms:
+            found = term.bands(frame)
+            if found is None:
+                return None
+            joined += found
+        return joined
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return all(term.coarse(frame, size) for term in self.terms)
+
     def factor(self, frame: Frame) -> Factored:
         parts = [term.factor(frame) for term in self.terms]
         cores = tuple(part.core for part in parts if part.core is not None)
@@ -78,6 +90,18 @@ class And(Pattern):
         known = [one for one in found if one is not None]
         return reduce(_meet, known) if len(known) == len(found) else None
 
+    def bands(self, frame: Frame) -> list[Interval] | None:
+        met: list[Interval] | None = None
+        for term in self.terms:
+            found = term.bands(frame)
+            if found is None:
+                return None
+            met = found if met is None else [_meet(a, b) for a in met for b in found]
+        return met
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return all(term.coarse(frame, size) for term in self.terms)
+
     def runs_bound(self, frame: Frame) -> int:
         return sum(term.runs_bound(frame) for term in self.terms)
 
@@ -107,6 +131,9 @@ class Not(Pattern):
         start = torch.where(none, 0, torch.where(left, hi, 0))
         end = torch.where(none | left, frame.nk, lo)
         return start, end
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return self.term.coarse(frame, size)
 
     def runs_bound(self, frame: Frame) -> int:
         return self.term.runs_bound(frame) + 1

@@ -129,6 +129,9 @@ class Blocks(Pattern):
         lo, hi = blocks.lo * self.size, (blocks.hi * self.size).clamp_(max=frame.nk)
         return Runs(blocks.offsets, lo, hi)
 
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return self.size % size == 0
+
     def runs_bound(self, frame: Frame) -> int:
         return -(-frame.nk // (2 * self.size)) + 1
 

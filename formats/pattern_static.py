@@ -21,6 +21,9 @@ class Full(Pattern):
     def interval(self, frame: Frame, rows: Tensor) -> Interval:
         return torch.zeros_like(rows), torch.full_like(rows, frame.nk)
 
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return True
+
     def __repr__(self) -> str:
         return "full()"
 
@@ -59,6 +62,9 @@ class BlockWindow(Pattern):
 
     size: int
     radius: int
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return self.size % size == 0 and frame.shift % self.size == 0
 
     def interval(self, frame: Frame, rows: Tensor) -> Interval:
         own = (rows + frame.shift) // self.size

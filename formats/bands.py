@@ -1,0 +1,271 @@
+"""Patterns as runs of units on the host: what planning starts from when a pattern is new.
+
+A unit is 64 queries × 64 keys, a *line* the units of 64 neighbouring queries. Most patterns are a
+few intervals of keys for each row (windows, documents, sinks and what ``&`` and ``|`` make of
+them), or whole units. Either way the units of a line are a few runs, which follow from the ends of
+its rows' intervals: nothing here costs time for each unit. Integer work on a few thousand numbers
+takes microseconds on the host, which is less than one kernel launch each on a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .pattern import Frame, Pattern
+
+UNIT = 64
+# Bits of key units in sort keys.
+KEY_BITS = 26
+# Partial units that are worth listing here.
+MOST_PARTIAL = 1 << 14
+# Intervals of a row.
+MOST_BANDS = 4
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+Bools = npt.NDArray[np.bool_]
+ALL = np.uint64(2**64 - 1)
+
+
+class Units(NamedTuple):
+    """Kept units of a flat pattern as runs of neighbours, by line and key.
+
+    Attributes:
+        line: (n,), rising.
+        key: (n,), first key unit of each run.
+        length: (n,), units of each run; 1 under a mask.
+        mask: (n,), −1 = every position kept, else a row of words.
+        words: (M, 64), bit c of a word says that column c of its row is kept.
+    """
+
+    line: Ints
+    key: Ints
+    length: Ints
+    mask: Ints
+    words: Words
+
+
+class Bands(NamedTuple):
+    """Intervals of all rows, padded to whole lines; they may overlap.
+
+    Attributes:
+        lo: (K, lines, 64).
+        hi: (K, lines, 64); lo == hi where nothing is kept.
+    """
+
+    lo: Ints
+    hi: Ints
+
+
+@functools.cache
+def low_bits() -> Words:
+    """(65,): the word with so many low bits."""
+    return np.array([(1 << n) - 1 for n in range(UNIT + 1)], np.uint64)
+
+
+def bands_of(core: Pattern, frame: Frame) -> Bands | None:
+    """The intervals of a flat pattern; None if it has too many or they are not known at once."""
+    found = core.bands(frame)
+    if found is None or len(found) > MOST_BANDS:
+        return None
+    lines = -(-frame.nq // UNIT)
+    both = np.zeros((2, len(found), lines * UNIT), np.int64)
+    for band, ends in enumerate(found):
+        for side in (0, 1):
+            both[side, band, : frame.nq] = ends[side].numpy()
+    low, high = both.reshape(2, len(found), lines, UNIT)
+    return Bands(low, high)
+
+
+def ragged(counts: Ints) -> tuple[Ints, Ints]:
+    """(which, at): counts[i] times i, and 0 … counts[i] − 1."""
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    which = np.repeat(np.arange(len(counts)), counts)
+    return which, np.arange(total) - np.repeat(ends - counts, counts)
+
+
+def banded_units(bands: Bands, dropped: dict[int, int]) -> Units | None:
+    """The units that intervals touch.
+
+    Args:
+        bands: the intervals.
+        dropped: columns left out: words by key unit.
+
+    Returns:
+        None if too many units would have to be looked at one by one.
+    """
+    lo, hi = bands
+    count, lines, _ = lo.shape
+    some = lo < hi
+    low = np.where(some, lo, 1 << 40).min(2) >> 6
+    high = (np.where(some, hi, 0).max(2) + UNIT - 1) >> 6
+    np.minimum(low, high, out=low)
+    # Inside every row's interval.
+    first = np.clip((lo.max(2) + UNIT - 1) >> 6, low, high)
+    last = np.clip(hi.min(2) >> 6, first, high)
+    if int((high - low - last + first).sum()) > MOST_PARTIAL:
+        return None
+    line = np.broadcast_to(np.arange(lines), (count, lines)).ravel()
+    start, stop = first, last
+    if count > 1:
+        order = first.argsort(0, kind="stable")
+        start, stop = np.take_along_axis(first, order, 0), np.take_along_axis(last, order, 0)
+        reach = np.maximum.accumulate(np.where(start < stop, stop, 0), 0)
+        start[1:] = np.maximum(start[1:], reach[:-1])
+    run = (start < stop).ravel()
+    run_line, start, stop = line[run], start.ravel()[run], stop.ravel()[run]
+    begin = np.concatenate([low.ravel(), last.ravel()])
+    which, at = ragged(np.concatenate([(first - low).ravel(), (high - last).ravel()]))
+    cell_line, cell_key = line[which % len(line)], begin[which] + at
+    if count > 1:
+        cell = np.unique(cell_line << KEY_BITS | cell_key)
+        cell_line, cell_key = cell >> KEY_BITS, cell & ((1 << KEY_BITS) - 1)
+        inside = np.zeros(len(cell), bool)
+        for band in range(count):
+            inside |= (first[band][cell_line] <= cell_key) & (cell_key < last[band][cell_line])
+        cell_line, cell_key = cell_line[~inside], cell_key[~inside]
+    if dropped:
+        at_units = np.array(sorted(dropped))
+        (run_line, start, stop), more = _split(run_line, start, stop, at_units)
+        cell_line = np.concatenate([cell_line, more[0]])
+        cell_key = np.concatenate([cell_key, more[1]])
+    if len(cell_line) > MOST_PARTIAL:
+        return None
+    mask, words = _cut_cells(bands, cell_line, cell_key, dropped)
+    kept = mask != -2
+    return ordered(
+        np.concatenate([run_line, cell_line[kept]]), np.concatenate([start, cell_key[kept]]),
+        np.concatenate([stop - start, np.ones(int(kept.sum()), np.int64)]),
+        np.concatenate([np.full(len(run_line), -1), mask[kept]]), words,
+    )  # fmt: skip
+
+
+def ordered(line: Ints, key: Ints, length: Ints, mask: Ints, words: Words) -> Units:
+    """Units of runs in any order."""
+    order = np.argsort(line << KEY_BITS | key)
+    return Units(line[order], key[order], length[order], mask[order], words)
+
+
+def _split(
+    line: Ints, start: Ints, stop: Ints, at: Ints
+) -> tuple[tuple[Ints, Ints, Ints], tuple[Ints, Ints]]:
+    """Runs without some units, and the units (line, key) they lose."""
+    first, last = np.searchsorted(at, start), np.searchsorted(at, stop)
+    which, n = ragged(last - first)
+    lost = line[which], at[first[which] + n]
+    piece, n = ragged(last - first + 1)
+    left = first[piece] + n
+    ends = np.append(at, 1 << 40)
+    begin = np.where(n == 0, start[piece], ends[left - 1] + 1)
+    end = np.minimum(ends[left], stop[piece])
+    kept = begin < end
+    return (line[piece][kept], begin[kept], end[kept]), lost
+
+
+def _cut_cells(
+    bands: Bands, line: Ints, key: Ints, dropped: dict[int, int]
+) -> tuple[Ints, Words]:
+    """The mask of each unit, −1 = full, −2 = empty; the distinct masks."""
+    count = bands.lo.shape[0]
+    if not len(line):
+        return line, np.zeros((0, UNIT), np.uint64)
+    base = (key << 6)[:, None]
+    ends = np.empty((len(line), 2 * count, UNIT), np.uint8)
+    for band in range(count):
+        for side, of in enumerate(bands):
+            near = of[band].take(line, 0)
+            near -= base
+            np.maximum(near, 0, out=near)
+            np.minimum(near, UNIT, out=near)
+            ends[:, 2 * band + side] = near
+    # What is told apart: the ends in all 64 rows, and the columns left out.
+    sign = ends.reshape(len(line), -1).view(np.uint64)
+    if dropped:
+        lost = np.zeros(int(key.max()) + 1, np.uint64)
+        for unit, word in dropped.items():
+            if unit < len(lost):
+                lost[unit] = word
+        sign = np.concatenate([sign, lost[key][:, None]], 1)
+    first, kind = distinct(sign)
+    ends = ends[first].astype(np.intp)
+    table = low_bits()
+    words = np.zeros((len(first), UNIT), np.uint64)
+    for band in range(count):
+        upper, lower = ends[:, 2 * band + 1], ends[:, 2 * band]
+        words |= table[np.maximum(upper, lower)] ^ table[lower]
+    if dropped:
+        words &= ~lost[key[first]][:, None]
+    return numbered(words, kind)
+
+
+def distinct(rows: Words) -> tuple[Ints, Ints]:
+    """A row of each kind, and the kind of each row."""
+    factors = np.arange(1, 2 * rows.shape[1], 2, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    digest = ((rows ^ rows >> np.uint64(29)) * factors).sum(1)
+    _, first, kind = np.unique(digest ^ digest >> np.uint64(32), True, True)
+    if not np.array_equal(rows[first[kind]], rows):
+        _, first, kind = np.unique(rows, True, True, axis=0)
+    return first, kind.reshape(-1)
+
+
+def ones(words: Words) -> Ints:
+    """Set bits of each word."""
+    x = words - ((words >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    x = (x & np.uint64(0x3333333333333333)) + (x >> np.uint64(2) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return (x * np.uint64(0x0101010101010101) >> np.uint64(56)).astype(np.int64)
+
+
+def numbered(words: Words, kind: Ints) -> tuple[Ints, Words]:
+    """Masks that cut something: −1 for full ones, −2 for empty ones; those that are left."""
+    full, empty = (words == ALL).all(1), (words == 0).all(1)
+    cut = ~(full | empty)
+    number = np.where(full, -1, np.where(empty, -2, cut.cumsum() - 1))
+    return number[kind], words[cut]
+
+
+def coarse_units(core: Pattern, frame: Frame) -> Units:
+    """The units of a pattern that keeps or drops whole units; see ``Pattern.coarse``."""
+    import torch
+
+    runs = core.runs(frame, torch.arange(0, frame.nq, UNIT))
+    lines = runs.num_rows
+    line = np.repeat(np.arange(lines), np.diff(runs.offsets.numpy()))
+    low, high = runs.lo.numpy(), runs.hi.numpy()
+    return edged(line, low >> 6, (high + UNIT - 1) >> 6, frame)
+
+
+def edged(line: Ints, start: Ints, stop: Ints, frame: Frame) -> Units:
+    """Runs of whole units; what hangs over the edge of the matrix is masked."""
+    mask = np.full(len(line), -1)
+    right, down = frame.nk % UNIT, frame.nq % UNIT
+    if not (right or down):
+        return Units(line, start, stop - start, mask, np.zeros((0, UNIT), np.uint64))
+    corner_line, corner_key = frame.nq // UNIT, frame.nk // UNIT
+    # Columns at the right edge, all of the last line.
+    over = (stop > corner_key) if right else np.zeros(len(line), bool)
+    below = (line == corner_line) if down else np.zeros(len(line), bool)
+    which, at = ragged(np.where(below, stop - start, over))
+    key = np.where(below[which], start[which] + at, corner_key)
+    rows = np.arange(UNIT) < np.where(below[which], down, UNIT)[:, None]
+    last = (key == corner_key) & bool(right)
+    columns = low_bits()[np.where(last, right, UNIT)]
+    words = np.where(rows, columns[:, None], np.uint64(0))
+    cut, table = line[which], words
+    if len(which):
+        first, kind = distinct(words)
+        mask_of, table = numbered(words[first], kind)
+    else:
+        mask_of, table = which, np.zeros((0, UNIT), np.uint64)
+    stop = np.where(below, start, np.where(over, corner_key, stop))
+    kept = start < stop
+    return ordered(
+        np.concatenate([line[kept], cut]), np.concatenate([start[kept], key]),
+        np.concatenate([(stop - start)[kept], np.ones_like(key)]),
+        np.concatenate([mask[kept], mask_of]), table,
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""The split of a new pattern on the host, from runs of units; see ``bands``.
+
+The same decisions as ``split`` makes for "mixed" with blocks of 64, for the patterns where they
+follow from the ends of intervals: blocks, and keys and queries that are shared. Whatever might
+leave single entries or private panels is left to ``split``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .bands import (
+    KEY_BITS,
+    UNIT,
+    Bands,
+    Ints,
+    Units,
+    banded_units,
+    bands_of,
+    coarse_units,
+    edged,
+    ones,
+    ragged,
+)
+from .costs import Costs
+from .leftovers import sparse_limit
+from .pattern import Frame, Pattern
+from .split import cheaper_shared
+
+# Runs of keys that every row sees, as blocks.
+MOST_KEY_RUNS = 2
+
+
+class Split(NamedTuple):
+    """A flat pattern, split.
+
+    Attributes:
+        units: the blocks.
+        queries: rows of the panel over all keys, rising.
+        keys: columns of the panel for all other rows, rising.
+    """
+
+    units: Units
+    queries: Ints
+    keys: Ints
+
+
+def split_directly(flat: Pattern, frame: Frame, costs: Costs) -> Split | None:
+    """Blocks of 64 and shared panels of a flat pattern; None where ``split`` has to decide.
+
+    Args:
+        flat: a flat pattern; its tensors lie on the CPU.
+        frame: the rectangle, on the CPU.
+        costs: rates.
+    """
+    flat.check(frame)
+    if not (frame.nq and frame.nk):
+        return None
+    found = flat.factor(frame)
+    queries, keys = found.queries.numpy(), found.keys.numpy()
+    if found.core is not None and found.core.coarse(frame, UNIT):
+        return _coarse(found.core, queries, keys, frame, costs)
+    lines = -(-frame.nq // UNIT)
+    nothing = np.zeros((1, lines, UNIT), np.int64)
+    bands: Bands | None = Bands(nothing, nothing)
+    if found.core is not None:
+        bands = bands_of(found.core, frame)
+    if bands is None:
+        return None
+    shared = _shared(bands, queries, keys, frame, costs)
+    if shared is None:
+        return None
+    panel_keys = keys if shared[0] else keys[:0]
+    panel_queries = queries if shared[1] else queries[:0]
+    start, stop = _runs(keys[len(panel_keys) :])
+    if len(start) > MOST_KEY_RUNS:
+        return None
+    lo, hi = bands
+    if len(start):
+        ends = np.zeros((2, len(start), lines * UNIT), np.int64)
+        ends[0, :, : frame.nq] = start[:, None]
+        ends[1, :, : frame.nq] = stop[:, None]
+        more = ends.reshape(2, -1, lines, UNIT)
+        lo, hi = np.concatenate([lo, more[0]]), np.concatenate([hi, more[1]])
+    if len(queries):
+        lo, hi = lo.copy(), hi.copy()
+        lo.reshape(len(lo), -1)[:, queries] = 0
+        hi.reshape(len(hi), -1)[:, queries] = 0
+        if not len(panel_queries):
+            hi.reshape(len(hi), -1)[0, queries] = frame.nk
+    units = banded_units(Bands(lo, hi), _bits(panel_keys))
+    if units is None or not _plain(units, costs):
+        return None
+    return Split(units, panel_queries, panel_keys)
+
+
+def _coarse(
+    core: Pattern, queries: Ints, keys: Ints, frame: Frame, costs: Costs
+) -> Split | None:
+    """Whole units; keys and queries only where they are whole units, too."""
+    units = coarse_units(core, frame)
+    if len(queries) or len(keys):
+        start, stop = _runs(keys)
+        first, last = _runs(queries)
+        edges = np.concatenate([start, stop[stop < frame.nk], first, last[last < frame.nq]])
+        if (edges % UNIT).any() or _shared(None, queries, keys, frame, costs) != (False, False):
+            return None
+        units = _with_shared(core, (first, last), (start, stop), frame)
+    # Positions of an edge may be too few for a block.
+    return Split(units, queries[:0], keys[:0]) if _plain(units, costs) else None
+
+
+def _with_shared(
+    core: Pattern, rows: tuple[Ints, Ints], columns: tuple[Ints, Ints], frame: Frame
+) -> Units:
+    """The units of a coarse core, of whole lines, and of columns of units."""
+    import torch
+
+    runs = core.runs(frame, torch.arange(0, frame.nq, UNIT))
+    lines = runs.num_rows
+    every = np.arange(lines)
+    line = np.repeat(every, np.diff(runs.offsets.numpy()))
+    which, at = ragged((rows[1] - rows[0] + UNIT - 1) >> 6)
+    whole = (rows[0] >> 6)[which] + at
+    parts = [(line, runs.lo.numpy() >> 6, (runs.hi.numpy() + UNIT - 1) >> 6)]
+    parts += [
+        (every, np.full(lines, int(lo) >> 6), np.full(lines, (int(hi) + UNIT - 1) >> 6))
+        for lo, hi in zip(*columns, strict=True)
+    ]
+    parts.append((whole, np.zeros_like(whole), np.full(len(whole), -(-frame.nk // UNIT))))
+    line, start, stop = (np.concatenate(part) for part in zip(*parts, strict=True))
+    start, stop = (line << KEY_BITS | start), (line << KEY_BITS | stop)
+    order = np.argsort(start)
+    start, reach = start[order], np.maximum.accumulate(stop[order])
+    fresh = np.ones(len(start) + 1, bool)
+    fresh[1:-1] = start[1:] > reach[:-1]
+    first, last = start[fresh[:-1]], reach[fresh[1:]]
+    low = (1 << KEY_BITS) - 1
+    return edged(first >> KEY_BITS, first & low, last & low, frame)
+
+
+def _runs(members: Ints) -> tuple[Ints, Ints]:
+    """Ends of the runs of rising numbers."""
+    if not len(members):
+        return members, members
+    fresh = np.ones(len(members) + 1, bool)
+    fresh[1:-1] = members[1:] != members[:-1] + 1
+    return members[fresh[:-1]], members[fresh[1:]] + 1
+
+
+def _bits(keys: Ints) -> dict[int, int]:
+    """Words of some columns by key unit."""
+    bits: dict[int, int] = {}
+    for key in keys.tolist():
+        bits[key >> 6] = bits.get(key >> 6, 0) | 1 << (key & 63)
+    return bits
+
+
+def _shared(
+    bands: Bands | None, queries: Ints, keys: Ints, frame: Frame, costs: Costs
+) -> tuple[bool, bool] | None:
+    """Whether keys, and queries, become panels; None where that depends on more than one band.
+
+    Without bands, only whether they may be panels at all: nothing of them is there already.
+    """
+    if not (len(keys) or len(queries)):
+        return False, False
+    columns, rows = np.unique(keys >> 6), np.unique(queries >> 6)
+    covered = 0.0, 0.0
+    if bands is not None:
+        if len(bands.lo) > 1:
+            return None
+        lines = -(-frame.nq // UNIT)
+        sample = np.arange(0, lines, max(1, lines // 32))
+        some = rows[:: max(1, len(rows) // 32)]
+        everything = np.arange(-(-frame.nk // UNIT))
+        covered = _covered(bands, sample, columns), _covered(bands, some, everything)
+    members, places = (len(keys), len(queries)), (len(columns), len(rows))
+    return cheaper_shared(members, places, covered, frame, UNIT, costs)
+
+
+def _covered(bands: Bands, lines: Ints, columns: Ints) -> float:
+    """The part of some key units that the first rows of some lines touch."""
+    if not len(lines) or not len(columns):
+        return 0.0
+    lo, hi = bands.lo[0, lines, 0], bands.hi[0, lines, 0]
+    low = np.searchsorted(columns, lo >> 6)
+    high = np.searchsorted(columns, (hi - 1) >> 6, "right")
+    touched = int(np.where(lo < hi, high - low, 0).sum())
+    return min(1.0, touched / (len(lines) * len(columns)))
+
+
+def _plain(units: Units, costs: Costs) -> bool:
+    """Whether nothing could be saved by taking sparse units apart."""
+    cut = units.mask[units.mask >= 0]
+    times = np.bincount(cut, minlength=len(units.words))
+    block, most = costs.block_seconds(UNIT), sparse_limit(UNIT, costs)
+    if not len(cut) or len(cut) * block < costs.launch_seconds:
+        return True
+    kept = ones(units.words).sum(1)
+    columns = ones(np.bitwise_or.reduce(units.words, 1))
+    few = columns * costs.private_column_seconds(UNIT) <= block / 2
+    light = (kept <= most) | few
+    return int(times[light].sum()) * block < costs.launch_seconds
