@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .pattern import Frame, Pattern
 
@@ -73,12 +74,54 @@ def bands_of(core: Pattern, frame: Frame) -> Bands | None:
     if found is None or len(found) > MOST_BANDS:
         return None
     lines = -(-frame.nq // UNIT)
-    both = np.zeros((2, len(found), lines * UNIT), np.int64)
+    both = np.empty((2, len(found), lines * UNIT), np.int64)
     for band, ends in enumerate(found):
         for side in (0, 1):
             both[side, band, : frame.nq] = ends[side].numpy()
+    # Behind the last row nothing is kept; as large as its end, so that ends still rise.
+    both[:, :, frame.nq :] = both[1, :, frame.nq - 1, None]
     low, high = both.reshape(2, len(found), lines, UNIT)
     return Bands(low, high)
+
+
+class Reach(NamedTuple):
+    """Key units of each band and line, (K, lines) each.
+
+    Attributes:
+        low: the first unit that some row touches.
+        first: the first one inside all rows' intervals.
+        last: one past the last one inside all rows' intervals.
+        high: one past the last one that some row touches.
+        started: the first one behind all rows' starts.
+        ending: the first one not before all rows' ends.
+    """
+
+    low: Ints
+    first: Ints
+    last: Ints
+    high: Ints
+    started: Ints
+    ending: Ints
+
+
+def _reach(bands: Bands) -> Reach:
+    lo, hi = bands
+    # Mostly ends rise, so that the first and the last row tell; an empty row costs an empty unit.
+    falls = ((lo[:, :, 1:] < lo[:, :, :-1]) | (hi[:, :, 1:] < hi[:, :, :-1])).any((0, 2))
+    ends = [lo[:, :, 0], lo[:, :, -1], hi[:, :, 0], hi[:, :, -1]]
+    if falls.any():
+        ends = [end.copy() for end in ends]
+        some_lo, some_hi = lo[:, falls], hi[:, falls]
+        there = some_lo < some_hi
+        ends[0][:, falls] = np.where(there, some_lo, 1 << 40).min(2)
+        ends[1][:, falls] = some_lo.max(2)
+        ends[2][:, falls] = some_hi.min(2)
+        ends[3][:, falls] = np.where(there, some_hi, 0).max(2)
+    high = (ends[3] + UNIT - 1) >> 6
+    low = np.minimum(ends[0] >> 6, high)
+    started, ending = (ends[1] + UNIT - 1) >> 6, ends[2] >> 6
+    first = np.minimum(np.maximum(started, low), high)
+    return Reach(low, first, np.minimum(np.maximum(ending, first), high), high, started, ending)
 
 
 def ragged(counts: Ints) -> tuple[Ints, Ints]:
@@ -99,15 +142,9 @@ def banded_units(bands: Bands, dropped: dict[int, int]) -> Units | None:
     Returns:
         None if too many units would have to be looked at one by one.
     """
-    lo, hi = bands
-    count, lines, _ = lo.shape
-    some = lo < hi
-    low = np.where(some, lo, 1 << 40).min(2) >> 6
-    high = (np.where(some, hi, 0).max(2) + UNIT - 1) >> 6
-    np.minimum(low, high, out=low)
-    # Inside every row's interval.
-    first = np.clip((lo.max(2) + UNIT - 1) >> 6, low, high)
-    last = np.clip(hi.min(2) >> 6, first, high)
+    count, lines, _ = bands.lo.shape
+    reach = _reach(bands)
+    low, first, last, high, *_ = reach
     if int((high - low - last + first).sum()) > MOST_PARTIAL:
         return None
     line = np.broadcast_to(np.arange(lines), (count, lines)).ravel()
@@ -115,39 +152,56 @@ def banded_units(bands: Bands, dropped: dict[int, int]) -> Units | None:
     if count > 1:
         order = first.argsort(0, kind="stable")
         start, stop = np.take_along_axis(first, order, 0), np.take_along_axis(last, order, 0)
-        reach = np.maximum.accumulate(np.where(start < stop, stop, 0), 0)
-        start[1:] = np.maximum(start[1:], reach[:-1])
+        covered = np.maximum.accumulate(np.where(start < stop, stop, 0), 0)
+        start[1:] = np.maximum(start[1:], covered[:-1])
     run = (start < stop).ravel()
     run_line, start, stop = line[run], start.ravel()[run], stop.ravel()[run]
     begin = np.concatenate([low.ravel(), last.ravel()])
     which, at = ragged(np.concatenate([(first - low).ravel(), (high - last).ravel()]))
     cell_line, cell_key = line[which % len(line)], begin[which] + at
     if count > 1:
-        cell = np.unique(cell_line << KEY_BITS | cell_key)
+        cell = sorted_unique(cell_line << KEY_BITS | cell_key)
         cell_line, cell_key = cell >> KEY_BITS, cell & ((1 << KEY_BITS) - 1)
         inside = np.zeros(len(cell), bool)
         for band in range(count):
             inside |= (first[band][cell_line] <= cell_key) & (cell_key < last[band][cell_line])
         cell_line, cell_key = cell_line[~inside], cell_key[~inside]
+    lost_line, lost_key = line[:0], line[:0]
     if dropped:
         at_units = np.array(sorted(dropped))
-        (run_line, start, stop), more = _split(run_line, start, stop, at_units)
-        cell_line = np.concatenate([cell_line, more[0]])
-        cell_key = np.concatenate([cell_key, more[1]])
+        (run_line, start, stop), (lost_line, lost_key) = _split(run_line, start, stop, at_units)
     if len(cell_line) > MOST_PARTIAL:
         return None
-    mask, words = _cut_cells(bands, cell_line, cell_key, dropped)
-    kept = mask != -2
+    mask, words = _cut_cells(bands, reach, cell_line, cell_key, dropped)
+    if len(lost_key):
+        # Whole but for columns that are left out.
+        number = np.searchsorted(at_units, lost_key) + len(words)
+        columns = np.array([~dropped[unit] & 2**64 - 1 for unit in at_units.tolist()], np.uint64)
+        words = np.concatenate([words, np.repeat(columns, UNIT).reshape(-1, UNIT)])
+        cell_line = np.concatenate([cell_line, lost_line])
+        cell_key = np.concatenate([cell_key, lost_key])
+        mask = np.concatenate([mask, np.where((words[number] != 0).any(1), number, -2)])
+    if (mask == -2).any():
+        kept = mask != -2
+        cell_line, cell_key, mask = cell_line[kept], cell_key[kept], mask[kept]
     return ordered(
-        np.concatenate([run_line, cell_line[kept]]), np.concatenate([start, cell_key[kept]]),
-        np.concatenate([stop - start, np.ones(int(kept.sum()), np.int64)]),
-        np.concatenate([np.full(len(run_line), -1), mask[kept]]), words,
+        np.concatenate([run_line, cell_line]), np.concatenate([start, cell_key]),
+        np.concatenate([stop - start, np.ones_like(cell_key)]),
+        np.concatenate([np.full(len(run_line), -1), mask]), words,
     )  # fmt: skip
+
+
+def sorted_unique(numbers: Ints) -> Ints:
+    """Distinct numbers, rising."""
+    rising = np.sort(numbers)
+    fresh = np.ones(len(rising), bool)
+    np.not_equal(rising[1:], rising[:-1], out=fresh[1:])
+    return rising[fresh]
 
 
 def ordered(line: Ints, key: Ints, length: Ints, mask: Ints, words: Words) -> Units:
     """Units of runs in any order."""
-    order = np.argsort(line << KEY_BITS | key)
+    order = np.argsort(line << KEY_BITS | key, kind="stable")
     return Units(line[order], key[order], length[order], mask[order], words)
 
 
@@ -168,46 +222,70 @@ def _split(
 
 
 def _cut_cells(
-    bands: Bands, line: Ints, key: Ints, dropped: dict[int, int]
+    bands: Bands, reach: Reach, line: Ints, key: Ints, dropped: dict[int, int]
 ) -> tuple[Ints, Words]:
     """The mask of each unit, −1 = full, −2 = empty; the distinct masks."""
-    count = bands.lo.shape[0]
+    count = len(bands.lo)
     if not len(line):
         return line, np.zeros((0, UNIT), np.uint64)
-    base = (key << 6)[:, None]
-    ends = np.empty((len(line), 2 * count, UNIT), np.uint8)
+    # Cells are alike if their lines' ends are, and lie alike to them.
+    sign = np.zeros_like(key)
     for band in range(count):
-        for side, of in enumerate(bands):
-            near = of[band].take(line, 0)
-            near -= base
-            np.maximum(near, 0, out=near)
-            np.minimum(near, UNIT, out=near)
-            ends[:, 2 * band + side] = near
-    # What is told apart: the ends in all 64 rows, and the columns left out.
-    sign = ends.reshape(len(line), -1).view(np.uint64)
+        touched = (reach.low[band][line] <= key) & (key < reach.high[band][line])
+        for side, edge, of in zip("<>", reach[4:], bands, strict=True):
+            # Behind all starts, or before all ends, it does not matter where those lie.
+            where = edge[band][line]
+            matters = touched & (where > key if side == "<" else where <= key)
+            place = of[band, line, 0] - (key << 6) + (1 << 19)
+            if band:  # there is room for two sides
+                sign = kinds(sign)[1]
+            sign = sign << 32 | np.where(matters, place << 11 | _shapes(of[band])[line], 0)
     if dropped:
         lost = np.zeros(int(key.max()) + 1, np.uint64)
         for unit, word in dropped.items():
             if unit < len(lost):
                 lost[unit] = word
-        sign = np.concatenate([sign, lost[key][:, None]], 1)
-    first, kind = distinct(sign)
-    ends = ends[first].astype(np.intp)
+        sign = kinds(sign)[1] << KEY_BITS | np.where(lost[key] > 0, key + 1, 0)
+    first, kind = kinds(sign)
+    line, key = line[first], key[first]
     table = low_bits()
     words = np.zeros((len(first), UNIT), np.uint64)
+    base = (key << 6)[:, None]
     for band in range(count):
-        upper, lower = ends[:, 2 * band + 1], ends[:, 2 * band]
+        lower, upper = (
+            np.minimum(np.maximum(ends[band][line] - base, 0), UNIT) for ends in bands
+        )
         words |= table[np.maximum(upper, lower)] ^ table[lower]
     if dropped:
-        words &= ~lost[key[first]][:, None]
-    return numbered(words, kind)
+        words &= ~lost[key][:, None]
+    first, same = distinct(words)
+    return numbered(words[first], same[kind])
+
+
+def _shapes(ends: Ints) -> Ints:
+    """(lines,): equal for lines whose ends differ by one number; neighbours are compared only."""
+    step = ends[1:] - ends[:-1]
+    kind = np.zeros(len(ends), np.int64)
+    np.cumsum((step != step[:, :1]).any(1), out=kind[1:])
+    return kind
+
+
+def kinds(numbers: Ints | Words) -> tuple[Ints, Ints]:
+    """One of each kind of equal numbers, and the kind of each."""
+    order = np.argsort(numbers, kind="stable")
+    rising = numbers[order]
+    fresh = np.ones(len(rising), bool)
+    np.not_equal(rising[1:], rising[:-1], out=fresh[1:])
+    kind = np.empty_like(order)
+    kind[order] = fresh.cumsum() - 1
+    return order[fresh], kind
 
 
 def distinct(rows: Words) -> tuple[Ints, Ints]:
     """A row of each kind, and the kind of each row."""
     factors = np.arange(1, 2 * rows.shape[1], 2, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     digest = ((rows ^ rows >> np.uint64(29)) * factors).sum(1)
-    _, first, kind = np.unique(digest ^ digest >> np.uint64(32), True, True)
+    first, kind = kinds(digest ^ digest >> np.uint64(32))
     if not np.array_equal(rows[first[kind]], rows):
         _, first, kind = np.unique(rows, True, True, axis=0)
     return first, kind.reshape(-1)
@@ -229,19 +307,19 @@ def numbered(words: Words, kind: Ints) -> tuple[Ints, Words]:
     return number[kind], words[cut]
 
 
-def coarse_units(core: Pattern, frame: Frame) -> Units:
-    """The units of a pattern that keeps or drops whole units; see ``Pattern.coarse``."""
-    import torch
+Runs = tuple[Ints, Ints, Ints]
 
+
+def coarse_runs(core: Pattern, frame: Frame) -> Runs:
+    """(line, start, stop) of runs of units of a pattern of whole units; see ``Pattern.coarse``."""
     runs = core.runs(frame, torch.arange(0, frame.nq, UNIT))
-    lines = runs.num_rows
-    line = np.repeat(np.arange(lines), np.diff(runs.offsets.numpy()))
-    low, high = runs.lo.numpy(), runs.hi.numpy()
-    return edged(line, low >> 6, (high + UNIT - 1) >> 6, frame)
+    line = np.repeat(np.arange(runs.num_rows), np.diff(runs.offsets.numpy()))
+    return line, runs.lo.numpy() >> 6, (runs.hi.numpy() + UNIT - 1) >> 6
 
 
-def edged(line: Ints, start: Ints, stop: Ints, frame: Frame) -> Units:
+def coarse_units(runs: Runs, frame: Frame) -> Units:
     """Runs of whole units; what hangs over the edge of the matrix is masked."""
+    line, start, stop = runs
     mask = np.full(len(line), -1)
     right, down = frame.nk % UNIT, frame.nq % UNIT
     if not (right or down):

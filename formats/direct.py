@@ -16,13 +16,15 @@ from .bands import (
     UNIT,
     Bands,
     Ints,
+    Runs,
     Units,
     banded_units,
     bands_of,
+    coarse_runs,
     coarse_units,
-    edged,
     ones,
     ragged,
+    sorted_unique,
 )
 from .costs import Costs
 from .leftovers import sparse_limit
@@ -79,17 +81,16 @@ def split_directly(flat: Pattern, frame: Frame, costs: Costs) -> Split | None:
         return None
     lo, hi = bands
     if len(start):
-        ends = np.zeros((2, len(start), lines * UNIT), np.int64)
-        ends[0, :, : frame.nq] = start[:, None]
-        ends[1, :, : frame.nq] = stop[:, None]
+        ends = np.empty((2, len(start), lines * UNIT), np.int64)
+        ends[0], ends[1] = start[:, None], stop[:, None]
+        ends[0, :, frame.nq :] = stop[:, None]
         more = ends.reshape(2, -1, lines, UNIT)
         lo, hi = np.concatenate([lo, more[0]]), np.concatenate([hi, more[1]])
     if len(queries):
         lo, hi = lo.copy(), hi.copy()
-        lo.reshape(len(lo), -1)[:, queries] = 0
-        hi.reshape(len(hi), -1)[:, queries] = 0
-        if not len(panel_queries):
-            hi.reshape(len(hi), -1)[0, queries] = frame.nk
+        for band, (starts, ends) in enumerate(zip(lo, hi, strict=True)):
+            starts.reshape(-1)[queries] = 0
+            ends.reshape(-1)[queries] = 0 if band or len(panel_queries) else frame.nk
     units = banded_units(Bands(lo, hi), _bits(panel_keys))
     if units is None or not _plain(units, costs):
         return None
@@ -100,45 +101,42 @@ def _coarse(
     core: Pattern, queries: Ints, keys: Ints, frame: Frame, costs: Costs
 ) -> Split | None:
     """Whole units; keys and queries only where they are whole units, too."""
-    units = coarse_units(core, frame)
+    runs = coarse_runs(core, frame)
     if len(queries) or len(keys):
         start, stop = _runs(keys)
         first, last = _runs(queries)
         edges = np.concatenate([start, stop[stop < frame.nk], first, last[last < frame.nq]])
         if (edges % UNIT).any() or _shared(None, queries, keys, frame, costs) != (False, False):
             return None
-        units = _with_shared(core, (first, last), (start, stop), frame)
+        runs = _with_shared(runs, (first, last), (start, stop), frame)
+    units = coarse_units(runs, frame)
     # Positions of an edge may be too few for a block.
     return Split(units, queries[:0], keys[:0]) if _plain(units, costs) else None
 
 
 def _with_shared(
-    core: Pattern, rows: tuple[Ints, Ints], columns: tuple[Ints, Ints], frame: Frame
-) -> Units:
-    """The units of a coarse core, of whole lines, and of columns of units."""
-    import torch
-
-    runs = core.runs(frame, torch.arange(0, frame.nq, UNIT))
-    lines = runs.num_rows
+    runs: Runs, rows: tuple[Ints, Ints], columns: tuple[Ints, Ints], frame: Frame
+) -> Runs:
+    """Runs of units, those of whole lines, and those of columns of units, joined."""
+    lines = -(-frame.nq // UNIT)
     every = np.arange(lines)
-    line = np.repeat(every, np.diff(runs.offsets.numpy()))
-    which, at = ragged((rows[1] - rows[0] + UNIT - 1) >> 6)
+    which, at = ragged(((rows[1] + UNIT - 1) >> 6) - (rows[0] >> 6))
     whole = (rows[0] >> 6)[which] + at
-    parts = [(line, runs.lo.numpy() >> 6, (runs.hi.numpy() + UNIT - 1) >> 6)]
+    parts = [runs]
     parts += [
         (every, np.full(lines, int(lo) >> 6), np.full(lines, (int(hi) + UNIT - 1) >> 6))
         for lo, hi in zip(*columns, strict=True)
     ]
     parts.append((whole, np.zeros_like(whole), np.full(len(whole), -(-frame.nk // UNIT))))
     line, start, stop = (np.concatenate(part) for part in zip(*parts, strict=True))
-    start, stop = (line << KEY_BITS | start), (line << KEY_BITS | stop)
-    order = np.argsort(start)
+    start, stop = line << KEY_BITS | start, line << KEY_BITS | stop
+    order = np.argsort(start, kind="stable")
     start, reach = start[order], np.maximum.accumulate(stop[order])
     fresh = np.ones(len(start) + 1, bool)
     fresh[1:-1] = start[1:] > reach[:-1]
     first, last = start[fresh[:-1]], reach[fresh[1:]]
     low = (1 << KEY_BITS) - 1
-    return edged(first >> KEY_BITS, first & low, last & low, frame)
+    return first >> KEY_BITS, first & low, last & low
 
 
 def _runs(members: Ints) -> tuple[Ints, Ints]:
@@ -167,7 +165,7 @@ def _shared(
     """
     if not (len(keys) or len(queries)):
         return False, False
-    columns, rows = np.unique(keys >> 6), np.unique(queries >> 6)
+    columns, rows = sorted_unique(keys >> 6), sorted_unique(queries >> 6)
     covered = 0.0, 0.0
     if bands is not None:
         if len(bands.lo) > 1:

@@ -8,24 +8,26 @@ instead, at the cost of their runs of units, and cross in one copy. Others retur
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixgrain.formats.bands import KEY_BITS, UNIT, Ints, Units, Words, low_bits
+from mixgrain.formats.bands import KEY_BITS, UNIT, Ints, Units, Words, low_bits, sorted_unique
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.direct import Split, split_directly
 from mixgrain.formats.pattern import Frame, Pattern
 
-from .cells import PACKED, register_words
+from .cells import PACKED, in_register_order, register_words
 from .host_items import HostItems, HostLines, host_items
 from .panels import COPY, LINE, MASKED
 from .plan import Plan
 
 # Rows beyond which the device is faster.
 MOST_ROWS = 1 << 17
+# Masks that are put in order here.
+FEW_MASKS = 64
 # Distinct patterns of a table over heads and batch entries.
 MOST_PATTERNS = 16
 
@@ -136,7 +138,7 @@ def _gathered(split: Split, frame: Frame) -> bool:
         if not -(-len(split.queries) // UNIT) * (wide + LINE) < (touched + cut / MASKED) * wide:
             return False
     if len(split.keys):
-        packed, places = -(-len(split.keys) // UNIT), len(np.unique(split.keys >> 6))
+        packed, places = -(-len(split.keys) // UNIT), len(sorted_unique(split.keys >> 6))
         across = min(packed, places)
         touched, cut = int((others > 0).sum()), int(((others > 0) & (others < there)).sum())
         if -(-int(others.sum()) // UNIT) * (across + LINE) < (touched + cut / MASKED) * across:
@@ -193,7 +195,7 @@ def _joined(parts: list[Units]) -> Units:
     if len(parts) == 1:
         return parts[0]
     line, key, length, mask, words = (np.concatenate(of) for of in zip(*parts, strict=True))
-    order = np.argsort(line << KEY_BITS | key)
+    order = np.argsort(line << KEY_BITS | key, kind="stable")
     return Units(line[order], key[order], length[order], mask[order], words)
 
 
@@ -250,7 +252,7 @@ def _dead(
         # Keys that are gathered are kept by queries.
         for key in of.keys[of.keys >= 0].tolist():
             held[u * wide + key // UNIT] |= np.uint64(1 << key % UNIT)
-    place = np.unique(at[open_])
+    place = sorted_unique(at[open_])
     lost = (held[place][:, None] >> np.arange(UNIT, dtype=np.uint64)) & np.uint64(1) == 0
     position = (place % wide)[:, None] * UNIT + np.arange(UNIT)
     lost &= position < nk
@@ -261,9 +263,13 @@ def _dead(
     return np.ascontiguousarray(dead[:, :nk])
 
 
-def _upload(arrays: list[Ints | Words], device: torch.device) -> list[Tensor]:
+def _upload(arrays: list[np.typing.NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Everything as int32 in one copy; the third one, masks, in register order."""
     starts, total = [], 0
+    if 0 < len(arrays[2]) <= FEW_MASKS:
+        signed = arrays[2].view(np.int64)[..., None]
+        ready = in_register_order(signed, np.arange(0, 8, 2)).view(np.int32)
+        arrays = [*arrays[:2], ready.reshape(-1, 128, 2)[..., 0], *arrays[3:]]
     for array in arrays:
         starts.append(total)
         total += -(-array.size * (2 if array.dtype == np.uint64 else 1) // UNIT) * UNIT

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixgrain.formats.bands import KEY_BITS, Bools, Ints, Units, ragged
+from mixgrain.formats.bands import KEY_BITS, Bools, Ints, Units, ragged, sorted_unique
 
 from .items import FEW, LONG, SHORTEST, SHORTEST_WIDE, TURN
 
@@ -95,10 +95,10 @@ def _steps(units: Units, place: Ints, items: int) -> tuple[Ints, Ints, Ints]:
         mine = ((to & 1) == group).nonzero()[0]
         start = low[mine]
         if len(start) > 1 and (start[1:] < start[:-1]).any():
-            order = np.argsort(start)
+            order = np.argsort(start, kind="stable")
             mine, start = mine[order], start[order]
         found.append((start, high[mine], units.mask[mine]))
-    edges = np.unique(np.concatenate([low, high]))
+    edges = sorted_unique(np.concatenate([low, high]))
     left, size = edges[:-1], np.diff(edges)
     masks = np.empty((2, len(left)), np.int64)
     for group, (start, stop, mask) in enumerate(found):
@@ -130,7 +130,7 @@ def _steps(units: Units, place: Ints, items: int) -> tuple[Ints, Ints, Ints]:
 def _arranged(
     left: Ints, size: Ints, masks: Ints, both: Bools, item: Ints, items: int
 ) -> tuple[Ints, Ints, Ints]:
-    """Runs of steps in the order of ``items.arrange``: pairs of both, pairs of one, single ones."""
+    """Runs of steps in the order of ``items._arranged``."""
     shared = np.bincount(item, size * both, items).astype(np.int64)
     single = (~both).nonzero()[0]
     group = (masks[0, single] == NOT_ITS).astype(np.int64)
