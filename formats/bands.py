@@ -252,9 +252,7 @@ def _cut_cells(
     words = np.zeros((len(first), UNIT), np.uint64)
     base = (key << 6)[:, None]
     for band in range(count):
-        lower, upper = (
-            np.minimum(np.maximum(ends[band][line] - base, 0), UNIT) for ends in bands
-        )
+        lower, upper = (np.minimum(np.maximum(ends[band][line] - base, 0), UNIT) for ends in bands)
         words |= table[np.maximum(upper, lower)] ^ table[lower]
     if dropped:
         words &= ~lost[key][:, None]
@@ -283,7 +281,8 @@ def kinds(numbers: Ints | Words) -> tuple[Ints, Ints]:
 
 def distinct(rows: Words) -> tuple[Ints, Ints]:
     """A row of each kind, and the kind of each row."""
-    factors = np.arange(1, 2 * rows.shape[1], 2, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    odd = np.arange(1, 2 * rows.shape[1], 2).astype(np.uint64)
+    factors = odd * np.uint64(0x9E3779B97F4A7C15)
     digest = ((rows ^ rows >> np.uint64(29)) * factors).sum(1)
     first, kind = kinds(digest ^ digest >> np.uint64(32))
     if not np.array_equal(rows[first[kind]], rows):
@@ -296,7 +295,8 @@ def ones(words: Words) -> Ints:
     x = words - ((words >> np.uint64(1)) & np.uint64(0x5555555555555555))
     x = (x & np.uint64(0x3333333333333333)) + (x >> np.uint64(2) & np.uint64(0x3333333333333333))
     x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return (x * np.uint64(0x0101010101010101) >> np.uint64(56)).astype(np.int64)
+    counts: Ints = (x * np.uint64(0x0101010101010101) >> np.uint64(56)).astype(np.int64)
+    return counts
 
 
 def numbered(words: Words, kind: Ints) -> tuple[Ints, Words]:

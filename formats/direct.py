@@ -97,9 +97,7 @@ def split_directly(flat: Pattern, frame: Frame, costs: Costs) -> Split | None:
     return Split(units, panel_queries, panel_keys)
 
 
-def _coarse(
-    core: Pattern, queries: Ints, keys: Ints, frame: Frame, costs: Costs
-) -> Split | None:
+def _coarse(core: Pattern, queries: Ints, keys: Ints, frame: Frame, costs: Costs) -> Split | None:
     """Whole units; keys and queries only where they are whole units, too."""
     runs = coarse_runs(core, frame)
     if len(queries) or len(keys):

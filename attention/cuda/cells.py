@@ -143,7 +143,7 @@ def register_words(masks: Tensor) -> Tensor:
         return torch.zeros(0, 128, dtype=torch.int32, device=masks.device)
     words = masks.contiguous().view(torch.int64)
     pair = torch.arange(0, 8, 2, device=masks.device)
-    packed = in_register_order(words, pair).view(torch.int32)
+    packed: Tensor = in_register_order(words, pair).view(torch.int32)
     return packed.view(-1, 128, 2)[..., 0].contiguous()
 
 

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from mixgrain.formats.bands import KEY_BITS, UNIT, Ints, Units, Words, low_bits, sorted_unique
+from mixgrain.formats.cache import LRU
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.direct import Split, split_directly
+from mixgrain.formats.errors import LayoutError
 from mixgrain.formats.pattern import Frame, Pattern
 
 from .cells import PACKED, in_register_order, register_words
+from .choice import split_costs
 from .host_items import HostItems, HostLines, host_items
 from .panels import COPY, LINE, MASKED
 from .plan import Plan
@@ -39,6 +42,28 @@ class Gathers(NamedTuple):
     keys: Ints
 
 
+_plans: LRU[Plan | None] = LRU(128)
+
+
+def plan_pattern(pattern: Pattern, nq: int, nk: int, D: int, device: torch.device) -> Plan | None:
+    """What ``host_plan`` makes, remembered by the pattern's expression.
+
+    Raises:
+        LayoutError: a pattern of another fixed shape, or a new one while a graph is captured.
+    """
+
+    def make() -> Plan | None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise LayoutError(
+                f"{pattern!r}: no plan for {nq} × {nk} yet, and a graph is being captured; plan "
+                "first: run the model once before it"
+            )
+        return host_plan(pattern, nq, nk, D, device, costs)
+
+    costs = split_costs(D)
+    return _plans.get((pattern.expression_key(), nq, nk, device, D > 128, costs), make)
+
+
 def host_plan(
     pattern: Pattern, nq: int, nk: int, D: int, device: torch.device, costs: Costs
 ) -> Plan | None:
@@ -55,9 +80,9 @@ def host_plan(
     Raises:
         LayoutError: a pattern of another fixed shape.
     """
-    if max(nq, nk) > MOST_ROWS or len(pattern.distinct) > MOST_PATTERNS:
-        return None
     if not pattern._static or pattern.device.type != "cpu":
+        return None
+    if max(nq, nk) > MOST_ROWS or len(pattern.distinct) > MOST_PATTERNS:
         return None
     frame = Frame(nq, nk, torch.device("cpu"))
     patterns, nqu = len(pattern.distinct), -(-nq // UNIT)
@@ -89,7 +114,14 @@ def host_plan(
     merge, merged = _merges(made, lines, queries, nq, patterns * nqu, patterns)
     dead = _dead(units, lines, gathers, (nq, nk))
     tables = [_table([of.keys for of in gathers]), _table([of.queries for of in gathers])]
-    arrays = [made.items, made.steps, units.words, *tables, *merge, made.costs]
+    arrays: list[np.typing.NDArray[Any]] = [
+        made.items,
+        made.steps,
+        units.words,
+        *tables,
+        *merge,
+        made.costs,
+    ]
     items, steps, masks, *rest, costs_of = _upload(arrays, device)
     none = items.new_zeros(0)
     tensors = [
@@ -180,9 +212,7 @@ def _panels(split: Split, frame: Frame, gathered: int) -> list[Units]:
         full, tail = divmod(frame.nk, UNIT)
         parts = []
         if full:
-            parts.append(
-                Units(line, one * 0, one * full, -one, np.zeros((0, UNIT), np.uint64))
-            )
+            parts.append(Units(line, one * 0, one * full, -one, np.zeros((0, UNIT), np.uint64)))
         if tail:
             last = np.full((1, UNIT), table[tail])
             parts.append(Units(line, one * full, one, one * 0, last))

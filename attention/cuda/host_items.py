@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mixgrain.formats.bands import KEY_BITS, Bools, Ints, Units, ragged, sorted_unique
 
 from .items import FEW, LONG, SHORTEST, SHORTEST_WIDE, TURN
 
 NOT_ITS = -2
+Ints32 = npt.NDArray[np.int32]
 
 
 class HostLines(NamedTuple):
@@ -30,8 +32,8 @@ class HostLines(NamedTuple):
 class HostItems(NamedTuple):
     """As of ``items.Items``, in arrays."""
 
-    items: Ints
-    steps: Ints
+    items: Ints32
+    steps: Ints32
     costs: Ints
     item_counts: list[int]
     slot_counts: list[int]
@@ -44,7 +46,8 @@ def host_limits(counts: Ints, pattern: Ints, patterns: int, D: int) -> Ints:
     total = np.bincount(pattern, counts, patterns).astype(np.int64)
     lines = np.bincount(pattern[counts > 0], minlength=patterns)
     share = np.minimum(LONG * total // (2 * np.maximum(lines, 1)), total // FEW)
-    return (np.maximum(share, SHORTEST if D <= 128 else SHORTEST_WIDE) + 3) // 4 * 4
+    limit: Ints = (np.maximum(share, SHORTEST if D <= 128 else SHORTEST_WIDE) + 3) // 4 * 4
+    return limit
 
 
 def host_items(units: Units, lines: HostLines, patterns: int, D: int) -> HostItems:
@@ -85,7 +88,7 @@ def host_items(units: Units, lines: HostLines, patterns: int, D: int) -> HostIte
     return _cut(steps, length, own, line, lines, kind // 2, long, alone, limit, patterns)
 
 
-def _steps(units: Units, place: Ints, items: int) -> tuple[Ints, Ints, Ints]:
+def _steps(units: Units, place: Ints, items: int) -> tuple[Ints32, Ints, Ints]:
     """int32 (S, 4) steps by item in the order of ``items``; each item's, and each warpgroup's."""
     to = place[units.line]
     low = (to >> 1) << KEY_BITS | units.key
@@ -164,7 +167,7 @@ def _arranged(
 
 
 def _cut(
-    steps: Ints,
+    steps: Ints32,
     length: Ints,
     own: Ints,
     line: Ints,

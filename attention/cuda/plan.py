@@ -284,9 +284,7 @@ def _merges(
     return [merge_rows, ptr, source[order].to(torch.int32)], of
 
 
-def _dead(
-    cells: Cells, nku: int, nk: int, key_rows: Tensor, patterns: int, lines: Lines
-) -> Tensor:
+def _dead(cells: Cells, nku: int, nk: int, key_rows: Tensor, patterns: int, lines: Lines) -> Tensor:
     """Bool (U, nk): keys inside some cell that no query keeps; (0,) if there are none."""
     device = cells.line.device
     nothing = torch.zeros(0, dtype=torch.bool, device=device)
