@@ -74,6 +74,9 @@ def bands_of(core: Pattern, frame: Frame) -> Bands | None:
     if found is None or len(found) > MOST_BANDS:
         return None
     lines = -(-frame.nq // UNIT)
+    if frame.nq == lines * UNIT and len(found) == 1:
+        lo, hi = (end.numpy().reshape(1, lines, UNIT) for end in found[0])
+        return Bands(lo, hi)
     both = np.empty((2, len(found), lines * UNIT), np.int64)
     for band, ends in enumerate(found):
         for side in (0, 1):
@@ -107,9 +110,11 @@ class Reach(NamedTuple):
 def _reach(bands: Bands) -> Reach:
     lo, hi = bands
     # Mostly ends rise, so that the first and the last row tell; an empty row costs an empty unit.
-    falls = ((lo[:, :, 1:] < lo[:, :, :-1]) | (hi[:, :, 1:] < hi[:, :, :-1])).any((0, 2))
+    falls = None
+    if _falls(lo) or _falls(hi):
+        falls = ((lo[:, :, 1:] < lo[:, :, :-1]) | (hi[:, :, 1:] < hi[:, :, :-1])).any((0, 2))
     ends = [lo[:, :, 0], lo[:, :, -1], hi[:, :, 0], hi[:, :, -1]]
-    if falls.any():
+    if falls is not None:
         ends = [end.copy() for end in ends]
         some_lo, some_hi = lo[:, falls], hi[:, falls]
         there = some_lo < some_hi
@@ -122,6 +127,11 @@ def _reach(bands: Bands) -> Reach:
     started, ending = (ends[1] + UNIT - 1) >> 6, ends[2] >> 6
     first = np.minimum(np.maximum(started, low), high)
     return Reach(low, first, np.minimum(np.maximum(ending, first), high), high, started, ending)
+
+
+def _falls(ends: Ints) -> bool:
+    flat = ends.reshape(len(ends), -1)
+    return bool((flat[:, 1:] < flat[:, :-1]).any())
 
 
 def ragged(counts: Ints) -> tuple[Ints, Ints]:
@@ -236,6 +246,8 @@ def _cut_cells(
             # Behind all starts, or before all ends, it does not matter where those lie.
             where = edge[band][line]
             matters = touched & (where > key if side == "<" else where <= key)
+            if not matters.any():
+                continue
             place = of[band, line, 0] - (key << 6) + (1 << 19)
             if band:  # there is room for two sides
                 sign = kinds(sign)[1]
@@ -262,10 +274,11 @@ def _cut_cells(
 
 def _shapes(ends: Ints) -> Ints:
     """(lines,): equal for lines whose ends differ by one number; neighbours are compared only."""
-    step = ends[1:] - ends[:-1]
+    flat = ends.reshape(-1)
+    step = flat[1:] - flat[:-1]
     kind = np.zeros(len(ends), np.int64)
-    np.cumsum((step != step[:, :1]).any(1), out=kind[1:])
-    return kind
+    kind[((step[UNIT:] != step[:-UNIT]).nonzero()[0] >> 6) + 1] = 1
+    return kind.cumsum()
 
 
 def kinds(numbers: Ints | Words) -> tuple[Ints, Ints]:

@@ -61,22 +61,21 @@ def host_items(units: Units, lines: HostLines, patterns: int, D: int) -> HostIte
     """
     counts = np.bincount(units.line, units.length, len(lines.unit)).astype(np.int64)
     limit = host_limits(counts, lines.pattern, patterns, D)
-    kind = 2 * lines.pattern + (counts > limit[lines.pattern])
-    kept = np.argsort(kind, kind="stable")
-    kind = kind[kept]
-    members = np.bincount(kind, minlength=2 * patterns)
-    pairs = (members + 1) // 2
-    rank = np.arange(len(kept)) - (members.cumsum() - members)[kind]
-    at = (pairs.cumsum() - pairs)[kind] + rank // 2
-    line = np.full((int(pairs.sum()), 2), -1)
-    line[at, rank % 2] = kept
-    kind = np.repeat(np.arange(2 * patterns), pairs)
-    long = kind % 2 > 0
-    # A long line without a partner: both warpgroups work on it.
-    alone = long & (line[:, 1] < 0)
-    place = np.empty(len(counts), np.int64)
-    place[kept] = 2 * at + rank % 2
-    steps, length, own = _steps(units, place, len(line))
+    long = counts > limit[lines.pattern]
+    if patterns == 1 and not long.any():
+        # Neighbours as they are.
+        place = np.arange(len(counts))
+        line = np.full((len(counts) + 1) // 2 * 2, -1)
+        line[: len(counts)] = place
+        line = line.reshape(-1, 2)
+        pattern = np.zeros(len(line), np.int64)
+        alone = long = pattern > 0
+    else:
+        line, place, pattern, long = _paired(lines.pattern, long, patterns)
+        # A long line without a partner: both warpgroups work on it.
+        alone = long & (line[:, 1] < 0)
+    own = np.where(line >= 0, counts[line], 0)
+    steps, length = _steps(units, place, own)
     for item in alone.nonzero()[0].tolist():
         first = int(length[:item].sum())
         piece = steps[first : first + int(length[item])]
@@ -85,11 +84,35 @@ def host_items(units: Units, lines: HostLines, patterns: int, D: int) -> HostIte
         piece[second, 1] = NOT_ITS
         own[item] = (~second).sum(), second.sum()
         line[item, 1] = line[item, 0]
-    return _cut(steps, length, own, line, lines, kind // 2, long, alone, limit, patterns)
+    return _cut(steps, length, own, line, lines, pattern, long, alone, limit, patterns)
 
 
-def _steps(units: Units, place: Ints, items: int) -> tuple[Ints32, Ints, Ints]:
-    """int32 (S, 4) steps by item in the order of ``items``; each item's, and each warpgroup's."""
+def _paired(pattern: Ints, long: Bools, patterns: int) -> tuple[Ints, Ints, Ints, Bools]:
+    """Lines of each item, −1 = none; the place of each line; pattern and length of each item."""
+    kind = 2 * pattern + long
+    kept = np.argsort(kind, kind="stable")
+    kind = kind[kept]
+    members = np.bincount(kind, minlength=2 * patterns)
+    pairs = (members + 1) // 2
+    rank = np.arange(len(kept)) - (members.cumsum() - members)[kind]
+    at = (pairs.cumsum() - pairs)[kind] + rank // 2
+    line = np.full((int(pairs.sum()), 2), -1)
+    line[at, rank % 2] = kept
+    place = np.empty(len(kept), np.int64)
+    place[kept] = 2 * at + rank % 2
+    kind = np.repeat(np.arange(2 * patterns), pairs)
+    return line, place, kind // 2, kind % 2 > 0
+
+
+def _steps(units: Units, place: Ints, own: Ints) -> tuple[Ints32, Ints]:
+    """int32 (S, 4) steps by item in the order of ``items``, and how many each item has.
+
+    Args:
+        units: runs of all patterns.
+        place: twice the item of each line, plus its warpgroup.
+        own: units of each warpgroup.
+    """
+    items = len(own)
     to = place[units.line]
     low = (to >> 1) << KEY_BITS | units.key
     high = low + units.length
@@ -114,11 +137,10 @@ def _steps(units: Units, place: Ints, items: int) -> tuple[Ints32, Ints, Ints]:
     left, size, masks = left[there], size[there], masks[:, there]
     item = left >> KEY_BITS
     mine = masks != NOT_ITS
-    own = np.stack([np.bincount(item, size * of, items) for of in mine], 1).astype(np.int64)
-    length = np.bincount(item, size, items).astype(np.int64)
     both = mine.all(0)
+    shared = np.bincount(item, size * both, items).astype(np.int64)
     if not both.all():
-        left, size, masks = _arranged(left, size, masks, both, item, items)
+        left, size, masks = _arranged(left, size, masks, both, item, shared)
     # What every step of a run has in common, repeated.
     ends = size.cumsum()
     total = int(ends[-1]) if len(ends) else 0
@@ -127,14 +149,14 @@ def _steps(units: Units, place: Ints, items: int) -> tuple[Ints32, Ints, Ints]:
     steps[:, 0] += np.arange(total, dtype=np.int32)
     steps[:, 1] = np.repeat(masks[0].astype(np.int32), size)
     steps[:, 2] = np.repeat(masks[1].astype(np.int32), size)
-    return steps, length, own
+    return steps, own.sum(1) - shared
 
 
 def _arranged(
-    left: Ints, size: Ints, masks: Ints, both: Bools, item: Ints, items: int
+    left: Ints, size: Ints, masks: Ints, both: Bools, item: Ints, shared: Ints
 ) -> tuple[Ints, Ints, Ints]:
     """Runs of steps in the order of ``items._arranged``."""
-    shared = np.bincount(item, size * both, items).astype(np.int64)
+    items = len(shared)
     single = (~both).nonzero()[0]
     group = (masks[0, single] == NOT_ITS).astype(np.int64)
     which, at = ragged(size[single])
