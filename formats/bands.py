@@ -62,6 +62,19 @@ class Bands(NamedTuple):
     hi: Ints
 
 
+# (line, first unit, one past the last) of runs of whole units.
+Runs = tuple[Ints, Ints, Ints]
+# First members of runs of rows or columns, and one past the last ones.
+Ends = tuple[Ints, Ints]
+
+
+class Joined(NamedTuple):
+    """Rows that see every key, and keys that every row sees, in runs that are whole units."""
+
+    rows: Ends
+    columns: Ends
+
+
 @functools.cache
 def low_bits() -> Words:
     """(65,): the word with so many low bits."""
@@ -142,12 +155,16 @@ def ragged(counts: Ints) -> tuple[Ints, Ints]:
     return which, np.arange(total) - np.repeat(ends - counts, counts)
 
 
-def banded_units(bands: Bands, dropped: dict[int, int]) -> Units | None:
+def banded_units(
+    bands: Bands, dropped: dict[int, int], joined: Joined | None, frame: Frame
+) -> Units | None:
     """The units that intervals touch.
 
     Args:
         bands: the intervals.
         dropped: columns left out: words by key unit.
+        joined: whole rows and columns of units that are kept as well, or None.
+        frame: the rectangle.
 
     Returns:
         None if too many units would have to be looked at one by one.
@@ -176,6 +193,13 @@ def banded_units(bands: Bands, dropped: dict[int, int]) -> Units | None:
         for band in range(count):
             inside |= (first[band][cell_line] <= cell_key) & (cell_key < last[band][cell_line])
         cell_line, cell_key = cell_line[~inside], cell_key[~inside]
+    if joined is not None:
+        run_line, start, stop = with_joined((run_line, start, stop), joined, frame)
+        (first_row, last_row), (first_key, last_key) = (
+            (low_end >> 6, (high_end + UNIT - 1) >> 6) for low_end, high_end in joined
+        )
+        open_ = ~(_inside(cell_line, first_row, last_row) | _inside(cell_key, first_key, last_key))
+        cell_line, cell_key = cell_line[open_], cell_key[open_]
     lost_line, lost_key = line[:0], line[:0]
     if dropped:
         at_units = np.array(sorted(dropped))
@@ -199,6 +223,38 @@ def banded_units(bands: Bands, dropped: dict[int, int]) -> Units | None:
         np.concatenate([stop - start, np.ones_like(cell_key)]),
         np.concatenate([np.full(len(run_line), -1), mask]), words,
     )  # fmt: skip
+
+
+def with_joined(runs: Runs, joined: Joined, frame: Frame) -> Runs:
+    """Runs of units together with those of whole rows and columns."""
+    lines = -(-frame.nq // UNIT)
+    rows, columns = joined
+    every = np.arange(lines)
+    which, at = ragged(((rows[1] + UNIT - 1) >> 6) - (rows[0] >> 6))
+    whole = (rows[0] >> 6)[which] + at
+    parts = [runs]
+    parts += [
+        (every, np.full(lines, int(lo) >> 6), np.full(lines, (int(hi) + UNIT - 1) >> 6))
+        for lo, hi in zip(*columns, strict=True)
+    ]
+    parts.append((whole, np.zeros_like(whole), np.full(len(whole), -(-frame.nk // UNIT))))
+    line, start, stop = (np.concatenate(part) for part in zip(*parts, strict=True))
+    start, stop = line << KEY_BITS | start, line << KEY_BITS | stop
+    order = np.argsort(start, kind="stable")
+    start, reach = start[order], np.maximum.accumulate(stop[order])
+    fresh = np.ones(len(start) + 1, bool)
+    fresh[1:-1] = start[1:] > reach[:-1]
+    first, last = start[fresh[:-1]], reach[fresh[1:]]
+    low = (1 << KEY_BITS) - 1
+    return first >> KEY_BITS, first & low, last & low
+
+
+def _inside(numbers: Ints, first: Ints, last: Ints) -> Bools:
+    """Which numbers lie in one of a few ranges."""
+    found = np.zeros(len(numbers), bool)
+    for low, high in zip(first.tolist(), last.tolist(), strict=True):
+        found |= (low <= numbers) & (numbers < high)
+    return found
 
 
 def sorted_unique(numbers: Ints) -> Ints:
@@ -318,9 +374,6 @@ def numbered(words: Words, kind: Ints) -> tuple[Ints, Words]:
     cut = ~(full | empty)
     number = np.where(full, -1, np.where(empty, -2, cut.cumsum() - 1))
     return number[kind], words[cut]
-
-
-Runs = tuple[Ints, Ints, Ints]
 
 
 def coarse_runs(core: Pattern, frame: Frame) -> Runs:

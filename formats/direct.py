@@ -12,19 +12,19 @@ from typing import NamedTuple
 import numpy as np
 
 from .bands import (
-    KEY_BITS,
     UNIT,
     Bands,
+    Ends,
     Ints,
-    Runs,
+    Joined,
     Units,
     banded_units,
     bands_of,
     coarse_runs,
     coarse_units,
     ones,
-    ragged,
     sorted_unique,
+    with_joined,
 )
 from .costs import Costs
 from .leftovers import sparse_limit
@@ -80,6 +80,12 @@ def split_directly(flat: Pattern, frame: Frame, costs: Costs) -> Split | None:
     if len(start) > MOST_KEY_RUNS:
         return None
     lo, hi = bands
+    rows = _runs(queries[len(panel_queries) :])
+    if (len(start) or len(rows[0])) and _whole(rows, (start, stop), frame):
+        joined: Joined | None = Joined(rows, (start, stop))
+        start, queries = start[:0], panel_queries
+    else:
+        joined = None
     if len(start):
         ends = np.empty((2, len(start), lines * UNIT), np.int64)
         ends[0], ends[1] = start[:, None], stop[:, None]
@@ -91,7 +97,7 @@ def split_directly(flat: Pattern, frame: Frame, costs: Costs) -> Split | None:
         for band, (starts, ends) in enumerate(zip(lo, hi, strict=True)):
             starts.reshape(-1)[queries] = 0
             ends.reshape(-1)[queries] = 0 if band or len(panel_queries) else frame.nk
-    units = banded_units(Bands(lo, hi), _bits(panel_keys))
+    units = banded_units(Bands(lo, hi), _bits(panel_keys), joined, frame)
     if units is None or not _plain(units, costs):
         return None
     return Split(units, panel_queries, panel_keys)
@@ -101,40 +107,27 @@ def _coarse(core: Pattern, queries: Ints, keys: Ints, frame: Frame, costs: Costs
     """Whole units; keys and queries only where they are whole units, too."""
     runs = coarse_runs(core, frame)
     if len(queries) or len(keys):
-        start, stop = _runs(keys)
-        first, last = _runs(queries)
-        edges = np.concatenate([start, stop[stop < frame.nk], first, last[last < frame.nq]])
+        joined = Joined(_runs(queries), _runs(keys))
+        edges = _edges(*joined, frame)
         if (edges % UNIT).any() or _shared(None, queries, keys, frame, costs) != (False, False):
             return None
-        runs = _with_shared(runs, (first, last), (start, stop), frame)
+        runs = with_joined(runs, joined, frame)
     units = coarse_units(runs, frame)
     # Positions of an edge may be too few for a block.
     return Split(units, queries[:0], keys[:0]) if _plain(units, costs) else None
 
 
-def _with_shared(
-    runs: Runs, rows: tuple[Ints, Ints], columns: tuple[Ints, Ints], frame: Frame
-) -> Runs:
-    """Runs of units, those of whole lines, and those of columns of units, joined."""
-    lines = -(-frame.nq // UNIT)
-    every = np.arange(lines)
-    which, at = ragged(((rows[1] + UNIT - 1) >> 6) - (rows[0] >> 6))
-    whole = (rows[0] >> 6)[which] + at
-    parts = [runs]
-    parts += [
-        (every, np.full(lines, int(lo) >> 6), np.full(lines, (int(hi) + UNIT - 1) >> 6))
-        for lo, hi in zip(*columns, strict=True)
-    ]
-    parts.append((whole, np.zeros_like(whole), np.full(len(whole), -(-frame.nk // UNIT))))
-    line, start, stop = (np.concatenate(part) for part in zip(*parts, strict=True))
-    start, stop = line << KEY_BITS | start, line << KEY_BITS | stop
-    order = np.argsort(start, kind="stable")
-    start, reach = start[order], np.maximum.accumulate(stop[order])
-    fresh = np.ones(len(start) + 1, bool)
-    fresh[1:-1] = start[1:] > reach[:-1]
-    first, last = start[fresh[:-1]], reach[fresh[1:]]
-    low = (1 << KEY_BITS) - 1
-    return first >> KEY_BITS, first & low, last & low
+def _edges(rows: Ends, columns: Ends, frame: Frame) -> Ints:
+    """Ends of runs of rows and columns that are no edge of the matrix."""
+    (first, last), (start, stop) = rows, columns
+    return np.concatenate([start, stop[stop < frame.nk], first, last[last < frame.nq]])
+
+
+def _whole(rows: Ends, columns: Ends, frame: Frame) -> bool:
+    """Whether runs of rows and columns are whole units, none of which hangs over an edge."""
+    if frame.nq % UNIT or (_edges(rows, columns, frame) % UNIT).any():
+        return False
+    return not frame.nk % UNIT or not (len(rows[0]) or (columns[1] == frame.nk).any())
 
 
 def _runs(members: Ints) -> tuple[Ints, Ints]:

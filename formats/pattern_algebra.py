@@ -51,10 +51,9 @@ class Or(Pattern):
         cores = tuple(part.core for part in parts if part.core is not None)
         core = (Or(cores) if len(cores) > 1 else cores[0]) if cores else None
         return Factored(
-            core,
-            torch.unique(torch.cat([part.queries for part in parts])),
-            torch.unique(torch.cat([part.keys for part in parts])),
-        )
+            core, _listed_once([part.queries for part in parts]),
+            _listed_once([part.keys for part in parts]),
+        )  # fmt: skip
 
     def runs_bound(self, frame: Frame) -> int:
         return sum(term.runs_bound(frame) for term in self.terms)
@@ -185,6 +184,12 @@ class Batched(Pattern):
         if not self.over_batch:
             return f"per_head([{_listed(table[0])}])"
         return f"per_batch([{_listed(heads)}])"
+
+
+def _listed_once(lists: list[Tensor]) -> Tensor:
+    """All members of rising lists without repeats, rising."""
+    some = [listed for listed in lists if listed.numel()]
+    return torch.unique(torch.cat(some)) if len(some) > 1 else (some or lists)[0]
 
 
 def table(lead: tuple[int, int], items: list[Pattern], over_batch: bool) -> Batched:

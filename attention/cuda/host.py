@@ -30,7 +30,7 @@ from .plan import Plan
 # Rows beyond which the device is faster.
 MOST_ROWS = 1 << 17
 # Masks that are put in order here.
-FEW_MASKS = 64
+FEW_MASKS = 24
 # Distinct patterns of a table over heads and batch entries.
 MOST_PATTERNS = 16
 
