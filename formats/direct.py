@@ -1,4 +1,4 @@
-"""The split of a new pattern on the host, from runs of units; see ``bands``.
+"""The split of a new pattern on the host, from runs of units; see ``units``.
 
 The same decisions as ``split`` makes for "mixed" with blocks of 64, for the patterns where they
 follow from the ends of intervals: blocks, and keys and queries that are shared. Whatever might
@@ -11,25 +11,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .bands import (
+from .bands import Bands, banded_units, bands_of
+from .costs import Costs
+from .leftovers import sparse_limit
+from .pattern import Frame, Pattern
+from .split import cheaper_shared
+from .units import (
     UNIT,
-    Bands,
     Ends,
     Ints,
     Joined,
     Units,
-    banded_units,
-    bands_of,
     coarse_runs,
     coarse_units,
     ones,
     sorted_unique,
     with_joined,
 )
-from .costs import Costs
-from .leftovers import sparse_limit
-from .pattern import Frame, Pattern
-from .split import cheaper_shared
 
 # Runs of keys that every row sees, as blocks.
 MOST_KEY_RUNS = 2

@@ -126,6 +126,10 @@ class Pattern:
         """Whether blocks of size × size are known to be kept or dropped whole, row by row alike."""
         return False
 
+    def block_mask(self, frame: Frame, size: int) -> Tensor | None:
+        """Bool (block rows, block columns) if the pattern is known as blocks of this size."""
+        return None
+
     def factor(self, frame: Frame) -> Factored:
         """The pattern as core ∪ (listed rows × all keys) ∪ (all rows × listed keys)."""
         self.check(frame)

@@ -147,7 +147,7 @@ class Globals(Pattern):
         return max(1, self.positions.tensor.numel() if self.as_keys else 1)
 
     def _sorted(self, frame: Frame) -> Tensor:
-        return sorted_positions(self.positions, frame.device, repr(self))
+        return sorted_positions(self.positions, frame.device, self)
 
     def _keys(self, frame: Frame) -> Tensor:
         keys = self._sorted(frame)

@@ -7,6 +7,7 @@ instead, at the cost of their runs of units, and cross in one copy. Others retur
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixgrain.formats.bands import KEY_BITS, UNIT, Ints, Units, Words, low_bits, sorted_unique
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.direct import Split, split_directly
 from mixgrain.formats.errors import LayoutError
 from mixgrain.formats.pattern import Frame, Pattern
+from mixgrain.formats.units import KEY_BITS, UNIT, Ints, Units, Words, low_bits, sorted_unique
 
 from .cells import PACKED, in_register_order, register_words
 from .choice import split_costs
@@ -60,8 +61,13 @@ def plan_pattern(pattern: Pattern, nq: int, nk: int, D: int, device: torch.devic
             )
         return host_plan(pattern, nq, nk, D, device, costs)
 
-    costs = split_costs(D)
+    costs = _costs(D)
     return _plans.get((pattern.expression_key(), nq, nk, device, D > 128, costs), make)
+
+
+@functools.lru_cache(maxsize=512)
+def _costs(D: int) -> Costs:
+    return split_costs(D)
 
 
 def host_plan(

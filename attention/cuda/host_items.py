@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mixgrain.formats.bands import KEY_BITS, Bools, Ints, Units, ragged, sorted_unique
+from mixgrain.formats.units import KEY_BITS, Bools, Ints, Units, ragged, sorted_unique
 
 from .items import FEW, LONG, SHORTEST, SHORTEST_WIDE, TURN
 
@@ -65,9 +65,8 @@ def host_items(units: Units, lines: HostLines, patterns: int, D: int) -> HostIte
     if patterns == 1 and not long.any():
         # Neighbours as they are.
         place = np.arange(len(counts))
-        line = np.full((len(counts) + 1) // 2 * 2, -1)
-        line[: len(counts)] = place
-        line = line.reshape(-1, 2)
+        line = np.full(((len(counts) + 1) // 2, 2), -1)
+        line.reshape(-1)[: len(counts)] = place
         pattern = np.zeros(len(line), np.int64)
         alone = long = pattern > 0
     else:
