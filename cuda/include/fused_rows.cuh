@@ -1,7 +1,8 @@
 #pragma once
 // Fused attention on sm_90a: its constants, and what a consumer warpgroup does with the rows it holds.
-#include "types.cuh"
+#include "exponent.cuh"
 #include "tma.cuh"
+#include "types.cuh"
 #include "wgmma.cuh"
 
 constexpr int kDim = MG_DIM, kStages = MG_STAGES, kPair = MG_PAIR;
@@ -14,35 +15,17 @@ constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStage = kPair * kUnit;
 constexpr bool kHeld = kDim <= 128;  // Q in registers
 constexpr int kPacked = 1 << 24;
-constexpr float kSlack = 8.f, kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kSlack = 8.f;
 
 struct alignas(16) Info {
     int unit, count, slot, matrix;
     int first, mark[2], spare;
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(address));
-}
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 __device__ __forceinline__ void named_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
