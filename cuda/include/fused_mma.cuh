@@ -17,7 +17,7 @@ constexpr int kWarps = 4 * kUnits / kHold, kThreads = 32 * kWarps;
 static_assert(kDim % 32 == 0 && kDim <= 256, "DIM must be a multiple of 32, at most 256");
 static_assert(kUnits <= 2 && kUnits % kHold == 0, "UNITS and HOLD must be 1 or 2");
 static_assert(kKeys == 16 || kKeys == 32 || kKeys == 64, "KEYS must be 16, 32 or 64");
-static_assert(kStages == 2 || kStages == 3, "STAGES must be 2 or 3");
+static_assert(kStages >= 2 && kStages <= 4, "STAGES must be 2, 3 or 4");
 constexpr int kPitch = kDim * int(sizeof(operand_t)), kPieces = kPitch / 16, kDepth = kPitch / 32;
 constexpr int kTiles = kKeys / 8, kColumns = kDim / 8;
 constexpr u32 kUnit = 64 * kPitch, kStage = kKeys * kPitch;
@@ -62,15 +62,32 @@ __device__ __forceinline__ float4 shared4(u32 at) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
     return v;
 }
+// Rounds to TF32 what this thread copied there: each number once, not once a warp that reads it.
+template <int kRows> __device__ __forceinline__ void round_rows(u32 at) {
+    if constexpr (kFloat && kRounded) {
+        int thread;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+#pragma unroll 4
+        for (int i = 0; i < kRows * kPieces / kThreads; ++i) {
+            const int n = i * kThreads + thread, row = n / kPieces, piece = n % kPieces;
+            const u32 mine = at + row * kPitch + ((piece ^ turned(row)) << 4);
+            const float4 v = shared4(mine);
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(mine), "r"(to_tf32(v.x)), "r"(to_tf32(v.y)),
+                         "r"(to_tf32(v.z)), "r"(to_tf32(v.w))
+                         : "memory");
+        }
+    }
+}
+
 __device__ __forceinline__ float2 shared2(u32 at) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at) : "memory");
     return v;
 }
-__device__ __forceinline__ u32 shared_tf32(u32 at) {
-    float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
-    return to_tf32(v);
+__device__ __forceinline__ u32 shared1(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
 }
 
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -78,13 +95,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
         mma_16x8x8_tf32(c, a, b0, b1);
     else
         mma_16x8x16<operand_t>(c, a, b0, b1);
-}
-// Four matrices as operands of `multiply`.
-__device__ __forceinline__ void load_operands(u32 (&r)[4], u32 row) {
-    load_matrices(r, row);
-    if constexpr (kFloat)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) r[i] = to_tf32(__uint_as_float(r[i]));
 }
 
 // Read anew where it is used: what follows from it would stay in registers from use to use.
@@ -117,7 +127,7 @@ struct Rows {
 #pragma unroll
             for (int u = 0; u < kHold; ++u)
 #pragma unroll
-                for (int d = 0; d < kDepth; ++d) load_operands(q[u][d], rows.at(64 * u, 2 * d));
+                for (int d = 0; d < kDepth; ++d) load_matrices(q[u][d], rows.at(64 * u, 2 * d));
     }
 
     // S = Q Kᵀ; q_at: the rows of the warp's first unit, k_at: kKeys rows.
@@ -135,16 +145,16 @@ struct Rows {
             const auto queries = [&](int d) {
 #pragma unroll
                 for (int u = 0; u < kHold; ++u)
-                    if (!kQHeld && owns(kOwn, u)) load_operands(a[d % 2][u], rows.at(64 * u, 2 * d));
+                    if (!kQHeld && owns(kOwn, u)) load_matrices(a[d % 2][u], rows.at(64 * u, 2 * d));
             };
             queries(0);
-            load_operands(b[0], keys.at(0, 0));
+            load_matrices(b[0], keys.at(0, 0));
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
                 const int d = i / (kTiles / 2), n = i % (kTiles / 2), next = i + 1;
                 if (n == 0 && d + 1 < kDepth) queries(d + 1);
                 if (next < kSteps)
-                    load_operands(b[next % 2], keys.at(next % (kTiles / 2) * 16, next / (kTiles / 2) * 2));
+                    load_matrices(b[next % 2], keys.at(next % (kTiles / 2) * 16, next / (kTiles / 2) * 2));
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
 #pragma unroll
@@ -158,8 +168,16 @@ struct Rows {
     template <int kOwn> __device__ __forceinline__ void scores_in_full(u32 q_at, u32 k_at, int row16, int lane) {
         const int g = lane / 4, t = lane % 4;
         const Pieces rows(q_at, row16 + g, 0), even(k_at, 2 * t, 0), odd(k_at, 2 * t + 1, 0);
+        // Long sums in pieces of 64 columns: each addition rounds less.
+        float before[kHold][kTiles][4];
 #pragma unroll 2
         for (int d = 0; d < kPieces; ++d) {
+            if (kDim > 128 && d % 16 == 0)
+#pragma unroll
+                for (int i = 0; i < kHold * kTiles * 4; ++i) {
+                    float &x = s[i / (4 * kTiles)][i / 4 % kTiles][i % 4], &y = before[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
+                    y = d == 0 ? 0.f : y + x, x = 0.f;
+                }
             float4 a[kHold][2];
 #pragma unroll
             for (int u = 0; u < kHold; ++u)
@@ -180,6 +198,10 @@ struct Rows {
                     }
             }
         }
+        if (kDim > 128)
+#pragma unroll
+            for (int i = 0; i < kHold * kTiles * 4; ++i)
+                s[i / (4 * kTiles)][i / 4 % kTiles][i % 4] += before[i / (4 * kTiles)][i / 4 % kTiles][i % 4];
     }
 
     // Drops scores of a unit: bit 2j + e + 16h of the word says that one is kept.
@@ -190,40 +212,62 @@ struct Rows {
             x[i / 4][i % 4] = word >> bit & 1 ? x[i / 4][i % 4] : -kInfinity;
         }
     }
-    // Exponentials of one unit's scores in place, as operands where the products want them so.
-    __device__ __forceinline__ void soften(int u, float scale) {
-        float grown[2], base[2];
+    // Exponentials of the scores in place, as operands where the products want them so.
+    template <int kOwn> __device__ __forceinline__ void soften(float scale) {
+        float grown[kHold][2], base[kHold][2];
         bool moved = false;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int n = 0; n < 2 * kHold; ++n) {
+            const int u = n / 2, h = n % 2;
+            if (!owns(kOwn, u)) continue;
             float top[2] = {s[u][0][2 * h], s[u][0][2 * h + 1]};
 #pragma unroll
             for (int j = 1; j < kTiles; ++j)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) top[e] = fmaxf(top[e], s[u][j][2 * h + e]);
-            const float reach = fmaxf(m[u][h], quad_max(fmaxf(top[0], top[1])) * scale);
-            base[h] = reach == -kInfinity ? 0.f : reach;
+            base[u][h] = fmaxf(top[0], top[1]);
+        }
+#pragma unroll
+        for (int n = 0; n < 2 * kHold; ++n) {
+            const int u = n / 2, h = n % 2;
+            if (!owns(kOwn, u)) continue;
+#ifdef MG_SLACK
+            const float reach = quad_max(base[u][h]) * scale;
+            const bool far = reach > m[u][h] + MG_SLACK;
+            grown[u][h] = far ? power(m[u][h] - reach) : 1.f;
+            m[u][h] = far ? reach : m[u][h];
+            base[u][h] = m[u][h] == -kInfinity ? 0.f : m[u][h];
+            moved |= far;
+#else
+            const float reach = fmaxf(m[u][h], quad_max(base[u][h]) * scale);
+            base[u][h] = reach == -kInfinity ? 0.f : reach;
             moved |= reach != m[u][h];
-            grown[h] = power(m[u][h] - base[h]);
+            grown[u][h] = power(m[u][h] - base[u][h]);
             m[u][h] = reach;
-            l[u][h] *= grown[h];
+#endif
+            l[u][h] *= grown[u][h];
         }
 #pragma unroll
-        for (int i = 0; i < 4 * kTiles; ++i) {
-            float &x = s[u][i / 4][i % 4];
-            x = power(fmaf(x, scale, -base[i / 2 % 2]));
-            l[u][i / 2 % 2] += x;
+        for (int u = 0; u < kHold; ++u) {
+            if (!owns(kOwn, u)) continue;
+#pragma unroll
+            for (int i = 0; i < 4 * kTiles; ++i) {
+                float &x = s[u][i / 4][i % 4];
+                x = power(fmaf(x, scale, -base[u][i / 2 % 2]));
+                l[u][i / 2 % 2] += x;
+            }
+            if constexpr (!kFloat)
+#pragma unroll
+                for (int i = 0; i < 2 * kTiles; ++i)
+                    p[u][i / 4][i % 4] = pack2<operand_t>(s[u][i / 2][i % 2 * 2], s[u][i / 2][i % 2 * 2 + 1]);
         }
-        if constexpr (!kFloat)
-#pragma unroll
-            for (int n = 0; n < kTiles / 2; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    p[u][n][i] = pack2<operand_t>(s[u][2 * n + i / 2][i % 2 * 2], s[u][2 * n + i / 2][i % 2 * 2 + 1]);
         // Maxima move rarely after the first keys.
         if (__any_sync(0xFFFFFFFFu, moved))
 #pragma unroll
-            for (int i = 0; i < 4 * kColumns; ++i) o[u][i / 4][i % 4] *= grown[i / 2 % 2];
+            for (int u = 0; u < kHold; ++u)
+#pragma unroll
+                for (int i = 0; i < 4 * kColumns; ++i)
+                    if (owns(kOwn, u)) o[u][i / 4][i % 4] *= grown[u][i / 2 % 2];
     }
 
     // O += P V; v_at: kKeys rows.
@@ -262,10 +306,11 @@ struct Rows {
 #pragma unroll
             for (int u = 0; u < kHold; ++u)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) a[u][i] = to_tf32(s[u][j][i % 2 * 2 + i / 2]);
+                // To nearest, for the product drops what is below: exponentials are finite or NaN, and so is l.
+                for (int i = 0; i < 4; ++i) a[u][i] = __float_as_uint(s[u][j][i % 2 * 2 + i / 2]) + 0x1000u;
 #pragma unroll
             for (int d = 0; d < kColumns; ++d) {
-                const u32 b0 = shared_tf32(even.at(8 * j, 2 * d)), b1 = shared_tf32(odd.at(8 * j, 2 * d));
+                const u32 b0 = shared1(even.at(8 * j, 2 * d)), b1 = shared1(odd.at(8 * j, 2 * d));
 #pragma unroll
                 for (int u = 0; u < kHold; ++u)
                     if (owns(kOwn, u)) multiply(o[u][d], a[u], b0, b1);

@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_RESIDENT)
     operands.queries(q_at, plan, now);
     operands.keys(stage(0), now);
     copy_commit();
-    if constexpr (kStages == 3) {
+    if constexpr (kStages > 2) {
         operands.values(stage(1), now);
         copy_commit();
     }
@@ -80,26 +80,33 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_RESIDENT)
     r.start();
     bool fresh = true;
     while (true) {
-        // 1. K is there, and all have read the V before it. One copy stays under way; at the first keys
-        // it may bring Q.
-        if (kStages == 2 || fresh)
+        // 1. K is there, and all have read the V before it. With three stages one copy stays under way,
+        // with four V is there, too; at an item's first keys a copy may bring Q.
+        if (kStages != 3 || fresh)
             copy_wait<0>();
         else
-            copy_wait<kStages - 2>();
+            copy_wait<1>();
+        round_rows<kKeys>(stage(at));
+        if constexpr (kStages == 4) round_rows<kKeys>(stage(at + 1));
+        if (fresh) round_rows<64 * kUnits>(q_at);
         __syncthreads();
-        if constexpr (kStages == 2)
+        if (kStages == 2) {
             operands.values(stage(at + 1), now);
-        else if (!next.over())
+        } else if (!next.over()) {
             operands.keys(stage(at + 2), next);
+            if (kStages == 4) operands.values(stage(at + 3), next);
+        }
         copy_commit();
         if (fresh) r.take_queries(mine_at, row16);
         fresh = false;
         int own = 0;
+        bool masked = keep != nullptr;
         u32 word[kHold];
 #pragma unroll
         for (int u = 0; u < kHold; ++u) {
             const int mark = now.mark(group + u);
             own |= (mark != -2) << u;
+            masked |= mark >= 0;
             word[u] = mark >= 0 ? __ldg(masks + mark * 128 + threadIdx.x % 128) >> now.part * (kKeys / 4) : ~0u;
         }
         if (keep != nullptr) {
@@ -111,10 +118,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_RESIDENT)
 #define MG_FIRST(kOwn)                                                                                   \
     do {                                                                                                  \
         r.scores<kOwn>(mine_at, stage(at), row16);                                                  \
-        _Pragma("unroll") for (int u = 0; u < kHold; ++u) if (owns(kOwn, u)) {                            \
-            if (keep != nullptr || now.mark(group + u) >= 0) r.keep(r.s[u], word[u]);                     \
-            r.soften(u, factor);                                                                          \
-        }                                                                                                 \
+        if (masked)                                                                                       \
+            _Pragma("unroll") for (int u = 0; u < kHold; ++u) if (owns(kOwn, u)) r.keep(r.s[u], word[u]);  \
+        r.soften<kOwn>(factor);                                                                           \
     } while (false)
         if (own == (1 << kHold) - 1)
             MG_FIRST((1 << kHold) - 1);
@@ -123,24 +129,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_RESIDENT)
         else if (kHold == 2 && own == 2)
             MG_FIRST(2 * (kHold - 1));
         // 3. V is there, and all have read K; Q, too, if this was an item's last.
-        copy_wait<kStages - 2>();
-        __syncthreads();
         const bool last = next.over() || next.tile != now.tile;
-        if (!next.over()) {
-            if (kStages == 2)
-                operands.keys(stage(at + 2), next);
-            else
-                operands.values(stage(at + 3), next);
-            if (last) operands.queries(q_at, plan, next);
+        if (kStages < 4 || last) {
+            if constexpr (kStages < 4) {
+                copy_wait<kStages - 2>();
+                round_rows<kKeys>(stage(at + 1));
+            }
+            __syncthreads();
+            if (!next.over()) {
+                if (kStages == 2) operands.keys(stage(at + 2), next);
+                if (kStages == 3) operands.values(stage(at + 3), next);
+                if (last) operands.queries(q_at, plan, next);
+            }
+            copy_commit();
         }
-        copy_commit();
         if (own == (1 << kHold) - 1)
             r.product<(1 << kHold) - 1>(stage(at + 1));
         else if (kHold == 2 && own == 1)
             r.product<1>(stage(at + 1));
         else if (kHold == 2 && own == 2)
             r.product<2 * (kHold - 1)>(stage(at + 1));
-        if constexpr (kStages == 3) at = at == 0 ? 2 : at - 1;
+        if constexpr (kStages > 2) at = at >= kStages - 2 ? at + 2 - kStages : at + 2;
         const Place done = now;
         now = next;
         next.advance(plan, blank);
