@@ -28,7 +28,7 @@ class Cut(NamedTuple):
         units: query units of an item that are computed at once; 1: an item is walked twice.
         hold: query units of which a warp holds 16 rows.
         keys: keys between two barriers.
-        stages: stages of as many keys, K and V by turns.
+        stages: stages of as many keys, K and V by turns; with four, K and V come together.
     """
 
     dim: int
@@ -60,7 +60,7 @@ CUTS = {
         32: (Cut(32, 2, 2, 64, 3), Cut(32, 2, 2, 64, 3)),
         64: (Cut(64, 2, 2, 64, 3), Cut(64, 2, 2, 64, 3)),
         96: (Cut(96, 2, 2, 64, 3), Cut(96, 2, 2, 64, 2)),
-        128: (Cut(128, 2, 2, 64, 3), Cut(128, 2, 2, 32, 2)),
+        128: (Cut(128, 2, 2, 64, 2), Cut(128, 2, 2, 32, 2)),
         192: (Cut(192, 2, 1, 64, 3), Cut(192, 2, 1, 64, 2)),
         256: (Cut(256, 2, 1, 64, 3), Cut(256, 2, 1, 32, 2)),
     },

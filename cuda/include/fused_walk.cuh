@@ -1,6 +1,6 @@
 #pragma once
 // Fused attention without TMA: which keys a CTA takes one after the other, and their copies.
-#include "fused_mma.cuh"
+#include "fused_stage.cuh"
 
 constexpr int kPacked = 1 << 24;
 constexpr int kParts = 64 / kKeys;    // of a key unit
