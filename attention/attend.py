@@ -96,8 +96,8 @@ def attend(
         enable_gqa: allow Hq to be a multiple of Hkv.
         sink_logits: (Hq,), an extra term exp(sink) in each denominator.
         return_lse: return the log-sum-exp, too.
-        impl: "fused" one pass with online softmax, O(N · D) memory (on CUDA float16 and bfloat16
-            on sm_90 for now, without gradients); "composed" the three primitives, differentiable
+        impl: "fused" one pass with online softmax, O(N · D) memory (on CUDA without gradients for
+            now, and no float64); "composed" the three primitives, differentiable
             twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses. An explicit choice
             runs or raises.
 
@@ -135,7 +135,7 @@ def attend(
     scale = as_number("attend", "scale", scale)
     chosen = choose_impl(impl, q.device)
     if chosen == "fused" and q.device.type == "cuda":
-        chosen = _fused_or(impl, kept, q, k, v, keep, sink)
+        chosen = _fused_or(impl, kept, q, k, v, sink)
     if chosen == "fused":
         from .ops import attention
 
@@ -182,13 +182,12 @@ def _fused_or(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keep: Tensor | None,
     sink: Tensor | None,
 ) -> str:
     """What runs on CUDA: "fused" where its kernels take the call, "composed" else if "auto"."""
     from .cuda.choice import lacking
 
-    lack = lacking(kept, q, k, v, keep, sink)
+    lack = lacking(kept, q, k, v, sink)
     if lack is None:
         return "fused"
     if impl == "auto":

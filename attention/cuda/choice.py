@@ -13,7 +13,21 @@ from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.pattern_nm import NM
 
 WIDEST = 256
-HALF = (torch.float16, torch.bfloat16)
+#: The kernel of units, by architecture and dtype: "sm90" on wgmma, "mma" on mma.sync and FMAs.
+UNIT_KERNELS = {
+    "80": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
+    "86": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
+    "89": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
+    "90a": {torch.float16: "sm90", torch.bfloat16: "sm90", torch.float32: "mma"},
+    "100": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
+    "120": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
+}
+
+
+def unit_kernel(device: int, dtype: torch.dtype, masked: bool) -> str:
+    """Which kernel of units takes a call; the one of sm_90a reads no key mask."""
+    found = UNIT_KERNELS[facts(device).arch][dtype]
+    return "mma" if masked else found
 
 
 def split_costs(D: int) -> Costs:
@@ -33,7 +47,6 @@ def lacking(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keep: Tensor | None,
     sink: Tensor | None,
 ) -> str | None:
     """What the fused kernels lack for a call on CUDA, as the end of a sentence; None = nothing."""
@@ -43,15 +56,11 @@ def lacking(
         return "does not choose N:M yet"
     if max(q.shape[3], v.shape[3]) > WIDEST:
         return f"takes head dimensions up to {WIDEST}, not {max(q.shape[3], v.shape[3])}"
-    rows = isinstance(kept, Layout) and kept.kind == "row"
-    if q.dtype not in HALF and not (rows and q.dtype == torch.float32):
-        return f"takes float16 and bfloat16 (on a RowLayout float32, too), not {q.dtype}"
     try:
-        hopper = facts(q.device.index).hopper
+        found = UNIT_KERNELS[facts(q.device.index).arch]
     except CudaError:
         return "has no kernels for this device"
-    if not hopper and not rows:
-        return "exists for sm_90 only, but for RowLayouts"
-    if keep is not None and not rows:
-        return "takes no key_mask yet, but with a RowLayout"
+    if q.dtype not in found:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in found)
+        return f"takes {names}, not {str(q.dtype).removeprefix('torch.')}"
     return None

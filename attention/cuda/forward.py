@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.device import facts, using
+from mixgrain.cuda.device import using
 from mixgrain.cuda.errors import CudaError
 from mixgrain.formats.errors import BackendUnavailableError, UnsupportedError
 from mixgrain.primitives.cuda.block_sm90 import laid_out
 from mixgrain.primitives.cuda.parts import MOST_MATRICES, aligned
 
 from ..cpu import empty_output
+from . import choice, kernel, mma
 from .cells import UNIT
 from .gather import gather
-from .kernel import fused
+from .keep import gathered_bits, unit_bits
 from .merge import merge
 from .plan import Work, unpack
 from .row import rows
@@ -101,7 +102,9 @@ def _run(
     device = q.device.index
     head_bytes = k.shape[2] * (k.shape[3] + width) * k.element_size()
     shape = (batch, heads, k.shape[1])
-    found = tables(work, shape, head_bytes, facts(device).multiprocessors)
+    wgmma = choice.unit_kernel(device, q.dtype, keep is not None) == "sm90"
+    ctas = kernel.ctas(device) if wgmma else mma.ctas(q.dtype, q.shape[3], device)
+    found = tables(work, shape, head_bytes, ctas)
     partial = None
     if work.slots:
         size = (batch * heads, work.slots, UNIT)
@@ -113,12 +116,15 @@ def _run(
     if work.items.shape[0]:
         values = _values(v, found, keep)
         packed = _packed(q, k, values, work, found)
-        jobs.append(
-            lambda: fused(
-                out, lse, q, k, values, found.starts, found.tiles, work.items, work.steps,
-                work.masks, scale, sink, packed, partial,
-            )
+        arguments = (
+            out, lse, q, k, values, found.starts, found.tiles, work.items, work.steps,
+            work.masks, scale, sink, packed, partial,
         )  # fmt: skip
+        if wgmma:
+            jobs.append(lambda: kernel.fused(*arguments))
+        else:
+            bits = None if keep is None else _kept(keep, work, found)
+            jobs.append(lambda: mma.fused(*arguments, bits))
     if work.row_items.shape[0]:
         jobs.append(
             lambda: rows(
@@ -140,6 +146,14 @@ def _values(v: Tensor, found: Tables, keep: Tensor | None) -> Tensor:
     if keep is not None:
         v = v.masked_fill(~keep[:, None, :, None], 0)
     return v
+
+
+def _kept(keep: Tensor, work: Work, found: Tables) -> tuple[Tensor, Tensor | None]:
+    """Bits of the keys that a mask keeps, and of gathered ones where there are any."""
+    gathered = None
+    if work.key_rows.shape[1]:
+        gathered = gathered_bits(keep, work.key_rows, found.key_patterns)
+    return unit_bits(keep), gathered
 
 
 def _packed(

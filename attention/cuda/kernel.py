@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
 
@@ -83,6 +84,19 @@ def heads_map(t: Tensor) -> np.ndarray:
     return descriptor(t.data_ptr(), t.dtype, (width, n, heads, batch), strides, (64, UNIT, 1, 1))
 
 
+def positive(scale: float, q: Tensor, packed: Tensor) -> tuple[float, Tensor, Tensor]:
+    """A positive scale, and q and gathered q for it: kernels take maxima before they scale."""
+    if scale > 0:
+        return scale, q, packed
+    q, packed = (t * (0 if scale == 0 else -1) for t in (q, packed))
+    return -scale or 1.0, q, packed
+
+
+def ctas(device: int) -> int:
+    """Persistent CTAs that fill a device."""
+    return facts(device).multiprocessors
+
+
 def fused(
     out: Tensor,
     lse: Tensor | None,
@@ -114,7 +128,7 @@ def fused(
         items: int32 (n, 8); see the kernel.
         steps: int32 (s, 4); see the kernel.
         masks: int32 (m, 128), bits of partial units.
-        scale: multiplies scores; the kernel's own is positive, so that any other goes to q.
+        scale: multiplies scores.
         sink: (Hq,), float32.
         packed: gathered q (B, Hq, …, D), k and v (B, Hkv or Hq, …, D).
         partial: float32 (B * Hq, slots, 64, D) and (B * Hq, slots, 64), contiguous.
@@ -126,9 +140,7 @@ def fused(
     how = how or cut(width)
     pq, pk, pv = packed or (q, k, v)
     bits = (None, None) if keep is None else keep
-    if not scale > 0:
-        q, pq = (t * (0 if scale == 0 else -1) for t in (q, pq))
-        scale = -scale or 1.0
+    scale, q, pq = positive(scale, q, pq)
     kernel(fused_request(q.dtype, how), q.device.index)(
         (-(-(starts.shape[0] - 1) // how.streams),),
         how.threads,

@@ -9,10 +9,12 @@ __device__ __forceinline__ u32 address_in_shared(const void *pointer) {
 
 // Sixteen bytes, zeros when not live (`from` must still be a valid address). Goes past L1: what is
 // staged in shared memory is not read again through L1.
-__device__ __forceinline__ void copy_async16(void *to, const void *from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address_in_shared(to)),
-                 "l"(from), "r"(live ? 16 : 0)
+__device__ __forceinline__ void copy_async16(u32 to, const void *from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0)
                  : "memory");
+}
+__device__ __forceinline__ void copy_async16(void *to, const void *from, bool live) {
+    copy_async16(address_in_shared(to), from, live);
 }
 // Close the group of copies issued by this thread since the last one.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,7 +1,8 @@
 #pragma once
 // Fused attention on sm_90a: its constants, and what a consumer warpgroup does with the rows it holds.
-#include "types.cuh"
+#include "exponent.cuh"
 #include "tma.cuh"
+#include "types.cuh"
 #include "wgmma.cuh"
 #include "quad.cuh"
 
@@ -19,7 +20,6 @@ constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kGroups + 2 * kStages) * kUnit;
 constexpr bool kHeld = kDim <= MG_HELD;  // Q in registers
 constexpr int kPacked = 1 << 24;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
 // two; in partial units at once: few keys may be kept there, and then the largest weight should be 1, which
 // P holds exactly.
@@ -31,16 +31,6 @@ struct Info {
     int own;  // steps up to the last of its own
 };
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -62,14 +52,6 @@ __device__ __forceinline__ u32 mask_word(uint2 keys) {
         word |= ((bits | bits >> 6 | bits >> 12 | bits >> 18) & 0xFF) << 8 * half;
     }
     return word | word << 16;
-}
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
 // A ring of stages: the stage that comes next and the parity of its round.

@@ -8,18 +8,24 @@
 
 // Four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 (16
 // bytes, aligned); register i of a lane receives (row g, columns 2t, 2t + 1) of matrix i.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *row) {
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address_in_shared(row))
+                 : "r"(row)
                  : "memory");
 }
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *row) {
+    load_matrices(r, address_in_shared(row));
+}
 // The same, each matrix transposed: register i receives (rows 2t, 2t + 1, column g) of matrix i.
-__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const void *row) {
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address_in_shared(row))
+                 : "r"(row)
                  : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const void *row) {
+    load_matrices_transposed(r, address_in_shared(row));
 }
 
 // c += a b, m16n8k16, float32 accumulators. A lane holds

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import mixgrain as mg
 from mixgrain import patterns as P
+from mixgrain.attention.cuda import choice
 from mixgrain.formats.errors import UnsupportedError
 
 pytestmark = pytest.mark.gpu
@@ -26,6 +27,14 @@ CASES = {
     "heads": P.per_head([P.window(70), P.causal(), P.longformer(9, SCATTERED), P.random(0.02, 1)]),
     "gaps": P.window(30) & P.blocks(torch.arange(16).bool().repeat(16, 1), 64),  # empty rows
 }
+
+
+@pytest.fixture(params=["best", "mma"], autouse=True)
+def which(request, monkeypatch):
+    """The kernel of units that this device would take, then the one that every device can."""
+    if request.param == "mma":
+        monkeypatch.setattr(choice, "unit_kernel", lambda *_: "mma")
+    return request.param
 
 
 def inputs(
@@ -219,24 +228,52 @@ def test_what_the_fused_kernels_lack_is_said_and_auto_goes_on() -> None:
     mg.attend(wants, k, v, P.window(5)).sum().backward()
     with torch.no_grad():
         mg.attend(wants, k, v, P.window(5), impl="fused")
-    with pytest.raises(UnsupportedError, match="float32"):
-        mg.attend(q.float(), k.float(), v.float(), P.window(5), impl="fused")
+    with pytest.raises(UnsupportedError, match="float32, not float64"):
+        mg.attend(q.double(), k.double(), v.double(), P.window(5), impl="fused")
     with pytest.raises(UnsupportedError, match="N:M"):
         mg.attend(q, k, v, P.nm(2, 4), impl="fused")
 
 
-def test_rows_in_float32_and_under_a_key_mask() -> None:
-    q, k, v = inputs(torch.float32, 700, kv=2)
-    keep = bernoulli(2, 700, 0.7, 1).cuda()
-    k[:, :, ~keep.any(0)] = torch.nan
-    layout = P.random(0.05, 3).to_layout("row", 700, 700, device="cuda")
-    for mask in (None, keep):
-        options = {"key_mask": mask, "enable_gqa": True, "return_lse": True}
-        o, lse = mg.attend(q, k, v, layout, impl="fused", **options)
-        right, logs = mg.attend(q, k, v, layout, impl="reference", **options)
-        torch.testing.assert_close(o, right, rtol=1e-5, atol=1e-6, equal_nan=True)
-        torch.testing.assert_close(lse, logs, rtol=1e-5, atol=1e-6, equal_nan=True)
-        k = torch.nan_to_num(k)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("name", ["window", "scattered", "all", "random", "heads"])
+def test_key_masks(name, dtype) -> None:
+    q, k, v = inputs(dtype, 1000, kv=2 if name != "heads" else 4)
+    keep = bernoulli(2, 1000, 0.7, 1).cuda()
+    keep[1, :300] = False
+    options = {"key_mask": keep, "enable_gqa": True, "return_lse": True}
+    o, lse = mg.attend(q, k, v, CASES[name], impl="fused", **options)
+    right, logs = mg.attend(q, k, v, CASES[name], impl="reference", **options)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(o, right, **close)
+    torch.testing.assert_close(lse, logs, rtol=1e-4, atol=1e-4)
+    # What the mask drops leaks nothing.
+    dropped = ~keep[:, None, :, None].expand_as(k)
+    bad = k.masked_fill(dropped, torch.nan), v.masked_fill(dropped, torch.inf)
+    assert torch.equal(mg.attend(q, *bad, CASES[name], impl="fused", **options)[0], o)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["full", "tf32"])
+@pytest.mark.parametrize("d", [40, 64, 128, 256])
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name, d, rounded, monkeypatch) -> None:
+    precision = "tf32" if rounded else "ieee"
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    n = 1024 if name == "gaps" else 1000
+    q, k, v = inputs(torch.float32, n, d, batch=1)
+    mask = CASES[name].dense(n, n).cuda()
+    o, lse = mg.attend(q, k, v, CASES[name], impl="fused", return_lse=True)
+    s = (q.double() @ k.double().mT * d**-0.5).masked_fill(~mask, -torch.inf)
+    some = mask.any(-1, keepdim=True)
+    exact = torch.where(some, s.softmax(-1), 0) @ v.double()
+    error = (o.double() - exact).square().mean().sqrt()
+    if rounded:
+        theirs = (q @ k.mT * d**-0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+        theirs = torch.where(some, theirs, 0) @ v
+        assert error <= 1.05 * (theirs.double() - exact).square().mean().sqrt()
+    else:
+        assert error <= 1e-6 * exact.square().mean().sqrt()
+    near = 2e-3 if rounded else 2e-6
+    torch.testing.assert_close(lse.double(), s.logsumexp(-1), rtol=near, atol=near)
 
 
 def test_explain_on_the_device() -> None:

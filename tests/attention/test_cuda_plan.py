@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from types import SimpleNamespace
 
 import fused_interpreter as literal
 import pytest
@@ -200,14 +199,14 @@ def on_cpu(monkeypatch) -> None:
         literal.run_merge(work, out, lse, *slots(partial, out), sink, entry(work, out))
 
     held: dict[str, Work] = {}
-    facts = SimpleNamespace(multiprocessors=13, hopper=True)
+    monkeypatch.setattr(cuda_forward.choice, "unit_kernel", lambda *_: "sm90")
+    monkeypatch.setattr(cuda_forward.kernel, "ctas", lambda device: 13)
+    monkeypatch.setattr(cuda_forward.kernel, "fused", fused)
     for name, value in {
-        "fused": fused,
         "rows": rows,
         "merge": merge,
         "gather": lambda xs, rows, pattern: [literal.pack(x, rows, pattern) for x in xs],
         "unpack": keep_work,
-        "facts": lambda device: facts,
         "using": lambda device: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(cuda_forward, name, value)

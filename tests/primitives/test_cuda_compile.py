@@ -35,7 +35,7 @@ EVERYWHERE = {
 }  # fmt: skip
 HOPPER = {"sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90"}
 #: Of the floor above, whose own tests compile them.
-FUSED = {"fused_sm90", "fused_row", "fused_merge", "gather_rows"}
+FUSED = {"fused_sm90", "fused_mma", "fused_row", "fused_merge", "gather_rows"}
 
 
 @pytest.mark.parametrize("arch", ARCHES)
