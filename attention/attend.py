@@ -139,7 +139,7 @@ def attend(
     if chosen == "fused":
         from .ops import attention
 
-        made = plan_for(kept, nq, nk, q.device, max(q.shape[3], v.shape[3]))
+        made = plan_for(kept, nq, nk, q.device, max(q.shape[3], v.shape[3]), q.dtype)
         o, lse = attention(q, k, v, keep, sink, float(scale), made.tensors, made.ints)
     elif chosen == "composed":
         from .composed import attend_composed
@@ -216,16 +216,20 @@ def plan_for(
     nk: int,
     device: torch.device = _CPU,
     D: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Plan | CudaPlan:
-    """The fused plan of a pattern or layout; on CUDA it depends on the head dimension, too."""
+    """The fused plan of a pattern or layout; on CUDA also by what kernels take at once."""
     if device.type == "cuda":
-        from .cuda.choice import split_costs
+        from .cuda.choice import groups, split_costs
+
+        units = groups(device, dtype, D)
 
         if isinstance(kept, Pattern) and not torch.compiler.is_dynamo_compiling():
-            made = plan_pattern(kept, nq, nk, D, device)
+            made = plan_pattern(kept, nq, nk, D, device, units)
             if made is not None:
                 return made
-        return _plan_cuda(static_layout(kept, nq, nk, device, split_costs(D)), D, str(device))
+        layout = static_layout(kept, nq, nk, device, split_costs(D))
+        return _plan_cuda(layout, D, str(device), units)
     if isinstance(kept, Layout):
         return _plan(kept)
     if not isinstance(kept, NM):
@@ -253,8 +257,8 @@ def _plan(layout: Layout, nm: tuple[int, int] = (0, 0)) -> Plan:
 
 
 @constant
-def _plan_cuda(layout: Layout, D: int, device: str) -> CudaPlan:
-    return plan_on_cuda(layout, D, torch.device(device))
+def _plan_cuda(layout: Layout, D: int, device: str, groups: int) -> CudaPlan:
+    return plan_on_cuda(layout, D, torch.device(device), groups)
 
 
 @constant

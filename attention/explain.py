@@ -17,7 +17,7 @@ from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.row import RowLayout
 
 from .attend import choose_impl, static_layout
-from .cuda.choice import WIDEST, split_costs
+from .cuda.choice import WIDEST, groups, split_costs
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import count_work
 from .cuda.plan import plan as plan_on_cuda
@@ -178,7 +178,11 @@ def explain(
         layout = static_layout(pattern_or_layout, nq, nk, where, split)
         kept, lead, entries = layout.nnz, layout.lead, layout.entries
         if impl == "fused":
-            made = plan_on_cuda(layout, head_dim, where) if on_cuda else plan(layout)
+            if on_cuda:
+                units = groups(where, torch.bfloat16, head_dim)
+                made = plan_on_cuda(layout, head_dim, where, units)
+            else:
+                made = plan(layout)
         parts = tuple(_part(part, costs, head_dim) for part in layout.parts)
     reasons = {
         "fused": "one pass over the kept tiles, O(N · D) memory, "

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -48,16 +46,16 @@ class Literal:
         return torch.ones(64, 64, dtype=torch.bool) if mask < 0 else self.masks[mask]
 
     def items(self, u: int):
-        """(unit, slot, [(key unit, mask) …]) of both warpgroups of every item of a pattern."""
+        """(unit, slot, [(key unit, mask) …]) of all warpgroups of every item of a pattern."""
         work = self.work
         steps = work.steps.tolist()
         for item in work.items[work.item_starts[u] : work.item_starts[u + 1]].tolist():
-            assert item[4] == u and item[7] == 0
-            mine = steps[item[2] : item[2] + item[3]]
-            for group in range(2):
-                # Steps are taken in pairs; a warpgroup finds few of which it has one unit alone.
-                there = [step[1 + group] != -2 for step in mine]
-                assert sum(a != b for a, b in itertools.zip_longest(there[::2], there[1::2])) <= 2
+            mine = steps[item[3] : item[3] + item[4]]
+            groups = work.groups
+            assert item[groups:3] + item[5 + groups :] == [-1] * 2 * (3 - groups)
+            for step in mine:
+                assert step[1 + groups :] == [-2] * (3 - groups) and step[1:] != [-2] * 3
+            for group in range(groups):
                 unit, slot = item[group], item[5 + group]
                 own = [(s[0], s[1 + group]) for s in mine if s[1 + group] != -2]
                 assert unit >= 0 or (slot < 0 and not own)

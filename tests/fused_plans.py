@@ -7,8 +7,10 @@ import torch
 from mixgrain.attention.cuda.cells import PACKED
 
 
-def plan(mask: torch.Tensor, matrices: int, ctas: int, packed: bool) -> tuple[dict, torch.Tensor]:
-    """Items of two query units each, steps in rising order; distinct words not sought.
+def plan(
+    mask: torch.Tensor, matrices: int, ctas: int, packed: bool, groups: int = 2
+) -> tuple[dict, torch.Tensor]:
+    """Items of two or three query units each, steps in rising order; distinct words not sought.
 
     With ``packed`` every odd key unit is read from the gathered keys, and the last item goes to
     partial slots.
@@ -23,11 +25,11 @@ def plan(mask: torch.Tensor, matrices: int, ctas: int, packed: bool) -> tuple[di
     thread = torch.arange(128)[:, None]
     row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (order // 16)
     column = 8 * (order % 16 // 2) + 2 * (thread % 4) + order % 2
-    for first in range(0, rows, 2):
+    for first in range(0, rows, groups):
         begin = len(steps)
         for unit in range(columns):
             marks = []
-            for u in (first, first + 1):
+            for u in range(first, first + groups):
                 tile = full[64 * u : 64 * u + 64, 64 * unit : 64 * unit + 64]
                 if not tile.numel() or not tile.any():
                     marks.append(-2)
@@ -37,12 +39,13 @@ def plan(mask: torch.Tensor, matrices: int, ctas: int, packed: bool) -> tuple[di
                     value = (tile[row, column].long() << order).sum(1)
                     words.append(torch.where(value >= 2**31, value - 2**32, value))
                     marks.append(len(words) - 1)
-            if marks != [-2, -2]:
+            if any(mark != -2 for mark in marks):
                 here = unit + PACKED if packed and unit % 2 else unit
-                steps.append([here, *marks, 0])
-        second = first + 1 if first + 1 < rows else -1
-        slots = (0, 1) if packed and first + 2 >= rows else (-1, -1)
-        items.append([first, second, begin, len(steps) - begin, 0, *slots, 0])
+                steps.append(([here, *marks, -2])[:4])
+        units = [u if u < min(rows, first + groups) else -1 for u in range(first, first + 3)]
+        last = packed and first + groups >= rows
+        slots = [u - first if last and u >= 0 else -1 for u in units]
+        items.append([*units, begin, len(steps) - begin, *slots])
     tiles = [(item, matrix) for matrix in range(matrices) for item in range(len(items))]
     starts = [len(tiles) * cta // ctas for cta in range(ctas + 1)]
 
@@ -53,7 +56,7 @@ def plan(mask: torch.Tensor, matrices: int, ctas: int, packed: bool) -> tuple[di
         "starts": on(starts, -1),
         "tiles": on(tiles, -1, 2),
         "items": on(items, -1, 8),
-        "steps": on(steps or [[0, -2, -2, 0]], -1, 4),
+        "steps": on(steps or [[0, -2, -2, -2]], -1, 4),
     }
     table = torch.stack(words) if words else torch.zeros(1, 128)
     return made, table.to(torch.int32).cuda()

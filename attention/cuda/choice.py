@@ -12,6 +12,8 @@ from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.pattern_nm import NM
 
+from . import kernel
+
 WIDEST = 256
 #: The kernel of units, by architecture and dtype: "sm90" on wgmma, "mma" on mma.sync and FMAs.
 UNIT_KERNELS = {
@@ -24,10 +26,15 @@ UNIT_KERNELS = {
 }
 
 
-def unit_kernel(device: int, dtype: torch.dtype, masked: bool) -> str:
-    """Which kernel of units takes a call; the one of sm_90a reads no key mask."""
-    found = UNIT_KERNELS[facts(device).arch][dtype]
-    return "mma" if masked else found
+def unit_kernel(device: int, dtype: torch.dtype) -> str:
+    """Which kernel of units takes a call."""
+    return UNIT_KERNELS[facts(device).arch][dtype]
+
+
+def groups(device: torch.device, dtype: torch.dtype, D: int) -> int:
+    """Query units of an item for the kernel that takes calls of these kinds."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return kernel.groups(D) if unit_kernel(index, dtype) == "sm90" else 2
 
 
 def split_costs(D: int) -> Costs:

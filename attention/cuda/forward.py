@@ -102,9 +102,9 @@ def _run(
     device = q.device.index
     head_bytes = k.shape[2] * (k.shape[3] + width) * k.element_size()
     shape = (batch, heads, k.shape[1])
-    wgmma = choice.unit_kernel(device, q.dtype, keep is not None) == "sm90"
-    ctas = kernel.ctas(device) if wgmma else mma.ctas(q.dtype, q.shape[3], device)
-    found = tables(work, shape, head_bytes, ctas)
+    wgmma = choice.unit_kernel(device, q.dtype) == "sm90"
+    walks = (kernel if wgmma else mma).walks(q.dtype, q.shape[3], device)
+    found = tables(work, shape, head_bytes, walks)
     partial = None
     if work.slots:
         size = (batch * heads, work.slots, UNIT)
@@ -120,11 +120,9 @@ def _run(
             out, lse, q, k, values, found.starts, found.tiles, work.items, work.steps,
             work.masks, scale, sink, packed, partial,
         )  # fmt: skip
-        if wgmma:
-            jobs.append(lambda: kernel.fused(*arguments))
-        else:
-            bits = None if keep is None else _kept(keep, work, found)
-            jobs.append(lambda: mma.fused(*arguments, bits))
+        bits = None if keep is None else _kept(keep, work, found)
+        launch = kernel.fused if wgmma else mma.fused
+        jobs.append(lambda: launch(*arguments, bits))
     if work.row_items.shape[0]:
         jobs.append(
             lambda: rows(

@@ -46,7 +46,9 @@ class Gathers(NamedTuple):
 _plans: LRU[Plan | None] = LRU(128)
 
 
-def plan_pattern(pattern: Pattern, nq: int, nk: int, D: int, device: torch.device) -> Plan | None:
+def plan_pattern(
+    pattern: Pattern, nq: int, nk: int, D: int, device: torch.device, groups: int
+) -> Plan | None:
     """What ``host_plan`` makes, remembered by the pattern's expression.
 
     Raises:
@@ -59,10 +61,10 @@ def plan_pattern(pattern: Pattern, nq: int, nk: int, D: int, device: torch.devic
                 f"{pattern!r}: no plan for {nq} × {nk} yet, and a graph is being captured; plan "
                 "first: run the model once before it"
             )
-        return host_plan(pattern, nq, nk, D, device, costs)
+        return host_plan(pattern, nq, nk, D, device, costs, groups)
 
     costs = _costs(D)
-    return _plans.get((pattern.expression_key(), nq, nk, device, D > 128, costs), make)
+    return _plans.get((pattern.expression_key(), nq, nk, device, D > 128, costs, groups), make)
 
 
 @functools.lru_cache(maxsize=512)
@@ -71,7 +73,13 @@ def _costs(D: int) -> Costs:
 
 
 def host_plan(
-    pattern: Pattern, nq: int, nk: int, D: int, device: torch.device, costs: Costs
+    pattern: Pattern,
+    nq: int,
+    nk: int,
+    D: int,
+    device: torch.device,
+    costs: Costs,
+    groups: int = 2,
 ) -> Plan | None:
     """The plan of a pattern; None where layouts and ``plan.build`` have to be taken.
 
@@ -82,6 +90,7 @@ def host_plan(
         D: head dimension.
         device: where the plan goes.
         costs: rates of the split.
+        groups: query units of an item, as the kernel takes them; see ``choice.groups``.
 
     Raises:
         LayoutError: a pattern of another fixed shape.
@@ -115,7 +124,7 @@ def host_plan(
         ]),
         np.arange(patterns * nqu + total) >= patterns * nqu,
     )  # fmt: skip
-    made = host_items(units, lines, patterns, D)
+    made = host_items(units, lines, patterns, D, groups)
     queries = np.concatenate([of.queries for of in gathers])
     merge, merged = _merges(made, lines, queries, nq, patterns * nqu, patterns)
     dead = _dead(units, lines, gathers, (nq, nk))
@@ -134,7 +143,7 @@ def host_plan(
         items, steps, masks, *rest, none.view(0, 4), none.long(), none,
         torch.from_numpy(dead).to(device), costs_of,
     ]  # fmt: skip
-    ints = [nq, nk, *pattern.lead, 0, 0, *pattern.entry, patterns, max(made.slot_counts)]
+    ints = [nq, nk, *pattern.lead, groups, 0, *pattern.entry, patterns, max(made.slot_counts)]
     for sizes in (made.item_counts, merged, [0] * patterns):
         ints += [0, *itertools.accumulate(sizes)]
     ints += [0] * patterns

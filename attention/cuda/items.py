@@ -1,8 +1,8 @@
-"""Cells as work items: lines in pairs, long ones cut, results to the output or to slots."""
+"""Cells as work items: lines by twos or threes, long ones cut, results to the output or slots."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ SHORTEST, SHORTEST_WIDE = 32, 16
 LONG = 5
 # ... unless the pattern has fewer lines than this.
 FEW = 32
-# Steps that one warpgroup takes before the other when both work on one line.
+# Steps that one warpgroup takes before the next when all of them work on one line.
 TURN = 2
 # Bits of key units in sort keys: neighbours and gathered ones.
 KEY_BITS = 26
@@ -41,10 +41,10 @@ class Items(NamedTuple):
     """Work items of all distinct patterns, by pattern.
 
     Attributes:
-        items: int32 (I, 8): query unit of each warpgroup (−1 = none), first step, steps, pattern,
-            slot of each warpgroup's result (−1 = the output), 0.
-        steps: int32 (S, 4): key unit, mask for each warpgroup (−1 = all kept, −2 = not its), 0.
-        costs: int32 (I,), what an item costs, in halves of a unit's products.
+        items: int32 (I, 8): query unit of each of three warpgroups (−1 = none), first step; steps,
+            slot of each warpgroup's result (−1 = the output).
+        steps: int32 (S, 4): key unit, mask for each warpgroup (−1 = all kept, −2 = not its).
+        costs: int32 (I,), what an item costs, in tenths of a step.
         item_counts: items of each pattern.
         slot_counts: slots of each pattern.
         slot_line: int64 (slots,), the line each slot belongs to, by pattern and slot.
@@ -77,8 +77,21 @@ def limits(counts: Tensor, pattern: Tensor, patterns: int, D: int) -> Tensor:
     return (share.clamp(min=SHORTEST if D <= 128 else SHORTEST_WIDE) + 3) // 4 * 4
 
 
-def make_items(cells: Cells, lines: Lines, counts: Tensor, patterns: int, D: int) -> Items:
-    """Pair neighbouring lines, long ones with long ones; cut what is long.
+def item_cost(own: Any, steps: Any, groups: int) -> Any:
+    """What items cost, measured on an H200, in tenths of a step that is all warpgroups'.
+
+    Args:
+        own: units that warpgroups compute, all together.
+        steps: steps of the item.
+        groups: warpgroups.
+    """
+    return 7 * own // groups + 3 * steps + 30
+
+
+def make_items(
+    cells: Cells, lines: Lines, counts: Tensor, patterns: int, D: int, groups: int
+) -> Items:
+    """Neighbouring lines together, long ones with long ones; what is long is cut.
 
     Args:
         cells: all cells.
@@ -86,6 +99,7 @@ def make_items(cells: Cells, lines: Lines, counts: Tensor, patterns: int, D: int
         counts: int64 (L,), cells of each line.
         patterns: number of distinct patterns.
         D: head dimension.
+        groups: lines of an item, 2 or 3: one for each warpgroup.
     """
     device = counts.device
     limit = limits(counts, lines.pattern, patterns, D)
@@ -97,73 +111,48 @@ def make_items(cells: Cells, lines: Lines, counts: Tensor, patterns: int, D: int
     kind = kind[kept]
     members = torch.bincount(kind, minlength=2 * patterns)
     rank = torch.arange(len(kept), device=device) - _starts(members)[kind]
-    pairs = (members + 1) // 2
-    at = _starts(pairs)[kind] + rank // 2
-    group = rank % 2
-    count = int(pairs.sum())
-    line = torch.full((count, 2), -1, dtype=torch.int64, device=device)
+    sets = (members + groups - 1) // groups
+    at = _starts(sets)[kind] + rank // groups
+    group = rank % groups
+    count = int(sets.sum())
+    line = torch.full((count, groups), -1, dtype=torch.int64, device=device)
     line[at, group] = kept
     kind_of = torch.repeat_interleave(
-        torch.arange(2 * patterns, device=device), pairs, output_size=count
+        torch.arange(2 * patterns, device=device), sets, output_size=count
     )
     pattern, long = kind_of // 2, kind_of % 2 > 0
-    # A long line without a partner: both warpgroups work on it.
+    # A long line without a partner: all warpgroups work on it.
     alone = long & (line[:, 1] < 0)
-    line[:, 1] = torch.where(alone, line[:, 0], line[:, 1])
+    line = torch.where(alone[:, None], line[:, :1], line)
 
     place = torch.full((len(counts),), -1, dtype=torch.int64, device=device)
-    place[kept] = 2 * at + group
-    steps, step_item = _steps(cells, place, alone)
-    long_enough = torch.bincount(step_item, minlength=count)
-    return _cut(steps, long_enough, line, lines, pattern, long, alone, limit, patterns)
+    place[kept] = groups * at + group
+    steps, step_item = _steps(cells, place, alone, groups)
+    length = torch.bincount(step_item, minlength=count)
+    return _cut(steps, length, line, lines, pattern, long, alone, limit, patterns)
 
 
-def _steps(cells: Cells, place: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 (S, 4) steps by item, and the item of each."""
+def _steps(cells: Cells, place: Tensor, alone: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """int32 (S, 4) steps by item and key unit, and the item of each."""
     to = place[cells.line]
-    item, group = to >> 1, to & 1
-    key, order = torch.sort((((item << KEY_BITS) + cells.key) << 1) + group)
-    mask, item, group = cells.mask[order], key >> (KEY_BITS + 1), key & 1
-    unit = (key >> 1) & ((1 << KEY_BITS) - 1)
+    item, group = to // groups, to % groups
+    key, order = torch.sort((((item << KEY_BITS) + cells.key) << 2) + group)
+    mask, item, group = cells.mask[order], key >> (KEY_BITS + 2), key & 3
+    unit = (key >> 2) & ((1 << KEY_BITS) - 1)
     fresh = torch.ones_like(key, dtype=torch.bool)
-    # The second warpgroup joins the first one's step with the same key unit.
-    fresh[1:] = (key[1:] >> 1 != key[:-1] >> 1) | (group[1:] == group[:-1])
+    # A warpgroup joins the step of those before it with the same key unit.
+    fresh[1:] = (key[1:] >> 2 != key[:-1] >> 2) | (group[1:] == group[:-1])
     step = fresh.long().cumsum(0) - 1
     total = int(step[-1]) + 1 if len(step) else 0
     first = _starts(torch.bincount(item, minlength=len(alone)))
-    turn = (torch.arange(len(item), device=item.device) - first[item]) // TURN % 2
+    turn = (torch.arange(len(item), device=item.device) - first[item]) // TURN % groups
     group = torch.where(alone[item], turn, group)
     steps = torch.full((total, 4), -2, dtype=torch.int32, device=item.device)
-    steps[:, 3] = 0
     steps[step, 0] = unit.to(torch.int32)
     steps.view(-1)[step * 4 + 1 + group] = mask.to(torch.int32)
     step_item = torch.empty(total, dtype=torch.int64, device=item.device)
     step_item[step] = item
-    return steps[_arranged(steps, step_item, alone)], step_item
-
-
-def _arranged(steps: Tensor, item: Tensor, alone: Tensor) -> Tensor:
-    """An order of the steps in which warpgroups find theirs in pairs.
-
-    Kernels take steps 2i and 2i + 1 of an item together, and a single unit costs nearly as much as
-    two. So in every item: steps of both warpgroups; pairs of one, in turn; then what is left over:
-    the last of an odd number of both's, the last of an odd number of each. Else by key unit.
-    """
-    mine = steps[:, 1:3] != -2
-    # 2 = both's; items whose warpgroups share a line have their turns already.
-    kind = torch.where(mine.all(1), 2, mine[:, 1].long())
-    kind = torch.where(alone[item], 2, kind)
-    of = item * 3 + kind
-    counts = torch.bincount(of, minlength=3 * len(alone))
-    by_kind = torch.argsort(of, stable=True)
-    rank = torch.empty_like(of)
-    rank[by_kind] = torch.arange(len(of), device=of.device)
-    rank -= _starts(counts)[of]
-    left = (rank == counts[of] - 1) & (counts[of] % 2 > 0)
-    both = kind == 2
-    key = torch.where(both, 0, 2 * (rank >> 1) + 1 + kind)
-    key = torch.where(left, torch.where(both, 0, 1 + kind) + (1 << 30), key)
-    return torch.argsort((item << 34) + key, stable=True)
+    return steps, step_item
 
 
 def _cut(
@@ -181,16 +170,17 @@ def _cut(
     device = steps.device
     most = torch.where(long, limit[pattern], length.clamp(min=1))
     cuts = ((length + most - 1) // most).clamp(min=1)
-    # Whole turns of both warpgroups.
-    size = ((length + cuts - 1) // cuts + 2 * TURN - 1) // (2 * TURN) * (2 * TURN)
+    groups = line.shape[1]
+    turns = groups * TURN  # whole turns of all warpgroups
+    size = ((length + cuts - 1) // cuts + turns - 1) // turns * turns
     size = torch.where(long, size, length.clamp(min=1))
     cuts = ((length + size - 1) // size).clamp(min=1)
     item = torch.repeat_interleave(torch.arange(len(cuts), device=device), cuts)
     begin = (torch.arange(len(item), device=device) - _starts(cuts)[item]) * size[item]
     n = torch.minimum(size[item], length[item] - begin)
     begin = begin + _starts(length)[item]
-    running = torch.zeros(len(steps) + 1, 2, dtype=torch.int64, device=device)
-    torch.cumsum((steps[:, 1:3] != -2).long(), 0, out=running[1:])
+    running = torch.zeros(len(steps) + 1, groups, dtype=torch.int64, device=device)
+    torch.cumsum((steps[:, 1 : 1 + groups] != -2).long(), 0, out=running[1:])
     own = running[begin + n] - running[begin]
 
     line, pattern = line[item], pattern[item]
@@ -203,19 +193,14 @@ def _cut(
     slot_item, slot_group = slot.nonzero(as_tuple=True)
     slot_pattern = pattern[slot_item]
     slots = torch.bincount(slot_pattern, minlength=patterns)
-    number = slot.flatten().long().cumsum(0).view(-1, 2) - 1 - _starts(slots)[pattern, None]
+    number = slot.flatten().long().cumsum(0).view(-1, groups) - 1 - _starts(slots)[pattern, None]
     number = torch.where(slot, number, -1)
-    items = torch.stack(
-        [
-            unit[:, 0], unit[:, 1], begin, n, pattern, number[:, 0], number[:, 1],
-            torch.zeros_like(n),
-        ],
-        1,
-    )  # fmt: skip
+    items = torch.full((len(n), 8), -1, dtype=torch.int32, device=device)
+    items[:, :groups], items[:, 3], items[:, 4] = unit.int(), begin.int(), n.int()
+    items[:, 5 : 5 + groups] = number.int()
     counts = torch.stack([torch.bincount(pattern, minlength=patterns), slots]).tolist()
-    # Half of what a warpgroup does hides behind the other; about two units for beginning and end.
-    costs = own.sum(1) + own.amax(1) + 4
+    costs = item_cost(own.sum(1), n, groups)
     return Items(
-        items.to(torch.int32), steps, costs.to(torch.int32), counts[0], counts[1],
+        items, steps, costs.to(torch.int32), counts[0], counts[1],
         line[slot_item, slot_group], slot_pattern,
     )  # fmt: skip

@@ -92,9 +92,9 @@ def positive(scale: float, q: Tensor, packed: Tensor) -> tuple[float, Tensor, Te
     return -scale or 1.0, q, packed
 
 
-def ctas(device: int) -> int:
-    """Persistent CTAs that fill a device."""
-    return facts(device).multiprocessors
+def walks(dtype: torch.dtype, width: int, device: int) -> int:
+    """Streams of items that fill a device."""
+    return facts(device).multiprocessors * cut(width).streams
 
 
 def fused(

@@ -116,7 +116,7 @@ def fused_request(dtype: torch.dtype, how: Cut, rounded: bool) -> Request:
     return request("fused_mma", constants, flush=dtype != torch.float32)
 
 
-def ctas(dtype: torch.dtype, width: int, device: int) -> int:
+def walks(dtype: torch.dtype, width: int, device: int) -> int:
     """Persistent CTAs that fill a device."""
     have = facts(device)
     how = cut(dtype, width, tf32(dtype), have.shared_bytes)
@@ -149,7 +149,7 @@ def fused(
         q: (B, Hq, nq, D), rows 16-byte aligned.
         k: (B, Hkv, nk, D), likewise.
         v: (B, Hkv, nk, D), likewise.
-        starts: int32 (ctas + 1,), where each CTA's tiles start.
+        starts: int32 (walks + 1,), where each CTA's tiles start.
         tiles: int32 (t, 2), item and matrix b * Hq + h.
         items: int32 (n, 8); see the kernel.
         steps: int32 (s, 4); see the kernel.

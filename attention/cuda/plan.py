@@ -12,8 +12,9 @@
       row_offsets       int64 (U · nq + 1,), columns int32: the single entries
       dead              bool (U, nk): keys nobody keeps inside kept units, or empty
       costs             int32 (I,)
-    ints                nq, nk, b, h, 0, 0, entry …, U, slots, then for items, merge_rows and
-                        row_items U + 1 starts each, and the longer row items of each pattern
+    ints                nq, nk, b, h, query units of an item, 0, entry …, U, slots, then for items,
+                        merge_rows and row_items U + 1 starts each, and the longer row items of
+                        each pattern
 
 A plan depends on the layout and the head dimension alone: results depend on no other batch entry or
 head.
@@ -82,6 +83,7 @@ class Work(NamedTuple):
     shape: tuple[int, int]
     lead: tuple[int, int]
     entry: tuple[int, ...]
+    groups: int
     patterns: int
     slots: int
     item_starts: tuple[int, ...]
@@ -100,7 +102,7 @@ def unpack(tensors: list[Tensor], ints: tuple[int, ...]) -> Work:
     starts = [tuple(rest[i * n : (i + 1) * n]) for i in range(3)]
     starts.append(tuple(rest[3 * n :]))
     named: dict[str, Any] = dict(zip(NAMES, tensors, strict=True))
-    sizes = ((ints[0], ints[1]), (ints[2], ints[3]), entry, patterns, slots, *starts)
+    sizes = ((ints[0], ints[1]), (ints[2], ints[3]), entry, ints[4], patterns, slots, *starts)
     named.update(zip(Work._fields[len(NAMES) :], sizes, strict=True))
     return Work(**named)
 
@@ -115,8 +117,8 @@ def count_work(made: Plan) -> tuple[int, int, int]:
         return int((each.cpu().long() * of).sum())
 
     running = torch.zeros(len(work.steps) + 1, dtype=torch.int64)
-    torch.cumsum((work.steps[:, 1:3] != -2).sum(1).cpu(), 0, out=running[1:])
-    first, steps = work.items[:, 2].cpu().long(), work.items[:, 3].cpu().long()
+    torch.cumsum((work.steps[:, 1:] != -2).sum(1).cpu(), 0, out=running[1:])
+    first, steps = work.items[:, 3].cpu().long(), work.items[:, 4].cpu().long()
     units = total(running[first + steps] - running[first], work.item_starts)
     entries = total(work.row_items[:, 1], work.row_starts)
     return total(steps, work.item_starts), units * UNIT * UNIT + entries, made.bytes
@@ -125,13 +127,14 @@ def count_work(made: Plan) -> tuple[int, int, int]:
 _plans: LRU[Plan] = LRU(128)
 
 
-def plan(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
+def plan(layout: Layout, D: int, device: torch.device | None = None, groups: int = 2) -> Plan:
     """The plan of a Block, Row or Mixed layout on its device, remembered by the layout's key.
 
     Args:
         layout: kept positions; validated when its first plan is made.
         D: head dimension.
         device: of the plan of a layout that keeps nothing, which has no tensors and so no device.
+        groups: query units of an item, as the kernel takes them; see ``choice.groups``.
 
     Raises:
         LayoutError: another layout, or indices at fault.
@@ -144,13 +147,13 @@ def plan(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
 
     def make() -> Plan:
         validate_once(layout)
-        return build(layout, D, where)
+        return build(layout, D, where, groups)
 
     where = layout.device if device is None or layout.tensors() else device
-    return _plans.get((layout.key, where, D > 128), make)
+    return _plans.get((layout.key, where, D > 128, groups), make)
 
 
-def build(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
+def build(layout: Layout, D: int, device: torch.device | None = None, groups: int = 2) -> Plan:
     """A plan, made anew; see ``plan``."""
     nq, nk = layout.shape
     device = layout.device if device is None else device
@@ -176,7 +179,7 @@ def build(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
         _flag(lines, found, gathered, nqu, patterns)
     if rest is not None:
         lines = _leave(lines, counts, rest, nqu)
-    made = make_items(found, lines, counts, patterns, D)
+    made = make_items(found, lines, counts, patterns, D, groups)
     rows = row_items(rest, counts, made.slot_counts, gathered, patterns, (nq, nqu), device)
     merge, merged = _merges(made, rows, lines, gathered, (nq, nqu), patterns)
     slots = [n + -(-r // UNIT) for n, r in zip(made.slot_counts, rows.partials, strict=True)]
@@ -187,7 +190,7 @@ def build(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
         empty if rest is None else rest.columns, _dead(found, nku, nk, key_rows, patterns, lines),
         made.costs,
     ]  # fmt: skip
-    ints = [nq, nk, *layout.lead, 0, 0, *layout.entry, patterns, max(slots)]
+    ints = [nq, nk, *layout.lead, groups, 0, *layout.entry, patterns, max(slots)]
     for sizes in (made.item_counts, merged, rows.counts):
         ints += [0, *itertools.accumulate(sizes)]
     ints += rows.longer

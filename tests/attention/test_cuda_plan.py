@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 
 import fused_interpreter as literal
 import pytest
@@ -20,6 +21,7 @@ from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.panel import PanelLayout
 
 H200 = Costs.h200()
+GROUPS = 2
 # Around the units: (nq, nk).
 SIZES = [(1, 1), (63, 65), (64, 64), (170, 300), (300, 129), (1, 200)]
 # Each line: what it is there for.
@@ -39,8 +41,15 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(1)
 
 
+@pytest.fixture(autouse=True, params=[2, 3], ids=["twos", "threes"])
+def groups(request, monkeypatch) -> int:
+    """Query units of an item, by which kernels differ."""
+    monkeypatch.setattr(sys.modules[__name__], "GROUPS", request.param)
+    return request.param
+
+
 def planned(layout, D: int = 64) -> Work:
-    made = build(layout, D)
+    made = build(layout, D, groups=GROUPS)
     assert all(t.is_contiguous() for t in made.tensors)
     return unpack(*made)
 
@@ -108,16 +117,16 @@ def test_long_items_are_cut_and_the_rest_is_not() -> None:
         work = planned(pattern.to_layout("mixed", n, n, costs=H200))
         assert not work.slots and len(work.items) == n // 128
     front = planned(P.longformer(256, range(64)).to_layout("mixed", n, n, costs=H200))
-    assert front.slots and int(front.items[:, 3].max()) <= 32
+    assert front.slots and int(front.items[:, 4].max()) <= 32
     # One long line: both warpgroups work on it, about equally much.
     lone = front.items[front.items[:, 0] == front.items[:, 1]]
     assert len(lone) == 4
-    own = [(front.steps[s : s + n, 1:3] != -2).sum(0) for s, n in lone[:, 2:4].tolist()]
+    own = [(front.steps[s : s + n, 1 : 1 + GROUPS] != -2).sum(0) for s, n in lone[:, 3:5].tolist()]
     assert all(int((a - b).abs()) <= 2 for a, b in own)
     decode = planned(P.full().to_layout("block", 1, 65536))
     assert len(decode.items) >= 16
     few = planned(P.full().to_layout("mixed", 300, 16384, costs=H200))
-    assert few.slots and int(few.items[:, 3].max()) <= 128
+    assert few.slots and int(few.items[:, 4].max()) <= 128
 
 
 def test_long_single_rows_are_cut() -> None:
@@ -200,7 +209,7 @@ def on_cpu(monkeypatch) -> None:
 
     held: dict[str, Work] = {}
     monkeypatch.setattr(cuda_forward.choice, "unit_kernel", lambda *_: "sm90")
-    monkeypatch.setattr(cuda_forward.kernel, "ctas", lambda device: 13)
+    monkeypatch.setattr(cuda_forward.kernel, "walks", lambda *_: 13)
     monkeypatch.setattr(cuda_forward.kernel, "fused", fused)
     for name, value in {
         "rows": rows,
@@ -220,7 +229,7 @@ def test_the_whole_forward_around_the_kernels(on_cpu, name, heads) -> None:
     if heads[0] > 1:
         pattern = P.per_head([pattern, P.window(3), pattern, P.causal() & pattern])
     layout = pattern.to_layout("mixed", n, n, costs=H200)
-    made = build(layout, 32)
+    made = build(layout, 32, groups=GROUPS)
     q = torch.randn(2, n, heads[0], 32, generator=seeded()).transpose(1, 2)
     k, v = (torch.randn(2, heads[1], n, d, generator=seeded()) for d in (32, 24))
     dropped = ~pattern.dense(n, n).view(-1, heads[1], heads[0] // heads[1], n, n).any((0, 2, 3))
