@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.costs import Costs
@@ -27,6 +26,7 @@ from .choice import split_costs
 from .host_items import HostItems, HostLines, host_items
 from .panels import COPY, LINE, MASKED
 from .plan import Plan
+from .upload import upload
 
 # Rows beyond which the device is faster.
 MOST_ROWS = 1 << 17
@@ -103,7 +103,7 @@ def host_plan(
     patterns, nqu = len(pattern.distinct), -(-nq // UNIT)
     parts: list[Units] = []
     gathers: list[Gathers] = []
-    words = total = 0
+    before = total = 0
     for u, flat in enumerate(pattern.distinct):
         split = split_directly(flat, frame, costs)
         if split is None or not _gathered(split, frame):
@@ -111,9 +111,9 @@ def host_plan(
         gathers.append(Gathers(_in_units(split.queries), _in_units(split.keys)))
         pieces = [split.units, *_panels(split, frame, patterns * nqu + total - u * nqu)]
         for piece in pieces:
-            mask = np.where(piece.mask < 0, piece.mask, piece.mask + words) if words else piece.mask
+            mask = np.where(piece.mask < 0, piece.mask, piece.mask + before)
             parts.append(piece._replace(line=piece.line + u * nqu, mask=mask))
-            words += len(piece.words)
+            before += len(piece.words)
         total += len(gathers[-1].queries)
     units = _joined(parts)
     many = [len(of.queries) for of in gathers]
@@ -129,15 +129,13 @@ def host_plan(
     merge, merged = _merges(made, lines, queries, nq, patterns * nqu, patterns)
     dead = _dead(units, lines, gathers, (nq, nk))
     tables = [_table([of.keys for of in gathers]), _table([of.queries for of in gathers])]
-    arrays: list[np.typing.NDArray[Any]] = [
-        made.items,
-        made.steps,
-        units.words,
-        *tables,
-        *merge,
-        made.costs,
-    ]
-    items, steps, masks, *rest, costs_of = _upload(arrays, device)
+    few = len(units.words) <= FEW_MASKS
+    words = _ordered(units.words) if few else units.words.view(np.int32)
+    items, steps, masks, *rest, costs_of = upload(
+        [made.items, made.steps, words, *tables, *merge, made.costs], device
+    )
+    if not few:
+        masks = register_words(masks.view(torch.uint8).view(-1, UNIT, 8))
     none = items.new_zeros(0)
     tensors = [
         items, steps, masks, *rest, none.view(0, 4), none.long(), none,
@@ -308,31 +306,8 @@ def _dead(
     return np.ascontiguousarray(dead[:, :nk])
 
 
-def _upload(arrays: list[np.typing.NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """Everything as int32 in one copy; the third one, masks, in register order."""
-    starts, total = [], 0
-    if 0 < len(arrays[2]) <= FEW_MASKS:
-        signed = arrays[2].view(np.int64)[..., None]
-        ready = in_register_order(signed, np.arange(0, 8, 2)).view(np.int32)
-        arrays = [*arrays[:2], ready.reshape(-1, 128, 2)[..., 0], *arrays[3:]]
-    for array in arrays:
-        starts.append(total)
-        total += -(-array.size * (2 if array.dtype == np.uint64 else 1) // UNIT) * UNIT
-    buffer = torch.empty(total, dtype=torch.int32, pin_memory=device.type == "cuda")
-    flat = buffer.numpy()
-    for start, array in zip(starts, arrays, strict=True):
-        plain = array.ravel()
-        plain = plain.view(np.int32) if array.dtype == np.uint64 else plain
-        flat[start : start + plain.size] = plain
-    there = buffer.to(device, non_blocking=True)
-    made = []
-    for start, array in zip(starts, arrays, strict=True):
-        if array.dtype == np.uint64:
-            raw = there[start : start + 2 * array.size].view(torch.uint8)
-            made.append(register_words(raw.view(-1, UNIT, 8)))
-        else:
-            made.append(there[start : start + array.size].view(array.shape))
-    if device.type == "cuda":
-        # Other streams may read the plan at once.
-        torch.cuda.current_stream(device).synchronize()
-    return made
+def _ordered(words: Words) -> np.typing.NDArray[np.int32]:
+    """A few masks (M, 64) in register order, (M, 128)."""
+    ready = in_register_order(words.view(np.int64)[..., None], np.arange(0, 8, 2))
+    halves: np.typing.NDArray[np.int32] = ready.view(np.int32).reshape(-1, 128, 2)
+    return halves[..., 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
 import itertools
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from mixgrain.cuda.errors import CudaError
 from mixgrain.formats.tracing import concretely
 
 from .plan import Work
+from .upload import upload
 
 # Bytes of K and V that are worked on at a time: what stays in L2 beside Q and the output.
 RESIDENT = 24 << 20
@@ -97,20 +97,12 @@ def _make(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -
         if work.lead[1] > 1:
             # A head's value is left alone if any of the queries' heads that share it needs it.
             dead = dead.unflatten(1, (kv, -1)).all(2)
-    to = functools.partial(Tensor.to, device=device, dtype=torch.int32)
     costs = work.costs.cpu().numpy()
     first, item, matrix = _walk(costs, work.item_starts, flat.numpy(), shape, head_bytes, ctas)
-    # Pairs first: the kernels read them as such.
-    count = 2 * len(item)
-    host = torch.empty(count + len(first), dtype=torch.int32, pin_memory=device.type == "cuda")
-    filled = host.numpy()
-    filled[:count:2], filled[1:count:2], filled[count:] = item, matrix, first
-    there = host.to(device, non_blocking=True)
-    starts, tiles = there[count:], there[:count].view(-1, 2)
-    return Tables(
-        starts, tiles, to(pattern).contiguous(), to(by_key).contiguous(),
-        to(merge_ranges), to(row_ranges), dead,
-    )  # fmt: skip
+    arrays = [t.numpy() for t in (pattern, by_key, merge_ranges, row_ranges)]
+    starts, tiles, *rest = upload([first, np.stack([item, matrix], 1), *arrays], device)
+    queries, keys, merged, singles = rest
+    return Tables(starts, tiles, queries, keys, merged, singles, dead)
 
 
 Ints = np.typing.NDArray[np.int64]
