@@ -131,13 +131,13 @@ def test_shapes_are_checked() -> None:
 def test_plans_are_remembered_until_tensors_change() -> None:
     ids = torch.arange(2048) // 300
     pattern = P.documents(ids)
-    made = plan_pattern(pattern, 2048, 2048, 64, CPU)
-    assert plan_pattern(P.documents(ids), 2048, 2048, 64, CPU) is made
+    made = plan_pattern(pattern, 2048, 2048, 64, CPU, 2)
+    assert plan_pattern(P.documents(ids), 2048, 2048, 64, CPU, 2) is made
     ids[:] = 0
-    again = plan_pattern(pattern, 2048, 2048, 64, CPU)
+    again = plan_pattern(pattern, 2048, 2048, 64, CPU, 2)
     assert again is not made and len(again.tensors[1]) > len(made.tensors[1])
     mg.clear_caches()
-    assert plan_pattern(pattern, 2048, 2048, 64, CPU) is not again
+    assert plan_pattern(pattern, 2048, 2048, 64, CPU, 2) is not again
 
 
 def test_kernels_may_load_pairs_and_fours() -> None:
