@@ -117,7 +117,8 @@ def test_long_items_are_cut_and_the_rest_is_not() -> None:
         work = planned(pattern.to_layout("mixed", n, n, costs=H200))
         assert not work.slots and len(work.items) == -(-n // (64 * GROUPS))
     front = planned(P.longformer(256, range(64)).to_layout("mixed", n, n, costs=H200))
-    assert front.slots and int(front.items[:, 4].max()) <= 32
+    whole = 2 * GROUPS  # turns of all warpgroups
+    assert front.slots and int(front.items[:, 4].max()) <= -(-32 // whole) * whole
     # One long line: both warpgroups work on it, about equally much.
     lone = front.items[front.items[:, 0] == front.items[:, 1]]
     assert len(lone) == 4
