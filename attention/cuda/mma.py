@@ -57,9 +57,9 @@ class Cut(NamedTuple):
 LARGE = 163 * 1024
 CUTS = {
     "half": {
-        32: (Cut(32, 2, 2, 64, 3), Cut(32, 2, 2, 64, 3)),
-        64: (Cut(64, 2, 2, 64, 3), Cut(64, 2, 2, 64, 3)),
-        96: (Cut(96, 2, 2, 64, 3), Cut(96, 2, 2, 64, 2)),
+        32: (Cut(32, 2, 2, 64, 4), Cut(32, 2, 2, 64, 4)),
+        64: (Cut(64, 2, 2, 64, 4), Cut(64, 2, 2, 64, 4)),
+        96: (Cut(96, 2, 2, 64, 4), Cut(96, 2, 2, 64, 2)),
         128: (Cut(128, 2, 2, 64, 2), Cut(128, 2, 2, 32, 2)),
         192: (Cut(192, 2, 1, 64, 3), Cut(192, 2, 1, 64, 2)),
         256: (Cut(256, 2, 1, 64, 3), Cut(256, 2, 1, 32, 2)),
@@ -83,7 +83,7 @@ CUTS = {
 }
 #: fused_walk.cuh: Operands and Plan.
 OPERANDS = np.dtype(
-    [("operand", np.int64, (6, 4)), ("sizes", np.int32, 7), ("spare", np.int32)]
+    [("operand", np.int64, (6, 4)), ("sizes", np.int32, 7), ("inverses", np.float32, 3)]
 )  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def fused(
     ]
     ratios = heads // k.shape[1], heads // pk.shape[1]
     operands["sizes"][0] = (heads, *ratios, rows, k.shape[2], pk.shape[2] // 64, width)
+    operands["inverses"][0] = [1 / n for n in (heads, *ratios)]
     plan = np.array([[t.data_ptr() for t in (starts, tiles, items, steps)]], np.int64)
     bits = (None, None) if keep is None else keep
     kernel(fused_request(q.dtype, how, rounded), q.device.index)(
