@@ -83,8 +83,12 @@ CUTS = {
 }
 #: fused_walk.cuh: Operands and Plan.
 OPERANDS = np.dtype(
-    [("operand", np.int64, (6, 4)), ("sizes", np.int32, 7), ("inverses", np.float32, 3)]
-)  # fmt: skip
+    {
+        "names": ["operand", "sizes", "inverses"],
+        "formats": [(np.int64, (6, 4)), (np.int32, 6), (np.float32, 3)],
+        "itemsize": 232,
+    }
+)
 
 
 def cut(dtype: torch.dtype, width: int, rounded: bool, most: int) -> Cut:
@@ -173,7 +177,8 @@ def fused(
         (t.data_ptr(), *(t.stride(d) * size for d in range(3))) for t in (q, k, v, pq, pk, pv)
     ]
     ratios = heads // k.shape[1], heads // pk.shape[1]
-    operands["sizes"][0] = (heads, *ratios, rows, k.shape[2], pk.shape[2] // 64, width)
+    sizes = heads, pk.shape[1], rows, k.shape[2], pk.shape[2] // 64, width
+    operands["sizes"][0] = sizes
     operands["inverses"][0] = [1 / n for n in (heads, *ratios)]
     plan = np.array([[t.data_ptr() for t in (starts, tiles, items, steps)]], np.int64)
     bits = (None, None) if keep is None else keep

@@ -64,12 +64,7 @@ __device__ __forceinline__ void copy_rows(u32 to, const char *from, i64 pitch, i
     from += i64(first + mine.row) * pitch + mine.piece * 16;
     const i64 step = kAtOnce * pitch;
 #pragma unroll 8
-    for (int i = 0; i < kRows / kAtOnce; ++i, from += step) {
-        if (i * kAtOnce < left)
-            copy_async16(mine.at(i), from, true);
-        else
-            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(mine.at(i)), "r"(0) : "memory");
-    }
+    for (int i = 0; i < kRows / kAtOnce; ++i, from += step) copy_async16(mine.at(i), from, i * kAtOnce < left);
 }
 
 __device__ __forceinline__ float4 shared4(u32 at) {

@@ -73,9 +73,9 @@ struct Operand {
 };
 struct Operands {
     Operand q, k, v, packed_q, packed_k, packed_v;
-    int heads, ratio, packed_ratio;
+    int heads, packed_heads;
     int rows, keys_there, packed_units, width;
-    float per_heads, per_ratio, per_packed_ratio;  // 1 / heads, …
+    float per_heads, per_ratio, per_packed_ratio;  // 1 / heads, 1 / query heads of a key head, …
 
     __device__ __forceinline__ void queries(u32 to, const Plan &plan, const Place &place) const {
         const int b = quotient(place.matrix, per_heads), h = place.matrix - b * heads;
@@ -95,7 +95,7 @@ struct Operands {
     __device__ __forceinline__ u32 kept(const u32 *keep, const u32 *keep_packed, const Place &place, int t) const {
         const int b = quotient(place.matrix, per_heads), h = place.matrix - b * heads;
         const i64 at = place.unit >= kPacked
-                           ? (i64(b) * (heads / packed_ratio) + h / packed_ratio) * packed_units + place.unit - kPacked
+                           ? (i64(b) * packed_heads + quotient(h, per_packed_ratio)) * packed_units + place.unit - kPacked
                            : i64(b) * ((keys_there + 63) / 64) + place.unit;
         const u32 *from = (place.unit >= kPacked ? keep_packed : keep) + 2 * at;
         u32 word = 0;
