@@ -21,6 +21,7 @@ from mixgrain.primitives.plans.plan import trust
 
 from .arguments import IMPLS, check_kept, check_key_mask, check_sink, check_tensors
 from .cpu import stride_order
+from .cuda.host import plan_pattern
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import plan as plan_on_cuda
 from .plan import Plan, plan, plan_nm
@@ -220,6 +221,10 @@ def plan_for(
     if device.type == "cuda":
         from .cuda.choice import split_costs
 
+        if isinstance(kept, Pattern) and not torch.compiler.is_dynamo_compiling():
+            made = plan_pattern(kept, nq, nk, D, device)
+            if made is not None:
+                return made
         return _plan_cuda(static_layout(kept, nq, nk, device, split_costs(D)), D, str(device))
     if isinstance(kept, Layout):
         return _plan(kept)

@@ -113,6 +113,23 @@ class Pattern:
         """
         return None
 
+    def bands(self, frame: Frame) -> list[Interval] | None:
+        """The kept keys of all rows as a few intervals each, which may overlap.
+
+        Returns:
+            lo and hi, (nq) int64 as of ``interval``; None when they are not known at once.
+        """
+        found = self.interval(frame, frame.rows())
+        return None if found is None else [found]
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        """Whether blocks of size × size are known to be kept or dropped whole, row by row alike."""
+        return False
+
+    def block_mask(self, frame: Frame, size: int) -> Tensor | None:
+        """Bool (block rows, block columns) if the pattern is known as blocks of this size."""
+        return None
+
     def factor(self, frame: Frame) -> Factored:
         """The pattern as core ∪ (listed rows × all keys) ∪ (all rows × listed keys)."""
         self.check(frame)

@@ -34,15 +34,26 @@ class Or(Pattern):
                 return None
         return joined
 
+    def bands(self, frame: Frame) -> list[Interval] | None:
+        joined: list[Interval] = []
+        for term in self.terms:
+            found = term.bands(frame)
+            if found is None:
+                return None
+            joined += found
+        return joined
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return all(term.coarse(frame, size) for term in self.terms)
+
     def factor(self, frame: Frame) -> Factored:
         parts = [term.factor(frame) for term in self.terms]
         cores = tuple(part.core for part in parts if part.core is not None)
         core = (Or(cores) if len(cores) > 1 else cores[0]) if cores else None
         return Factored(
-            core,
-            torch.unique(torch.cat([part.queries for part in parts])),
-            torch.unique(torch.cat([part.keys for part in parts])),
-        )
+            core, _listed_once([part.queries for part in parts]),
+            _listed_once([part.keys for part in parts]),
+        )  # fmt: skip
 
     def runs_bound(self, frame: Frame) -> int:
         return sum(term.runs_bound(frame) for term in self.terms)
@@ -78,6 +89,18 @@ class And(Pattern):
         known = [one for one in found if one is not None]
         return reduce(_meet, known) if len(known) == len(found) else None
 
+    def bands(self, frame: Frame) -> list[Interval] | None:
+        met: list[Interval] | None = None
+        for term in self.terms:
+            found = term.bands(frame)
+            if found is None:
+                return None
+            met = found if met is None else [_meet(a, b) for a in met for b in found]
+        return met
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return all(term.coarse(frame, size) for term in self.terms)
+
     def runs_bound(self, frame: Frame) -> int:
         return sum(term.runs_bound(frame) for term in self.terms)
 
@@ -107,6 +130,9 @@ class Not(Pattern):
         start = torch.where(none, 0, torch.where(left, hi, 0))
         end = torch.where(none | left, frame.nk, lo)
         return start, end
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return self.term.coarse(frame, size)
 
     def runs_bound(self, frame: Frame) -> int:
         return self.term.runs_bound(frame) + 1
@@ -158,6 +184,12 @@ class Batched(Pattern):
         if not self.over_batch:
             return f"per_head([{_listed(table[0])}])"
         return f"per_batch([{_listed(heads)}])"
+
+
+def _listed_once(lists: list[Tensor]) -> Tensor:
+    """All members of rising lists without repeats, rising."""
+    some = [listed for listed in lists if listed.numel()]
+    return torch.unique(torch.cat(some)) if len(some) > 1 else (some or lists)[0]
 
 
 def table(lead: tuple[int, int], items: list[Pattern], over_batch: bool) -> Batched:

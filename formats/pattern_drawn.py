@@ -69,6 +69,9 @@ class RandomBlocks(Pattern):
         lo, hi = blocks.lo * self.size, (blocks.hi * self.size).clamp_(max=frame.nk)
         return Runs(blocks.offsets, lo, hi)
 
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return self.size % size == 0 and frame.shift % self.size == 0
+
     def runs_bound(self, frame: Frame) -> int:
         return max(1, min(self.per_row, -(-frame.nk // self.size)))
 

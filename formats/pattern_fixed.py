@@ -129,6 +129,13 @@ class Blocks(Pattern):
         lo, hi = blocks.lo * self.size, (blocks.hi * self.size).clamp_(max=frame.nk)
         return Runs(blocks.offsets, lo, hi)
 
+    def block_mask(self, frame: Frame, size: int) -> Tensor | None:
+        self.check(frame)
+        return self.mask.tensor if self.size == size else None
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return self.size % size == 0
+
     def runs_bound(self, frame: Frame) -> int:
         return -(-frame.nk // (2 * self.size)) + 1
 

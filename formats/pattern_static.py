@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,9 @@ class Full(Pattern):
 
     def interval(self, frame: Frame, rows: Tensor) -> Interval:
         return torch.zeros_like(rows), torch.full_like(rows, frame.nk)
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return True
 
     def __repr__(self) -> str:
         return "full()"
@@ -59,6 +63,9 @@ class BlockWindow(Pattern):
 
     size: int
     radius: int
+
+    def coarse(self, frame: Frame, size: int) -> bool:
+        return self.size % size == 0 and frame.shift % self.size == 0
 
     def interval(self, frame: Frame, rows: Tensor) -> Interval:
         own = (rows + frame.shift) // self.size
@@ -140,7 +147,7 @@ class Globals(Pattern):
         return max(1, self.positions.tensor.numel() if self.as_keys else 1)
 
     def _sorted(self, frame: Frame) -> Tensor:
-        return sorted_positions(self.positions, frame.device, repr(self))
+        return sorted_positions(self.positions, frame.device, self)
 
     def _keys(self, frame: Frame) -> Tensor:
         keys = self._sorted(frame)
@@ -224,6 +231,20 @@ class Documents(Pattern):
         none = torch.zeros(1, dtype=torch.int64, device=rows.device)
         return torch.cat((groups.runs.lo, none))[of], torch.cat((groups.runs.hi, none))[of]
 
+    def bands(self, frame: Frame) -> list[Interval] | None:
+        self.check(frame)
+        if frame.device.type != "cpu" or not frame.nk:
+            return super().bands(frame)
+        ends = self.ids.derive("ends", frame.device, _document_ends)
+        if ends is None:
+            return None
+        # Queries before the first position see nothing.
+        before = max(0, -frame.shift)
+        after = slice(max(0, frame.shift), None)
+        lo, hi = (torch.nn.functional.pad(end[after], (before, 0)) if before else end[after]
+                  for end in ends)  # fmt: skip
+        return [(lo, hi)]
+
     def runs_bound(self, frame: Frame) -> int:
         return max(1, (frame.nk + 1) // 2)
 
@@ -249,6 +270,20 @@ def _groups(ids: Tensor) -> _Groups:
     rows = torch.arange(unique.numel() + 2, device=ids.device)
     offsets = torch.searchsorted(group[order], rows)
     return _Groups(torch.repeat_interleave(group, hi - lo), Runs(offsets, lo[order], hi[order]))
+
+
+def _document_ends(ids: Tensor) -> Interval | None:
+    """First and last key, plus 1, of every position's document; None if one is in pieces.
+
+    On the host, where numpy does such things at a fraction of the cost.
+    """
+    plain = ids.numpy()
+    edges = np.concatenate([[0], (plain[1:] != plain[:-1]).nonzero()[0] + 1, [len(plain)]])
+    if len(np.unique(plain[edges[:-1]])) < len(edges) - 1:
+        return None
+    lengths = np.diff(edges)
+    lo, hi = (torch.from_numpy(np.repeat(end, lengths)) for end in (edges[:-1], edges[1:]))
+    return lo, hi
 
 
 def _key_runs(keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -168,8 +168,13 @@ def positions(data: object, who: str) -> Source:
     return source
 
 
-def sorted_positions(source: Source, device: torch.device, who: str) -> Tensor:
+def sorted_positions(source: Source, device: torch.device, who: object) -> Tensor:
     """The positions of a source, sorted and unique, int64 on `device`.
+
+    Args:
+        source: positions.
+        device: where they go.
+        who: is written out in the error only.
 
     Raises:
         LayoutError: a negative position.

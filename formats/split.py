@@ -193,7 +193,6 @@ def _worth_sharing(
 ) -> tuple[bool, bool]:
     """Whether the keys, and the queries, cost less as a shared panel than as blocks."""
     nqb, nkb = -(-frame.nq // size), -(-frame.nk // size)
-    block = costs.block_seconds(size)
     key_cols = torch.unique(keys // size)
     query_rows = torch.unique(queries // size)
     covered_keys = covered_queries = 0.0
@@ -203,14 +202,39 @@ def _worth_sharing(
         step = max(1, query_rows.numel() // 32)
         everything = torch.arange(nkb, device=frame.device)
         covered_queries = _covered(core, frame, size, query_rows[::step] * size, everything)
-    others = frame.nq - queries.numel()
-    as_blocks = (
-        key_cols.numel() * -(-others // size) * block * (1 - covered_keys),
-        query_rows.numel() * nkb * block * (1 - covered_queries),
-    )
-    as_panels = (
-        costs.panel_seconds(others, keys.numel()), costs.panel_seconds(queries.numel(), frame.nk)
+    return cheaper_shared(
+        (keys.numel(), queries.numel()), (key_cols.numel(), query_rows.numel()),
+        (covered_keys, covered_queries), frame, size, costs,
     )  # fmt: skip
+
+
+def cheaper_shared(
+    members: tuple[int, int],
+    lines: tuple[int, int],
+    covered: tuple[float, float],
+    frame: Frame,
+    size: int,
+    costs: Costs,
+) -> tuple[bool, bool]:
+    """Whether keys, and queries, are cheaper shared, which is worth it for both together only.
+
+    Args:
+        members: keys, and queries, that are listed.
+        lines: block columns, and block rows, that hold them.
+        covered: what part of those the core touches anyway.
+        frame: the rectangle.
+        size: side of a block.
+        costs: rates.
+    """
+    nkb = -(-frame.nk // size)
+    block = costs.block_seconds(size)
+    keys, queries = members
+    others = frame.nq - queries
+    as_blocks = (
+        lines[0] * -(-others // size) * block * (1 - covered[0]),
+        lines[1] * nkb * block * (1 - covered[1]),
+    )
+    as_panels = costs.panel_seconds(others, keys), costs.panel_seconds(queries, frame.nk)
     saved = [max(0.0, b - p) for b, p in zip(as_blocks, as_panels, strict=True)]
     if sum(saved) <= costs.launch_seconds:
         return False, False

@@ -8,6 +8,7 @@ line may name the same key unit twice, as long as their masks keep no position t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,12 +139,25 @@ def register_words(masks: Tensor) -> Tensor:
         int32 (M, 128): bit 2j + e + 16h of thread t, with w = t // 32, g = t % 32 // 4, p = t % 4,
         says that row 16w + g + 8h keeps column 8j + 2p + e.
     """
-    count, device = masks.shape[0], masks.device
-    # Axes: mask, warp, half, row in the half, column byte.
-    rows = masks.view(count, 4, 2, 8, 1, 8).to(torch.int32)
-    pair = torch.arange(4, dtype=torch.int32, device=device)[:, None] * 2
-    at = torch.arange(8, dtype=torch.int32, device=device) * 2
-    half = torch.arange(2, dtype=torch.int32, device=device)[:, None, None, None] * 16
-    bits = ((rows >> pair) & 3) << (at + half)
-    # Every bit comes from one place: adding is or-ing, and bit 31 wraps as it should.
-    return bits.sum((2, 5), dtype=torch.int32).view(count, 128)
+    if not masks.shape[0]:
+        return torch.zeros(0, 128, dtype=torch.int32, device=masks.device)
+    words = masks.contiguous().view(torch.int64)
+    pair = torch.arange(0, 8, 2, device=masks.device)
+    packed: Tensor = in_register_order(words, pair).view(torch.int32)
+    return packed.view(-1, 128, 2)[..., 0].contiguous()
+
+
+def in_register_order(words: Any, pair: Any) -> Any:
+    """Words (M, 64, 1) of rows as words (M, 4, 8, 4) of threads, upper halves of no meaning.
+
+    Args:
+        words: int64 tensor or array.
+        pair: (0, 2, 4, 6), likewise.
+    """
+    # Two neighbouring bits of every byte, moved together: halves, quarters, the whole.
+    bits = words >> pair & 0x0303030303030303
+    bits = (bits | bits >> 6) & 0x000F000F000F000F
+    bits = (bits | bits >> 12) & 0x000000FF000000FF
+    bits = (bits | bits >> 24) & 0xFFFF
+    rows = bits.reshape(-1, 4, 2, 8, 4)
+    return rows[:, :, 0] | rows[:, :, 1] << 16

@@ -119,7 +119,7 @@ def make_items(cells: Cells, lines: Lines, counts: Tensor, patterns: int, D: int
 
 
 def _steps(cells: Cells, place: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 (S, 4) steps by item and key unit, and the item of each."""
+    """int32 (S, 4) steps by item, and the item of each."""
     to = place[cells.line]
     item, group = to >> 1, to & 1
     key, order = torch.sort((((item << KEY_BITS) + cells.key) << 1) + group)
@@ -139,7 +139,31 @@ def _steps(cells: Cells, place: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
     steps.view(-1)[step * 4 + 1 + group] = mask.to(torch.int32)
     step_item = torch.empty(total, dtype=torch.int64, device=item.device)
     step_item[step] = item
-    return steps, step_item
+    return steps[_arranged(steps, step_item, alone)], step_item
+
+
+def _arranged(steps: Tensor, item: Tensor, alone: Tensor) -> Tensor:
+    """An order of the steps in which warpgroups find theirs in pairs.
+
+    Kernels take steps 2i and 2i + 1 of an item together, and a single unit costs nearly as much as
+    two. So in every item: steps of both warpgroups; pairs of one, in turn; then what is left over:
+    the last of an odd number of both's, the last of an odd number of each. Else by key unit.
+    """
+    mine = steps[:, 1:3] != -2
+    # 2 = both's; items whose warpgroups share a line have their turns already.
+    kind = torch.where(mine.all(1), 2, mine[:, 1].long())
+    kind = torch.where(alone[item], 2, kind)
+    of = item * 3 + kind
+    counts = torch.bincount(of, minlength=3 * len(alone))
+    by_kind = torch.argsort(of, stable=True)
+    rank = torch.empty_like(of)
+    rank[by_kind] = torch.arange(len(of), device=of.device)
+    rank -= _starts(counts)[of]
+    left = (rank == counts[of] - 1) & (counts[of] % 2 > 0)
+    both = kind == 2
+    key = torch.where(both, 0, 2 * (rank >> 1) + 1 + kind)
+    key = torch.where(left, torch.where(both, 0, 1 + kind) + (1 << 30), key)
+    return torch.argsort((item << 34) + key, stable=True)
 
 
 def _cut(

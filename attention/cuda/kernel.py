@@ -18,41 +18,48 @@ CODES = {torch.float16: 0, torch.bfloat16: 1}
 # Head dimensions the kernel is compiled for; others read as zeros up to the next of these.
 DIMS = (32, 64, 96, 128, 192, 256)
 UNIT = 64  # rows of a query unit, keys of a key unit
-GROUPS = 2  # query units of an item
 PACKED = 1 << 24  # units from here on lie in the gathered tensors
 
 
 class Cut(NamedTuple):
-    """How a CTA cuts its work.
+    """How the kernel is compiled for a head dimension.
 
     Attributes:
-        dim: head dimension compiled for.
-        stages: pairs of key units that each ring holds, one ring for K, one for V.
-        pair: key units that a warpgroup takes at a time, 1 or 2.
-        pingpong: whether the warpgroups take turns at the tensor cores.
+        dim: head dimension, padded.
+        stages: key units that each ring holds, one ring for K, one for V.
+        groups: consumer warpgroups, each with a query unit of an item.
+        streams: independent streams of items in a CTA.
+        held: whether Q stays in registers.
     """
 
     dim: int
     stages: int
-    pair: int
-    pingpong: bool
+    groups: int
+    streams: int = 1
+    held: bool = False
 
     @property
     def threads(self) -> int:
-        """Threads of a CTA: consumers and a producer warpgroup."""
-        return 128 * (GROUPS + 1)
+        """Threads of a CTA: consumers and a warpgroup of producers."""
+        return 128 * (self.groups * self.streams + 1)
 
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        return (GROUPS + 2 * self.stages * self.pair) * -(-self.dim // 64) * 8192 + 1024
+        units = self.streams * (self.groups + 2 * self.stages)
+        return units * -(-self.dim // 64) * 8192 + 1024
 
 
 def cut(width: int) -> Cut:
     """The cut for a head dimension, 8 … 256."""
     dim = next(d for d in DIMS if d >= width)
-    stages = {32: 6, 64: 6, 96: 3, 128: 3, 192: 3, 256: 2}[dim]
-    return Cut(dim, stages, 1 if dim > 128 else 2, True)
+    stages = {32: 5, 64: 5, 96: 5, 128: 5, 192: 3, 256: 2}[dim]
+    return Cut(dim, stages, groups(width), 2 if dim <= 64 else 1)
+
+
+def groups(width: int) -> int:
+    """Query units of an item: what registers have room for in a stream."""
+    return 3 if 64 < width <= 128 else 2
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,8 +69,9 @@ def fused_request(dtype: torch.dtype, how: Cut) -> Request:
         "DTYPE": CODES[dtype],
         "DIM": how.dim,
         "STAGES": how.stages,
-        "PAIR": how.pair,
-        "PINGPONG": int(how.pingpong),
+        "GROUPS": how.groups,
+        "STREAMS": how.streams,
+        "HELD": how.dim if how.held else 0,
     }
     return request("fused_sm90", constants, flush=True)
 
@@ -104,6 +112,7 @@ def fused(
     sink: Tensor | None = None,
     packed: tuple[Tensor, Tensor, Tensor] | None = None,
     partial: tuple[Tensor, Tensor] | None = None,
+    keep: tuple[Tensor, Tensor | None] | None = None,
     how: Cut | None = None,
 ) -> None:
     """Write attention over the units of a plan.
@@ -114,7 +123,7 @@ def fused(
         q: (B, Hq, nq, D), rows 16-byte aligned, no dimension broadcast.
         k: (B, Hkv, nk, D), likewise.
         v: (B, Hkv, nk, D), likewise.
-        starts: int32 (ctas + 1,), where each CTA's tiles start.
+        starts: int32 (walks + 1,), where the tiles of each CTA's stream start.
         tiles: int32 (t, 2), item and matrix b * Hq + h.
         items: int32 (n, 8); see the kernel.
         steps: int32 (s, 4); see the kernel.
@@ -123,14 +132,17 @@ def fused(
         sink: (Hq,), float32.
         packed: gathered q (B, Hq, …, D), k and v (B, Hkv or Hq, …, D).
         partial: float32 (B * Hq, slots, 64, D) and (B * Hq, slots, 64), contiguous.
+        keep: bits of keys that a mask keeps, int32 (B, units, 2), and of the gathered ones
+            (B, Hkv or Hq, units, 2); see ``keep``.
         how: another cut than ``cut(D)``.
     """
     _, heads, rows, width = q.shape
     how = how or cut(width)
     pq, pk, pv = packed or (q, k, v)
+    bits = (None, None) if keep is None else keep
     scale, q, pq = positive(scale, q, pq)
     kernel(fused_request(q.dtype, how), q.device.index)(
-        (starts.shape[0] - 1,),
+        (-(-(starts.shape[0] - 1) // how.streams),),
         how.threads,
         (
             heads_map(q),
@@ -140,10 +152,13 @@ def fused(
             heads_map(pk),
             heads_map(pv),
             starts.data_ptr(),
+            np.int32(starts.shape[0] - 1),
             tiles.data_ptr(),
             items.data_ptr(),
             steps.data_ptr(),
             masks.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in bits),
+            *(np.int32(0 if t is None else t.shape[-2]) for t in bits),
             0 if sink is None else sink.data_ptr(),
             np.float32(scale),
             np.int32(heads),

@@ -184,7 +184,7 @@ def build(layout: Layout, D: int, device: torch.device | None = None) -> Plan:
     tensors = [
         made.items, made.steps, register_words(found.masks), key_rows, query_rows, *merge,
         rows.items, empty.long() if rest is None else rest.row_offsets,
-        empty if rest is None else rest.columns, _dead(found, nku, nk, nqu, patterns, lines),
+        empty if rest is None else rest.columns, _dead(found, nku, nk, key_rows, patterns, lines),
         made.costs,
     ]  # fmt: skip
     ints = [nq, nk, *layout.lead, 0, 0, *layout.entry, patterns, max(slots)]
@@ -284,7 +284,7 @@ def _merges(
     return [merge_rows, ptr, source[order].to(torch.int32)], of
 
 
-def _dead(cells: Cells, nku: int, nk: int, nqu: int, patterns: int, lines: Lines) -> Tensor:
+def _dead(cells: Cells, nku: int, nk: int, key_rows: Tensor, patterns: int, lines: Lines) -> Tensor:
     """Bool (U, nk): keys inside some cell that no query keeps; (0,) if there are none."""
     device = cells.line.device
     nothing = torch.zeros(0, dtype=torch.bool, device=device)
@@ -313,6 +313,12 @@ def _dead(cells: Cells, nku: int, nk: int, nqu: int, patterns: int, lines: Lines
     dead = torch.zeros(patterns, nku * UNIT, dtype=torch.bool, device=device)
     pattern = (units // nku)[:, None].expand_as(position)
     dead[pattern[lost], position[lost]] = True
+    if key_rows.numel():
+        # Keys that are gathered are kept by queries.
+        of, at = (key_rows >= 0).nonzero(as_tuple=True)
+        dead[of, key_rows[of, at].long()] = False
+        if not bool(dead.any()):
+            return nothing
     return dead[:, :nk]
 
 

@@ -7,6 +7,7 @@ import heapq
 import itertools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -97,46 +98,76 @@ def _make(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -
             # A head's value is left alone if any of the queries' heads that share it needs it.
             dead = dead.unflatten(1, (kv, -1)).all(2)
     to = functools.partial(Tensor.to, device=device, dtype=torch.int32)
-    starts, tiles = _walk(work, flat, shape, head_bytes, ctas)
+    costs = work.costs.cpu().numpy()
+    first, item, matrix = _walk(costs, work.item_starts, flat.numpy(), shape, head_bytes, ctas)
+    # Pairs first: the kernels read them as such.
+    count = 2 * len(item)
+    host = torch.empty(count + len(first), dtype=torch.int32, pin_memory=device.type == "cuda")
+    filled = host.numpy()
+    filled[:count:2], filled[1:count:2], filled[count:] = item, matrix, first
+    there = host.to(device, non_blocking=True)
+    starts, tiles = there[count:], there[:count].view(-1, 2)
     return Tables(
         starts, tiles, to(pattern).contiguous(), to(by_key).contiguous(),
         to(merge_ranges), to(row_ranges), dead,
     )  # fmt: skip
 
 
+Ints = np.typing.NDArray[np.int64]
+
+
 def _walk(
-    work: Work, pattern: Tensor, shape: tuple[int, int, int], head_bytes: int, ctas: int
-) -> tuple[Tensor, Tensor]:
-    """Heads whose keys fit L2 together are worked on together, longest items first."""
+    costs: np.typing.NDArray[np.int32],
+    item_starts: tuple[int, ...],
+    pattern: Ints,
+    shape: tuple[int, int, int],
+    head_bytes: int,
+    ctas: int,
+) -> tuple[Ints, Ints, Ints]:
+    """Heads whose keys fit L2 together are worked on together, longest items first.
+
+    Args:
+        costs: of every item.
+        item_starts: the items of each pattern.
+        pattern: (matrices,), the pattern of each matrix.
+        shape: batch entries, query heads, key heads.
+        head_bytes: bytes of K and V of one key head.
+        ctas: persistent CTAs, at most.
+
+    Returns:
+        Where each CTA's tiles start; item and matrix of all tiles.
+    """
     batch, heads, kv = shape
-    device = work.items.device
-    starts = torch.tensor(work.item_starts)
-    counts = starts.diff()[pattern]
-    total = int(counts.sum())
-    pattern, starts, counts = (t.to(device) for t in (pattern, starts, counts))
-    matrix = torch.repeat_interleave(
-        torch.arange(batch * heads, device=device), counts, output_size=total
-    )
-    item = torch.arange(total, device=device) - (counts.cumsum(0) - counts)[matrix]
-    item = item + starts[pattern[matrix]]
-    cost = work.costs[item].long()
+    longest = []
+    for start, stop in itertools.pairwise(item_starts):
+        longest.append(start + np.argsort(-costs[start:stop], kind="stable"))
     # As many sections of key heads as L2 needs, of about equal size.
     together = max(1, RESIDENT // max(head_bytes, 1))
     sections = -(-batch * kv // together)
-    section = matrix // (heads // kv) * sections // (batch * kv)
-    order = torch.argsort(matrix, stable=True)
-    for key in (item, -cost, section):
-        order = order[torch.argsort(key[order], stable=True)]
-    tiles = torch.stack([item, matrix], 1)[order].to(torch.int32)
+    of = np.arange(batch * heads) // (heads // kv) * sections // (batch * kv)
+    items, matrices = [], []
+    edges = np.searchsorted(of, np.arange(sections + 1))
+    for first, last in itertools.pairwise(edges.tolist()):
+        mine = np.arange(first, last)
+        same = {u: mine[pattern[mine] == u] for u in dict.fromkeys(pattern[mine].tolist())}
+        item = np.concatenate([np.repeat(longest[u], len(m)) for u, m in same.items()])
+        matrix = np.concatenate([np.tile(m, len(longest[u])) for u, m in same.items()])
+        if len(same) > 1:
+            order = np.argsort(-costs[item], kind="stable")
+            item, matrix = item[order], matrix[order]
+        items.append(item)
+        matrices.append(matrix)
+    item, matrix = np.concatenate(items), np.concatenate(matrices)
+    total = len(item)
     ctas = max(1, min(ctas, total))
     if ctas < total <= DEALT:
-        first, turn = _dealt(cost[order].tolist(), ctas)
+        first, turn = _dealt(costs[item].tolist(), ctas)
     else:
         first, turn = _strided(total, ctas)
-    return first.to(device, torch.int32), tiles[turn.to(device)].contiguous()
+    return first, item[turn], matrix[turn]
 
 
-def _dealt(costs: list[int], ctas: int) -> tuple[Tensor, Tensor]:
+def _dealt(costs: list[int], ctas: int) -> tuple[Ints, Ints]:
     """Each tile to the CTA that is free first."""
     free = list(range(ctas))  # load * ctas + cta
     mine: list[list[int]] = [[] for _ in range(ctas)]
@@ -145,14 +176,14 @@ def _dealt(costs: list[int], ctas: int) -> tuple[Tensor, Tensor]:
         mine[first % ctas].append(number)
         heapq.heapreplace(free, first + cost * ctas)
     starts = [0, *itertools.accumulate(map(len, mine))]
-    return torch.tensor(starts), torch.tensor([n for own in mine for n in own])
+    return np.array(starts), np.array([n for own in mine for n in own], np.int64)
 
 
-def _strided(total: int, ctas: int) -> tuple[Tensor, Tensor]:
+def _strided(total: int, ctas: int) -> tuple[Ints, Ints]:
     """Tiles in turn; every other turn goes backwards, so that all end together."""
     turns = -(-total // ctas)
-    tile = torch.arange(turns * ctas).view(turns, ctas)
-    tile[1::2] = tile[1::2].flip(1)
+    tile = np.arange(turns * ctas).reshape(turns, ctas)
+    tile[1::2] = tile[1::2, ::-1].copy()
     tile = tile.T
     kept = tile < total
-    return torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)]), tile[kept]
+    return np.concatenate([[0], kept.sum(1).cumsum()]), tile[kept]

@@ -4,22 +4,31 @@
 #include "tma.cuh"
 #include "types.cuh"
 #include "wgmma.cuh"
+#include "quad.cuh"
 
-constexpr int kDim = MG_DIM, kStages = MG_STAGES, kPair = MG_PAIR;
-constexpr bool kPingPong = MG_PINGPONG;
-constexpr int kGroups = 2, kConsumers = 128 * kGroups;
+constexpr int kDim = MG_DIM, kStages = MG_STAGES, kGroups = MG_GROUPS;
 static_assert(kDim % 32 == 0 && kDim <= 256, "DIM must be a multiple of 32, at most 256");
-static_assert(kPair == 1 || kPair == 2, "PAIR must be 1 or 2");
-static_assert(kStages >= 2, "rings of at least two pairs");
+static_assert(kGroups == 2 || kGroups == 3, "GROUPS must be 2 or 3");
+static_assert(kStages >= 2, "rings of at least two units");
+// Independent streams of items in a CTA: with two of them, of two warpgroups each, the dead time of one
+// is the other's, where two CTAs would have too few registers.
+constexpr int kStreams = MG_STREAMS, kConsumers = 128 * kGroups * kStreams;
+// Registers of consumers, and what is left for the producer's warpgroup.
+constexpr int kMany = kStreams == 2 ? 112 : kGroups == 3 ? 160 : 232, kFew = kGroups == 2 && kStreams == 1 ? 40 : 32;
+static_assert(kStreams == 1 || (kStreams == 2 && kGroups == 2), "two streams are of two warpgroups");
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
-constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStage = kPair * kUnit;
-constexpr bool kHeld = kDim <= 128;  // Q in registers
+constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kGroups + 2 * kStages) * kUnit;
+constexpr bool kHeld = kDim <= MG_HELD;  // Q in registers
 constexpr int kPacked = 1 << 24;
+// The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
+// two; in partial units at once: few keys may be kept there, and then the largest weight should be 1, which
+// P holds exactly.
 constexpr float kSlack = 8.f;
 
-struct alignas(16) Info {
+// What the producer says to a consumer warpgroup of an item.
+struct Info {
     int unit, count, slot, matrix;
-    int first, mark[2], spare;
+    int own;  // steps up to the last of its own
 };
 
 __device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
@@ -27,8 +36,22 @@ __device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                  : "r"(address));
 }
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+__device__ __forceinline__ int load_shared(u32 address) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+// Bits of a unit's 64 keys, as the mask words of this lane's columns 8j + 2 (lane % 4) + e: bit 2j + e, for
+// both of its rows.
+__device__ __forceinline__ u32 mask_word(uint2 keys) {
+    const int first = threadIdx.x % 4 * 2;
+    u32 word = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32 bits = (half ? keys.y : keys.x) >> first & 0x03030303u;
+        word |= ((bits | bits >> 6 | bits >> 12 | bits >> 18) & 0xFF) << 8 * half;
+    }
+    return word | word << 16;
 }
 
 // A ring of stages: the stage that comes next and the parity of its round.
@@ -49,14 +72,18 @@ __device__ __forceinline__ u32 uniform(u32 x) {
     return __shfl_sync(0xFFFFFFFFu, x + (lane >> 5), 0);
 }
 
+__device__ __forceinline__ void store16_if(bool there, void *to, const u32 (&v)[4]) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(to),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(there))
+                 : "memory");
+}
+
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
-    float o[kDim / 2], s[kPair][32], m[2], l[2];
-    u32 q[kHeld ? kDepth : 1][4], p[4 * kPair][4];
-    u32 q_at;
+    float o[kDim / 2], s[32], m[2], l[2];
+    u32 q[kHeld ? kDepth : 1][4], p[4][4];
 
     __device__ __forceinline__ void start(u32 at, int row16) {
-        q_at = at;
         int lane;  // read here, or the compiler keeps all that follows from it in registers
         asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
         if constexpr (kHeld)
@@ -68,82 +95,115 @@ struct Rows {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] = 0.f;
     }
-    // Issues S = Q Kᵀ of one or two units.
-    template <int kUnits> __device__ __forceinline__ void scores(u32 from) {
-        const u64 first = wgmma_descriptor(uniform(from), 1);
+    // Issues S = Q Kᵀ of a unit; both descriptors in uniform registers.
+    __device__ __forceinline__ void scores(u64 left, u64 right) {
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u)
-#pragma unroll
-            for (int d = 0; d < kDepth; ++d) {
-                const u32 step = d / 4 * kPanel + d % 4 * 32;
-                const u64 right = first + (u * kUnit + step) / 16;
-                if constexpr (kHeld)
-                    Wgmma<64>::rs<0>(s[u], q[d], right, d > 0);
-                else
-                    Wgmma<64>::ss<0, 0>(s[u], wgmma_descriptor(q_at, 1) + step / 16, right, d > 0);
-            }
+        for (int d = 0; d < kDepth; ++d) {
+            const u32 step = (d / 4 * kPanel + d % 4 * 32) / 16;
+            if constexpr (kHeld)
+                Wgmma<64>::rs<0>(s, q[d], right + step, d > 0);
+            else
+                Wgmma<64>::ss<0, 0>(s, left + step, right + step, d > 0);
+        }
+        wgmma_commit();
     }
-    // Issues O += P V of one or two units.
-    template <int kUnits> __device__ __forceinline__ void product(u32 from) {
-        const u64 first = wgmma_descriptor(uniform(from), kPanel);
+    // Issues O += P V of a unit.
+    __device__ __forceinline__ void product(u64 right) {
 #pragma unroll
-        for (int d = 0; d < 4 * kUnits; ++d)
-            Wgmma<kDim>::template rs<1>(o, p[d], first + (d / 4 * kUnit + d % 4 * 2048) / 16);
+        for (int d = 0; d < 4; ++d) Wgmma<kDim>::template rs<1>(o, p[d], right + d * 2048 / 16);
+        wgmma_commit();
     }
-    __device__ __forceinline__ static void keep(float (&x)[32], u32 word) {
+    __device__ __forceinline__ void keep(u32 word) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             const int bit = i / 4 * 2 + i % 2 + i / 2 % 2 * 16;
-            x[i] = (word >> bit) & 1 ? x[i] : -kInfinity;
+            s[i] = (word >> bit) & 1 ? s[i] : -kInfinity;
         }
     }
-    // Exponentials of scores in place; `grown`: what the accumulators have to be multiplied by, and
-    // whether any lane of the warp needs it.
-    template <int kUnits> __device__ __forceinline__ bool soften(float (&grown)[2], float log2_scale) {
-        // Four maxima a row: a chain of 32 would take longer than the exponentials.
-        float top[2][4], base[2];
-        bool moved = false;
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u)
+    // P and the sums of a unit against the references as they are. False, and nothing done but P spoiled,
+    // if some row of the warp has outgrown its reference. With registers to spare maxima stand beside the
+    // exponentials, not before them; they need not leave their lanes.
+    __device__ __forceinline__ bool follow(float log2_scale) {
+        float top[2][2], sum[2][2];
+        if constexpr (kStreams == 2) {
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
-                float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
-                t = u == 0 && i < 8 ? s[u][i] : fmaxf(t, s[u][i]);
+                float &t = top[i / 2 % 2][i % 2];
+                t = i < 4 ? s[i] : fmaxf(t, s[i]);
             }
+            if (far(top, log2_scale)) return false;
+        }
+#pragma unroll
+        for (int d = 0; d < 4; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int at = 8 * d + 2 * i, h = i % 2;
+                const float a = exp2_fast(fmaf(s[at], log2_scale, -m[h])), b = exp2_fast(fmaf(s[at + 1], log2_scale, -m[h]));
+                p[d][i] = pack2<operand_t>(a, b);
+                const bool fresh = d == 0 && i < 2;
+                sum[h][0] = fresh ? a : sum[h][0] + a, sum[h][1] = fresh ? b : sum[h][1] + b;
+                if constexpr (kStreams == 1)
+                    top[h][0] = fresh ? s[at] : fmaxf(top[h][0], s[at]), top[h][1] = fresh ? s[at + 1] : fmaxf(top[h][1], s[at + 1]);
+            }
+        if constexpr (kStreams == 1)
+            if (far(top, log2_scale)) return false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) l[h] += sum[h][0] + sum[h][1];
+        return true;
+    }
+    __device__ __forceinline__ bool far(const float (&top)[2][2], float log2_scale) const {
+        bool any = false;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) any |= fmaxf(top[h][0], top[h][1]) * log2_scale > m[h] + kSlack;
+        return __any_sync(0xFFFFFFFFu, any);
+    }
+    // P and the sums of a unit against references that move to the maxima; rescales O.
+    __device__ __forceinline__ void outgrow(float log2_scale) {
+        // Four maxima a row: a chain of 16 would take longer than the exponentials.
+        float top[2][4], base[2], grown[2], sum[2][2];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+            t = i < 8 ? s[i] : fmaxf(t, s[i]);
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const float reach = quad_max(fmaxf(fmaxf(top[h][0], top[h][1]), fmaxf(top[h][2], top[h][3]))) * log2_scale;
-            const bool far = reach > m[h] + kSlack;
+            const bool far = reach > m[h];
             grown[h] = far ? exp2_fast(m[h] - reach) : 1.f;
             m[h] = far ? reach : m[h];
-            moved |= far;
             base[h] = m[h] == -kInfinity ? 0.f : m[h];
-            l[h] *= grown[h];
         }
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u)
+        for (int i = 0; i < 32; ++i) {
+            s[i] = exp2_fast(fmaf(s[i], log2_scale, -base[i / 2 % 2]));
+            float &t = sum[i / 2 % 2][i % 2];
+            t = i < 4 ? s[i] : t + s[i];
+        }
 #pragma unroll
-            for (int i = 0; i < 32; ++i) {
-                s[u][i] = exp2_fast(fmaf(s[u][i], log2_scale, -base[i / 2 % 2]));
-                l[i / 2 % 2] += s[u][i];
+        for (int h = 0; h < 2; ++h) l[h] = fmaf(l[h], grown[h], sum[h][0] + sum[h][1]);
+#pragma unroll
+        for (int d = 0; d < 4; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p[d][i] = pack2<operand_t>(s[8 * d + 2 * i], s[8 * d + 2 * i + 1]);
+        if (__any_sync(0xFFFFFFFFu, grown[0] != 1.f || grown[1] != 1.f))
+#pragma unroll
+            for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
+    }
+    // To 16-byte aligned rows of `width` columns, the first of them this lane's; no branch between
+    // stores, so that all of them are under way at once.
+    __device__ __forceinline__ void store(operand_t *to, const bool (&there)[2], int width) const {
+        const int pair = threadIdx.x % 4;
+        to += 8 * pair;
+#pragma unroll
+        for (int j = 0; j < kDim / 8; j += 4)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                u32 v[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) v[i] = pack2<operand_t>(o[4 * (j + i) + 2 * h], o[4 * (j + i) + 2 * h + 1]);
+                quad_transpose(v, pair);
+                store16_if(there[h] && 8 * (j + pair) < width, to + 8 * h * width + 8 * j, v);
             }
-        return __any_sync(0xFFFFFFFFu, moved);
-    }
-    // Holds what follows back until the exponentials are there: ptxas would put the wait for the product
-    // that they are to run beside before them, but not before a trap that depends on them. No sum of
-    // exponentials is negative.
-    __device__ __forceinline__ void settle() const {
-        asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p trap;\n}\n" ::"f"(l[0] + l[1]) : "memory");
-    }
-    template <int kUnits> __device__ __forceinline__ void convert() {
-#pragma unroll
-        for (int d = 0; d < 4 * kUnits; ++d)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                p[d][i] = pack2<operand_t>(s[d / 4][d % 4 * 8 + 2 * i], s[d / 4][d % 4 * 8 + 2 * i + 1]);
-    }
-    __device__ __forceinline__ void rescale(const float (&grown)[2]) {
-#pragma unroll
-        for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
     }
 };

@@ -33,8 +33,9 @@ struct Place {
         while (++tile < __ldg(plan.starts + blockIdx.x + 1) * kPasses) {
             const int2 wanted = __ldg(plan.tiles + tile / kPasses);
             const int4 head = __ldg(plan.items + 2 * wanted.x);
-            item = wanted.x, matrix = wanted.y, last = head.z + head.w;
-            if (take(plan, head.z)) return;
+            const int steps = __ldg(reinterpret_cast<const int *>(plan.items + 2 * wanted.x + 1));
+            item = wanted.x, matrix = wanted.y, last = head.w + steps;
+            if (take(plan, head.w)) return;
             blank(*this);
         }
         matrix = -1;

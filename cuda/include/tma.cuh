@@ -34,6 +34,18 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "@!p bra again;\n}\n" ::"r"(barrier), "r"(parity)
         : "memory");
 }
+// Whether the phase with this parity is complete, without waiting.
+__device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
+    u32 passed;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(passed)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return passed;
+}
 
 __device__ __forceinline__ void tma_prefetch(const TensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

@@ -2,9 +2,9 @@
 //
 //   operands       q, k, v (B, H, N, D) and their gathered rows, any strides but the last
 //   starts (ctas + 1), tiles (t) int2: item, matrix = b · heads + h
-//   items  (n) 2 × int4          two query units (−1 = none), first step, steps; pattern, slot of each
-//                                unit's result (−1 = out), 0; units from kPacked on are gathered
-//   steps  (s) int4              key unit, its mask for each query unit (−2 = not its, −1 = full), 0
+//   items  (n) 2 × int4          two query units (−1 = none), −1, first step; steps, slot of each unit's
+//                                result (−1 = out), −1; units from kPacked on are gathered
+//   steps  (s) int4              key unit, its mask for each query unit (−2 = not its, −1 = full), −2
 //   masks  (m, 128) u32          bit 2j + e + 16h of thread t: row t / 4 + 8h of its warp's 16,
 //                                column 8j + 2 (t % 4) + e
 //   keep   (B, units of K, 2) u32 or null, keep_packed (B, H / packed ratio, packed units, 2): bits of
