@@ -39,10 +39,10 @@ def plan(mask: torch.Tensor, matrices: int, ctas: int, packed: bool) -> tuple[di
                     marks.append(len(words) - 1)
             if marks != [-2, -2]:
                 here = unit + PACKED if packed and unit % 2 else unit
-                steps.append([here, *marks, 0])
+                steps.append([here, *marks, -2])
         second = first + 1 if first + 1 < rows else -1
         slots = (0, 1) if packed and first + 2 >= rows else (-1, -1)
-        items.append([first, second, begin, len(steps) - begin, 0, *slots, 0])
+        items.append([first, second, -1, begin, len(steps) - begin, *slots, -1])
     tiles = [(item, matrix) for matrix in range(matrices) for item in range(len(items))]
     starts = [len(tiles) * cta // ctas for cta in range(ctas + 1)]
 
@@ -53,7 +53,7 @@ def plan(mask: torch.Tensor, matrices: int, ctas: int, packed: bool) -> tuple[di
         "starts": on(starts, -1),
         "tiles": on(tiles, -1, 2),
         "items": on(items, -1, 8),
-        "steps": on(steps or [[0, -2, -2, 0]], -1, 4),
+        "steps": on(steps or [[0, -2, -2, -2]], -1, 4),
     }
     table = torch.stack(words) if words else torch.zeros(1, 128)
     return made, table.to(torch.int32).cuda()
