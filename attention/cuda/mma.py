@@ -57,9 +57,9 @@ class Cut(NamedTuple):
 LARGE = 163 * 1024
 CUTS = {
     "half": {
-        32: (Cut(32, 2, 2, 64, 3), Cut(32, 2, 2, 64, 3)),
-        64: (Cut(64, 2, 2, 64, 3), Cut(64, 2, 2, 64, 3)),
-        96: (Cut(96, 2, 2, 64, 3), Cut(96, 2, 2, 64, 2)),
+        32: (Cut(32, 2, 2, 64, 4), Cut(32, 2, 2, 64, 4)),
+        64: (Cut(64, 2, 2, 64, 4), Cut(64, 2, 2, 64, 4)),
+        96: (Cut(96, 2, 2, 64, 4), Cut(96, 2, 2, 64, 2)),
         128: (Cut(128, 2, 2, 64, 2), Cut(128, 2, 2, 32, 2)),
         192: (Cut(192, 2, 1, 64, 3), Cut(192, 2, 1, 64, 2)),
         256: (Cut(256, 2, 1, 64, 3), Cut(256, 2, 1, 32, 2)),
@@ -78,13 +78,17 @@ CUTS = {
         96: (Cut(96, 2, 2, 16, 3), Cut(96, 2, 2, 16, 2)),
         128: (Cut(128, 2, 2, 16, 2), Cut(128, 2, 2, 16, 2)),
         192: (Cut(192, 2, 1, 16, 2), Cut(192, 1, 1, 16, 3)),
-        256: (Cut(256, 2, 1, 16, 2), Cut(256, 1, 1, 16, 2)),
+        256: (Cut(256, 1, 1, 16, 2), Cut(256, 1, 1, 16, 2)),
     },
 }
 #: fused_walk.cuh: Operands and Plan.
 OPERANDS = np.dtype(
-    [("operand", np.int64, (6, 4)), ("sizes", np.int32, 7), ("spare", np.int32)]
-)  # fmt: skip
+    {
+        "names": ["operand", "sizes", "inverses"],
+        "formats": [(np.int64, (6, 4)), (np.int32, 6), (np.float32, 3)],
+        "itemsize": 232,
+    }
+)
 
 
 def cut(dtype: torch.dtype, width: int, rounded: bool, most: int) -> Cut:
@@ -173,7 +177,9 @@ def fused(
         (t.data_ptr(), *(t.stride(d) * size for d in range(3))) for t in (q, k, v, pq, pk, pv)
     ]
     ratios = heads // k.shape[1], heads // pk.shape[1]
-    operands["sizes"][0] = (heads, *ratios, rows, k.shape[2], pk.shape[2] // 64, width)
+    sizes = heads, pk.shape[1], rows, k.shape[2], pk.shape[2] // 64, width
+    operands["sizes"][0] = sizes
+    operands["inverses"][0] = [1 / n for n in (heads, *ratios)]
     plan = np.array([[t.data_ptr() for t in (starts, tiles, items, steps)]], np.int64)
     bits = (None, None) if keep is None else keep
     kernel(fused_request(q.dtype, how, rounded), q.device.index)(

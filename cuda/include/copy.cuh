@@ -7,8 +7,8 @@ __device__ __forceinline__ u32 address_in_shared(const void *pointer) {
     return u32(__cvta_generic_to_shared(pointer));
 }
 
-// Sixteen bytes, zeros when not live (`from` must still be a valid address). Goes past L1: what is
-// staged in shared memory is not read again through L1.
+// Sixteen bytes, zeros when not live: nothing is read then. Goes past L1: what is staged in shared
+// memory is not read again through L1.
 __device__ __forceinline__ void copy_async16(u32 to, const void *from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(live ? 16 : 0)
                  : "memory");

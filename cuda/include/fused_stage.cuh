@@ -31,19 +31,40 @@ struct Pieces {
     }
 };
 
+// Threads copy whole rows, a power of two of them at once; the rest of the threads rest.
+__device__ __forceinline__ constexpr int power_below(int most) {
+    int n = 1;
+    while (2 * n <= most) n *= 2;
+    return n;
+}
+constexpr int kAtOnce = power_below(kThreads / kPieces);
+static_assert(kKeys % kAtOnce == 0, "whole rounds of rows");
+
+// What a thread copies: a piece of every kAtOnce-th row.
+struct Share {
+    int row, piece;
+    u32 first;
+    __device__ __forceinline__ explicit Share(u32 to) {
+        int thread;  // read here, or what follows from it would stay in registers from copy to copy
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        row = thread / kPieces, piece = thread % kPieces;
+        first = to + row * kPitch + ((piece ^ turned(row)) << 4);
+    }
+    __device__ __forceinline__ bool rests() const { return kAtOnce * kPieces < kThreads && row >= kAtOnce; }
+    // Its piece of round i.
+    __device__ __forceinline__ u32 at(int i) const { return (first ^ (turned(i * kAtOnce) << 4)) + i * kAtOnce * kPitch; }
+};
+
 // Rows first … first + kRows − 1 of a matrix to shared memory; zeros from row `rows`, column `bytes` on.
 template <int kRows>
 __device__ __forceinline__ void copy_rows(u32 to, const char *from, i64 pitch, int first, int rows, int bytes) {
-    static_assert(kRows * kPieces % kThreads == 0, "whole rounds of pieces");
-    int thread;  // read here, or what follows from it would stay in registers from copy to copy
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-#pragma unroll 4
-    for (int i = 0; i < kRows * kPieces / kThreads; ++i) {
-        const int n = i * kThreads + thread, row = n / kPieces, piece = n % kPieces;
-        const bool live = first + row < rows && piece * 16 < bytes;
-        copy_async16(to + row * kPitch + ((piece ^ turned(row)) << 4),
-                     live ? from + (first + row) * pitch + piece * 16 : from, live);
-    }
+    const Share mine(to);
+    if (mine.rests()) return;
+    const int left = mine.piece * 16 < bytes ? rows - first - mine.row : 0;
+    from += i64(first + mine.row) * pitch + mine.piece * 16;
+    const i64 step = kAtOnce * pitch;
+#pragma unroll 8
+    for (int i = 0; i < kRows / kAtOnce; ++i, from += step) copy_async16(mine.at(i), from, i * kAtOnce < left);
 }
 
 __device__ __forceinline__ float4 shared4(u32 at) {
@@ -54,14 +75,12 @@ __device__ __forceinline__ float4 shared4(u32 at) {
 // Rounds to TF32 what this thread copied there: each number once, not once a warp that reads it.
 template <int kRows> __device__ __forceinline__ void round_rows(u32 at) {
     if constexpr (kFloat && kRounded) {
-        int thread;
-        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        const Share mine(at);
+        if (mine.rests()) return;
 #pragma unroll 4
-        for (int i = 0; i < kRows * kPieces / kThreads; ++i) {
-            const int n = i * kThreads + thread, row = n / kPieces, piece = n % kPieces;
-            const u32 mine = at + row * kPitch + ((piece ^ turned(row)) << 4);
-            const float4 v = shared4(mine);
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(mine), "r"(to_tf32(v.x)), "r"(to_tf32(v.y)),
+        for (int i = 0; i < kRows / kAtOnce; ++i) {
+            const float4 v = shared4(mine.at(i));
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(mine.at(i)), "r"(to_tf32(v.x)), "r"(to_tf32(v.y)),
                          "r"(to_tf32(v.z)), "r"(to_tf32(v.w))
                          : "memory");
         }

@@ -65,17 +65,21 @@ __device__ __forceinline__ Result result_of(const Plan &plan, const Place &place
     return {__ldg(item + which), __ldg(item + 5 + which)};
 }
 
+// x / n for x < 2²¹, given 1 / n: integer division takes ten times as many instructions.
+__device__ __forceinline__ int quotient(int x, float inverse) { return int((x + 0.5f) * inverse); }
+
 struct Operand {
     const char *from;
     i64 batch, head, row;  // strides, bytes
 };
 struct Operands {
     Operand q, k, v, packed_q, packed_k, packed_v;
-    int heads, ratio, packed_ratio;
+    int heads, packed_heads;
     int rows, keys_there, packed_units, width;
+    float per_heads, per_ratio, per_packed_ratio;  // 1 / heads, 1 / query heads of a key head, …
 
     __device__ __forceinline__ void queries(u32 to, const Plan &plan, const Place &place) const {
-        const int b = place.matrix / heads, h = place.matrix % heads;
+        const int b = quotient(place.matrix, per_heads), h = place.matrix - b * heads;
 #pragma unroll
         for (int g = 0; g < kUnits; ++g) {
             const int unit = result_of(plan, place, g).unit;
@@ -90,9 +94,9 @@ struct Operands {
     __device__ __forceinline__ void values(u32 to, const Place &place) const { copy(to, place, v, packed_v); }
     // Bits of the keys that the call's mask leaves, as a mask's word; t: lane % 4.
     __device__ __forceinline__ u32 kept(const u32 *keep, const u32 *keep_packed, const Place &place, int t) const {
-        const int b = place.matrix / heads, h = place.matrix % heads;
+        const int b = quotient(place.matrix, per_heads), h = place.matrix - b * heads;
         const i64 at = place.unit >= kPacked
-                           ? (i64(b) * (heads / packed_ratio) + h / packed_ratio) * packed_units + place.unit - kPacked
+                           ? (i64(b) * packed_heads + quotient(h, per_packed_ratio)) * packed_units + place.unit - kPacked
                            : i64(b) * ((keys_there + 63) / 64) + place.unit;
         const u32 *from = (place.unit >= kPacked ? keep_packed : keep) + 2 * at;
         u32 word = 0;
@@ -107,10 +111,10 @@ struct Operands {
 
 private:
     __device__ __forceinline__ void copy(u32 to, const Place &place, const Operand &there, const Operand &gathered) const {
-        const int b = place.matrix / heads, h = place.matrix % heads;
+        const int b = quotient(place.matrix, per_heads), h = place.matrix - b * heads;
         const bool packed = place.unit >= kPacked;
         const Operand &from = packed ? gathered : there;
-        copy_rows<kKeys>(to, from.from + b * from.batch + h / (packed ? packed_ratio : ratio) * from.head, from.row,
+        copy_rows<kKeys>(to, from.from + b * from.batch + quotient(h, packed ? per_packed_ratio : per_ratio) * from.head, from.row,
                          (place.unit & (kPacked - 1)) * 64 + place.part * kKeys, packed ? 0x7fffffff : keys_there,
                          width * int(sizeof(operand_t)));
     }
