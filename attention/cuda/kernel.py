@@ -63,8 +63,8 @@ def groups(width: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def fused_request(dtype: torch.dtype, how: Cut) -> Request:
-    """The kernel of a cut."""
+def fused_request(dtype: torch.dtype, how: Cut, masked: bool = False) -> Request:
+    """The kernel of a cut, with or without a run-time mask of keys."""
     constants = {
         "DTYPE": CODES[dtype],
         "DIM": how.dim,
@@ -72,6 +72,7 @@ def fused_request(dtype: torch.dtype, how: Cut) -> Request:
         "GROUPS": how.groups,
         "STREAMS": how.streams,
         "HELD": how.dim if how.held else 0,
+        "MASKED": int(masked),
     }
     return request("fused_sm90", constants, flush=True)
 
@@ -141,7 +142,7 @@ def fused(
     pq, pk, pv = packed or (q, k, v)
     bits = (None, None) if keep is None else keep
     scale, q, pq = positive(scale, q, pq)
-    kernel(fused_request(q.dtype, how), q.device.index)(
+    kernel(fused_request(q.dtype, how, keep is not None), q.device.index)(
         (-(-(starts.shape[0] - 1) // how.streams),),
         how.threads,
         (

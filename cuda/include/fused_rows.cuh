@@ -19,6 +19,7 @@ static_assert(kStreams == 1 || (kStreams == 2 && kGroups == 2), "two streams are
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kGroups + 2 * kStages) * kUnit;
 constexpr bool kHeld = kDim <= MG_HELD;  // Q in registers
+constexpr bool kMasked = MG_MASKED;      // by keys, at run time
 constexpr int kPacked = 1 << 24;
 // The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
 // two; in partial units at once: few keys may be kept there, and then the largest weight should be 1, which
@@ -157,7 +158,8 @@ struct Rows {
         for (int h = 0; h < 2; ++h) any |= fmaxf(top[h][0], top[h][1]) * log2_scale > m[h] + kSlack;
         return __any_sync(0xFFFFFFFFu, any);
     }
-    // P and the sums of a unit against references that move to the maxima; rescales O.
+    // P and the sums of a unit against references that move to the maxima; rescales O, also where it is 0:
+    // with a condition ptxas no longer sees that warps stay together, and leaves uniform registers.
     __device__ __forceinline__ void outgrow(float log2_scale) {
         // Four maxima a row: a chain of 16 would take longer than the exponentials.
         float top[2][4], base[2], grown[2], sum[2][2];

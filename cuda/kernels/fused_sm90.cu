@@ -9,7 +9,7 @@
 //   masks  (m, 128) u32          bit 2j + e + 16h of thread t: row t / 4 + 8h of its warp's 16,
 //                                column 8j + 2 (t % 4) + e
 //   keep   (B, units), packed_keep (B, H / packed_ratio, packed_units): bits of the keys that a run-time
-//          mask keeps; null: all
+//          mask keeps, if kMasked
 //   out    (B · H, nq, width), lse (B · H, nq) float32 or null
 //   partial_out (B · H, slots, 64, width), partial_lse (B · H, slots, 64) float32
 //
@@ -127,7 +127,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                 if (waiting) ask(i >= kStages - 2);
                 if (i == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
             }
-            if (waiting) ask(true);
             if (count == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
             parity_q ^= 1;
             tile = coming, coming = later, head = next_head, tail = next_tail, chunk = next_chunk;
@@ -182,14 +181,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                 release(stage);
                 continue;
             }
-            bool partial = mark >= 0;
             u32 word = ~0u;
-            if (partial) word = __ldg(masks + mark * 128 + threadIdx.x % 128);
-            if (keep != nullptr) {
+            if (mark >= 0) word = __ldg(masks + mark * 128 + threadIdx.x % 128);
+            if constexpr (kMasked) {
                 const int key = load_shared(marks_at + 16 * stage), b = info.matrix / heads, h = info.matrix % heads;
                 const int packed_at = (b * (heads / packed_ratio) + h / packed_ratio) * packed_units;
                 word &= mask_word(key >= kPacked ? packed_keep[packed_at + key - kPacked] : keep[b * units + key]);
-                partial = true;
             }
             wgmma_fence();
             r.scores(queries, keys);
@@ -201,6 +198,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             } else {
                 wgmma_wait<0>();
             }
+            const bool partial = kMasked || mark >= 0;
             if (partial) r.keep(word);
             if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
             held = stage, fresh = false;
