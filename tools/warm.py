@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import repeat
 
 import torch
@@ -16,8 +15,8 @@ from mixgrain.formats.errors import BackendUnavailableError, UnsupportedError
 
 from .progress import counted
 
-# The module whose function `requests(arch)` lists every configuration of every kernel.
-LIST = "mixgrain.primitives.cuda.warm"
+# The modules whose functions `requests(arch)` list the kernels of the common calls.
+LISTS = ("mixgrain.primitives.cuda.warm", "mixgrain.attention.cuda.warm")
 THREADS = 4
 
 
@@ -31,22 +30,17 @@ def warm(named: list[str]) -> int:
         0, or 1 when a kernel did not compile.
 
     Raises:
-        UnsupportedError: an architecture without kernels, or no list of kernels to compile.
+        UnsupportedError: an architecture without kernels.
         BackendUnavailableError: NVRTC, its headers, the cache folder or a GPU is missing.
     """
     unknown = [name for name in named if name.removeprefix("sm_") not in ARCHITECTURES]
     if unknown:
         known = ", ".join(f"sm_{arch}" for arch in ARCHITECTURES)
         raise UnsupportedError(f"warm: --arch {unknown[0]} given; there are kernels for {known}")
-    if find_spec(LIST) is None:
-        raise UnsupportedError(
-            f"warm: this version has no list of its kernels ({LIST}), so nothing can be compiled "
-            "ahead; each kernel is compiled when it is first used, and kept"
-        )
-    requests = import_module(LIST).requests
+    lists = [import_module(name).requests for name in LISTS]
     try:
         archs = {name.removeprefix("sm_"): None for name in named or _present()}
-        wanted = [(request, arch) for arch in archs for request in requests(arch)]
+        wanted = [(one, arch) for arch in archs for listed in lists for one in listed(arch)]
         with ThreadPoolExecutor(THREADS) as pool:
             made = pool.map(_faults, *zip(*wanted, strict=True)) if wanted else repeat("", 0)
             faults = [fault for fault in counted(made, "compiling", len(wanted)) if fault]

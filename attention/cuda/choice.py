@@ -20,6 +20,7 @@ UNIT_KERNELS = {
     "80": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
     "86": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
     "89": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
+    "90": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
     "90a": {torch.float16: "sm90", torch.bfloat16: "sm90", torch.float32: "mma"},
     "100": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},
     "120": {torch.float16: "mma", torch.bfloat16: "mma", torch.float32: "mma"},

@@ -5,6 +5,7 @@ import torch
 
 from mixgrain.attention.cuda.merge import merge_request
 from mixgrain.attention.cuda.row import row_request
+from mixgrain.attention.cuda.warm import requests as common
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import Request, request
@@ -32,6 +33,12 @@ def requests() -> list[Request]:
     # Values wider than keys.
     found.append(row_request(HALF, 3, 5, True, True, False))
     return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("arch", service.ARCHITECTURES)
+def test_the_common_ones_are_of_every_file(arch) -> None:
+    units = {"fused_sm90", "fused_mma"} if arch == "90a" else {"fused_mma"}
+    assert {one.name for one in common(arch)} == {"gather_rows", "fused_merge", "fused_row"} | units
 
 
 @pytest.mark.parametrize("arch", ["80", "90a", "120"])

@@ -29,9 +29,10 @@ def test_it_compiles_without_faults(width, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(service, "cache_folder", lambda: tmp_path)
     dtypes = (torch.float16, torch.bfloat16) if width == 128 else (torch.bfloat16,)
     for dtype in dtypes:
-        wanted = fused_kernel.fused_request(dtype, fused_kernel.cut(width))
-        # Serialised products or spills make it several times slower and still right.
-        assert service.build(wanted, "90a").faults() == []
+        for masked in (False, True):
+            wanted = fused_kernel.fused_request(dtype, fused_kernel.cut(width), masked)
+            # Serialised products or spills make it several times slower and still right.
+            assert service.build(wanted, "90a").faults() == []
 
 
 @pytest.mark.parametrize("width", [8, 40, *WIDTHS])

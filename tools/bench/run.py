@@ -65,6 +65,9 @@ def measure(work: Work) -> list[dict[str, Any]]:
                 row["ms"] = round(device_ms(call), 5)
                 row["host_us"] = round(host_us(call), 1)
                 row["impl"] = kernels(call)
+                if work.rate is not None:
+                    row["eta_of"], rate = work.rate()
+                    row["eta"] = round(work.flops / (row["ms"] * 1e-3) / rate, 3)
                 if engine in work.plans:
                     row["plan_ms"] = round(work.plans[engine](), 3)
                 elif call == work.ours:
@@ -125,7 +128,8 @@ def line(row: dict[str, Any], ours: float | None) -> str:
         return f"{head} {row['host_us']:9.1f} µs of host time  {row['shape']}"
     ratio = f"  {ms / ours:5.2f}×" if ours else ""
     share = f"floor {row['floor_ms'] / ms:4.0%}"
-    return f"{head} {ms * 1e3:9.1f} µs  {share}{ratio}  host {row['host_us']} µs"
+    eta = f"  eta {row['eta']:.3f}" if "eta" in row else ""
+    return f"{head} {ms * 1e3:9.1f} µs  {share}{ratio}{eta}  host {row['host_us']} µs"
 
 
 def main(arguments: list[str] | None = None) -> int:

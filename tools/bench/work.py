@@ -30,6 +30,8 @@ class Work:
         tolerance: largest relative error accepted.
         shape: sizes and dtype, in words.
         plans: engine to a function that measures its planning, milliseconds.
+        flops: operations that the result needs, if `rate` is given.
+        rate: whose dense FLOP/s the row's `eta` is a share of, and how many they are.
     """
 
     id: str
@@ -41,6 +43,8 @@ class Work:
     tolerance: float = 5e-3
     shape: str = ""
     plans: dict[str, Callable[[], float]] = field(default_factory=dict)
+    flops: float = 0.0
+    rate: Callable[[], tuple[str, float]] | None = None
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
