@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mixgrain import __version__
-from mixgrain.formats.errors import MixgrainError
+from mixgrain.formats.errors import MixgrainError, UnsupportedError
 
 PATTERN_HELP = (
     "an expression of the names of mixgrain.patterns, e.g. 'window(256) | global_tokens([0, 7])'"
 )
 LONGEST = (1 << 31) - 1  # indices are int32
-LAYOUTS = ("tile", "nm", "block", "row", "mixed", "dense")
+LAYOUTS = ("tile", "nm", "block", "row", "panel", "mixed", "dense")
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -132,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
         "they come back bit for bit, and prints a table. The result is a folder: "
         "OUT/sparse/NAME.safetensors for each converted tensor, which mixgrain.load reads, and "
         "OUT/dense.safetensors for all others. An OUT that ends in .safetensors is one file with "
-        "one tensor. `--to dense` turns either back into an ordinary safetensors file.",
+        "one tensor. `--to dense` turns either back into an ordinary safetensors file. --rule, "
+        "once for each group of layers, gives them different layouts; mixgrain.load_model loads "
+        "the result into the model it came from.",
     )
     convert.add_argument(
         "file",
@@ -141,8 +143,15 @@ def parser() -> argparse.ArgumentParser:
         help=".safetensors (or .safetensors.index.json of several), .npy, .npz or .pt (a state "
         "dict) with dense weights; with --to dense, what this command wrote",
     )
-    convert.add_argument(
-        "--to", choices=LAYOUTS, required=True, metavar="LAYOUT", help=", ".join(LAYOUTS)
+    what = convert.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", choices=LAYOUTS, metavar="LAYOUT", help=", ".join(LAYOUTS))
+    what.add_argument(
+        "--rule",
+        action="append",
+        metavar="GLOB=KIND[,OPTION=VALUE…]",
+        help="what the tensors or layers of these names become, e.g. '*.up=tile,density=0.25', "
+        "'*.qkv=2:4', 'head=dense'; may be repeated, the first that matches decides, others stay "
+        "dense; options: density, n, m, size, axis, prune",
     )
     convert.add_argument(
         "--out", type=Path, help="the result (default: beside FILE, named after it and the layout)"
@@ -165,14 +174,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="PART",
         help="with --prune, the part of tiles, blocks or elements to keep, 0 to 1",
     )
-    convert.add_argument("--n", type=whole(1, 256), default=2, help="nm: kept of m (default: 2)")
-    convert.add_argument("--m", type=whole(1, 256), default=4, help="nm: a group (default: 4)")
+    convert.add_argument("--n", type=whole(1, 256), help="nm: kept of m (default: 2)")
+    convert.add_argument("--m", type=whole(1, 256), help="nm: a group (default: 4)")
     convert.add_argument(
         "--size",
         type=int,
         choices=(16, 32, 64, 128),
-        default=64,
         help="side of the blocks of block and mixed (default: 64)",
+    )
+    convert.add_argument(
+        "--axis", choices=("rows", "columns"), help="panel: what is pruned, with --prune"
     )
     convert.add_argument("--force", action="store_true", help="replace an OUT that exists")
     convert.set_defaults(run=_convert)
@@ -266,15 +277,28 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .convert import Choice, to_dense, to_sparse
+    from .convert import Rule, to_dense, to_sparse
+    from .rule_text import parse_rules
 
     if options.to == "dense":
         return to_dense(options.file, options.out, options.force)
-    choice = Choice(
-        options.to, options.prune, options.density, options.n, options.m, options.size,
-        tuple(options.tensors or ()),
-    )  # fmt: skip
-    return to_sparse(options.file, options.out, options.force, choice)
+    flags = {
+        name: getattr(options, name)
+        for name in ("density", "n", "m", "size", "axis")
+        if getattr(options, name) is not None
+    }
+    if options.rule:
+        beside = [*flags, *(["tensors"] if options.tensors else [])]
+        if beside:
+            raise UnsupportedError(
+                f"--{beside[0]} beside --rule; expected it in the rule: GLOB=KIND,OPTION=VALUE"
+            )
+        rule = Rule(parse_rules(options.rule, options.prune), "sparse")
+    else:
+        choice = {"kind": options.to, "prune": options.prune, **flags}
+        globs = options.tensors or ["*"]
+        rule = Rule(dict.fromkeys(globs, choice), options.to, bool(options.tensors))
+    return to_sparse(options.file, options.out, options.force, rule)
 
 
 def _warm(options: argparse.Namespace) -> int:
