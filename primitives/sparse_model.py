@@ -176,7 +176,7 @@ def _share(
         for site, choice in kept:
             for name, owner in site.shared_with:
                 if id(owner) not in choice_of or not _same(choice_of[id(owner)], choice):
-                    apart[site.name] = f"shares its weight with {name!r}, which does not become so"
+                    apart[site.name] = f"shares its weight with {name!r}, which stays as it is"
         if not apart:
             return kept
         if not for_all:
