@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.weight_norm import WeightNorm
 
 from .sparse_linear import SparseLinear
 
-# Hooks that compute the weight from other parameters; what they compute is converted.
-_COMPUTING = (BasePruningMethod, WeightNorm)
+# Hooks that compute the weight from other parameters; what they compute is converted. By name:
+# importing torch.nn.utils.prune would take longer than all of mixgrain.
+_COMPUTING = {
+    ("torch.nn.utils.prune", "BasePruningMethod"),
+    ("torch.nn.utils.weight_norm", "WeightNorm"),
+}
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
@@ -60,7 +62,7 @@ class Site:
     def refresh(self) -> None:
         """Bring a weight that a hook computes up to date, as the next call would."""
         for hook in self.layer._forward_pre_hooks.values():
-            if isinstance(hook, _COMPUTING):
+            if _computes(hook):
                 hook(self.layer, ())
 
 
@@ -97,6 +99,11 @@ def _made_of(layer: nn.Module, what: str) -> Iterator[nn.Parameter]:
             yield parameter
 
 
+def _computes(hook: object) -> bool:
+    """Whether a hook is one of torch's that compute a weight."""
+    return any((cls.__module__, cls.__qualname__) in _COMPUTING for cls in type(hook).__mro__)
+
+
 def _look(site: Site) -> None:
     """Find what stands in the way of a swap."""
     layer = site.layer
@@ -105,7 +112,7 @@ def _look(site: Site) -> None:
     if kind is not nn.Linear:
         site.obstacle = f"is a {kind.__name__}, whose owner may read its weight itself"
         site.remedy = "convert its owner (SparseAttention.from_multihead for attention)"
-    elif any(not isinstance(hook, _COMPUTING) for hook in hooks):
+    elif not all(map(_computes, hooks)):
         site.obstacle = "has hooks, which the swap would drop"
         site.remedy = "remove them first, or add them to the new layer afterwards"
     elif type(layer.weight) not in (Tensor, nn.Parameter):

@@ -327,7 +327,12 @@ def test_parametrized_weights_are_converted_as_they_are_in_effect() -> None:
     prune.l1_unstructured(model[1], "weight", 0.5)
     prune.random_unstructured(model[1], "weight", 0.2)  # a container of two
     prune.l1_unstructured(model[2], "bias", 0.5)
+    model.append(nn.Linear(16, 16, bias=False))
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model[3])
+    old = model[3].weight.detach().clone()
     with torch.no_grad():
+        model[3].weight_g.mul_(2)
         model[0].parametrizations.weight.original0.mul_(3)
         model[1].weight_orig.mul_(2)  # the weight itself stays as it was until the next call
         stale = model[1].weight.clone()
@@ -335,7 +340,8 @@ def test_parametrized_weights_are_converted_as_they_are_in_effect() -> None:
     mg.sparsify_model(model, "row")
     assert torch.equal(model[1].to_dense(), 2 * stale)
     assert model[1].weight.nnz == int((stale != 0).sum()) < 128  # −0 is no value to keep
-    found = model(x)
+    torch.testing.assert_close(model[3].to_dense(), 2 * old)
+    found = model[:3](x)
 
     torch.manual_seed(0)
     again = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
