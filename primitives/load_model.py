@@ -84,6 +84,14 @@ def _make_room(model: nn.Module, names: list[str]) -> None:
             )
         if not site.sparse:
             chosen[id(site.layer)] = site
+    for site in chosen.values():
+        other = _tied(site, set(chosen))
+        if other is not None:
+            raise LayoutError(
+                f"{_OP}: the source has a sparse weight for {site.name!r}, which shares its weight "
+                f"with {other!r} in this {type(model).__name__}; expected them to be apart, as in "
+                "the model that was converted: give one a copy of the weight first"
+            )
     by_weight: dict[int, SparseLinear] = {}
     for site in chosen.values():
         dense = site.layer
@@ -101,6 +109,11 @@ def _make_room(model: nn.Module, names: list[str]) -> None:
             made.values, made.positions = first.values, first.positions
         put(model, site, made)
     close_fast_paths(model)
+
+
+def _tied(site: Site, swapped: set[int]) -> str | None:
+    """The name of something that uses a layer's weight and is not among those swapped, by id."""
+    return next((name for name, owner in site.shared_with if id(owner) not in swapped), None)
 
 
 def _of_file(path: Path) -> dict[str, Any]:
@@ -131,9 +144,16 @@ def _of_folder(path: Path, model: nn.Module) -> dict[str, Any]:
             f"{path}: no {SPARSE}/*{ENDING} in this folder; expected what mixgrain convert wrote"
         )
     state = _of_file(path / DENSE) if (path / DENSE).exists() else {}
-    linear = {name for site in find_sites(model) for name in site.names}
-    for file in files:
-        name = unquote(file.name.removesuffix(ENDING))
+    held = {unquote(file.name.removesuffix(ENDING)): file for file in files}
+    # Sparse layers for what can be one here; what an embedding shares, say, stays dense.
+    sites = [
+        site for site in find_sites(model)
+        if any(f"{name}.weight" in held for name in site.names)
+        and (site.sparse or not site.obstacle)
+    ]  # fmt: skip
+    there = {id(site.layer) for site in sites}
+    linear = {name for site in sites if _tied(site, there) is None for name in site.names}
+    for name, file in held.items():
         layer = name.removesuffix(".weight")
         state |= _layer(layer, load(file)) if name != layer and layer in linear else {
             name: load(file).to_dense()

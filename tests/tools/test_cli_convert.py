@@ -291,6 +291,23 @@ def test_rules_are_those_of_sparsify_model(tmp_path: Path, capsys: Streams) -> N
     assert torch.equal(loaded(tokens), expected(tokens))
 
 
+def test_what_an_embedding_shares_is_loaded_dense(tmp_path: Path) -> None:
+    def tied() -> Net:
+        net = Net()
+        net.head.weight = net.embedding.weight
+        return net
+
+    state = {name: t.clone() for name, t in tied().state_dict().items()}
+    save_file(state, tmp_path / "net.safetensors")
+    assert run(tmp_path / "net.safetensors", "--to", "nm", "--prune") == 0
+    loaded = tied()
+    mg.load_model(loaded, tmp_path / "net.nm")
+    assert loaded.head.weight is loaded.embedding.weight
+    pruned = mg.sparsify(state["head.weight"], "nm", prune=True).to_dense()
+    assert torch.equal(loaded.head.weight, pruned)
+    assert isinstance(loaded.up, mg.SparseLinear)
+
+
 def test_a_stack_is_converted_where_it_is_named(tmp_path: Path, capsys: Streams) -> None:
     save_file(Net().state_dict(), tmp_path / "net.safetensors")
     assert run(tmp_path / "net.safetensors", "--rule", "experts=2:4,prune") == 0

@@ -425,6 +425,8 @@ def test_load_model_refuses(tmp_path) -> None:
     model.head = Scaled(32, 20)
     with pytest.raises(LayoutError, match="'head', and in this Model it is a Scaled"):
         mg.load_model(model, state)
+    with pytest.raises(LayoutError, match="'head', which shares its weight with 'embedding' in"):
+        mg.load_model(Model(tied=True), state)
     with pytest.raises(LayoutError, match="source is a list"):
         mg.load_model(Model(), [1])
     with pytest.raises(LayoutError, match="given a OrderedDict"):
