@@ -8,7 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .arguments import as_flag, as_number, check_dense
+from .arguments import among, as_flag, as_number, check_dense
 from .block import SIZES, BlockLayout
 from .entries import pack_bits
 from .errors import DtypeError, LayoutError, ShapeError, UnsupportedError
@@ -163,7 +163,7 @@ def _check_axis(kind: str, prune: bool, axis: str | None) -> None:
                 f"sparsify: axis={axis!r:.80} has no effect; it says what 'panel' prunes, with "
                 "prune=True"
             )
-    elif axis not in AXES:
+    elif not among(axis, AXES):
         raise LayoutError(
             f"sparsify: 'panel' with prune=True and axis={axis!r:.80}; choose one of {AXES}, which "
             "are pruned as wholes"

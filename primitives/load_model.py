@@ -40,10 +40,9 @@ def load_model(model: nn.Module, source: Source) -> None:
             ``safetensors.torch.save_model`` writes it; or a folder that `mixgrain convert` wrote.
 
     Raises:
-        LayoutError: a sparse weight that is no linear layer's in this model.
+        LayoutError: a sparse weight that is no linear layer's in this model; names, sizes or
+            positions that do not fit, found by ``load_state_dict`` when layers were swapped.
         FileFormatError: a file that is not what it should be.
-        RuntimeError: names or sizes that do not fit, as from ``load_state_dict``; layers may have
-            been swapped by then.
         OSError: a file cannot be read.
     """
     if not isinstance(model, nn.Module):
@@ -59,7 +58,14 @@ def load_model(model: nn.Module, source: Source) -> None:
             "file, or a folder of mixgrain convert"
         )
     _make_room(model, [key.removesuffix(_STATE) for key in state if _is_layer(key, state)])
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        words = " ".join(str(error).split())
+        raise LayoutError(
+            f"{_OP}: the source does not fit; expected the weights of such a "
+            f"{type(model).__name__} ({words[:400]}{'…' * (len(words) > 400)})"
+        ) from error
 
 
 def _is_layer(key: object, state: Mapping[str, Any]) -> bool:

@@ -51,10 +51,14 @@ def read_choice(op: str, given: object, options: Mapping[str, Any] | None = None
         raise LayoutError(
             f"{op}: option {unknown[0]!r:.80}; expected those of sparsify: {', '.join(_OPTIONS)}"
         )
-    if isinstance(given, SparseTensor) or given == _DENSE or (given is None and not more):
+    if isinstance(given, str) and given == _DENSE:
+        given = None
         if more:
-            raise LayoutError(f"{op}: {given!r:.80} takes no options; given {more!r:.80}")
-        return None if isinstance(given, str) else given
+            raise LayoutError(f"{op}: 'dense' takes no options; given {more!r:.80}")
+    if isinstance(given, SparseTensor) and more:
+        raise LayoutError(f"{op}: a SparseTensor takes no options; given {more!r:.80}")
+    if isinstance(given, SparseTensor) or (given is None and not more):
+        return given
     if given is None:
         return more
     if isinstance(given, str) and (groups := re.fullmatch(r"(\d{1,3}):(\d{1,3})", given)):

@@ -431,11 +431,11 @@ def test_load_model_refuses(tmp_path) -> None:
         mg.load_model(Model(), [1])
     with pytest.raises(LayoutError, match="given a OrderedDict"):
         mg.load_model(state, state)
-    with pytest.raises(RuntimeError, match="expected one matrix of"):
+    with pytest.raises(LayoutError, match="expected one matrix of"):
         model = Model()
         model.head = nn.Linear(32, 21)
         mg.load_model(model, state)
-    with pytest.raises(RuntimeError, match=r"Missing key.*embedding\.weight"):
+    with pytest.raises(LayoutError, match=r"does not fit.*Missing key.*embedding\.weight"):
         mg.load_model(Model(), {k: v for k, v in state.items() if k != "embedding.weight"})
     (tmp_path / "junk.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(FileFormatError, match="no intact safetensors file"):
