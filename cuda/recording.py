@@ -183,6 +183,11 @@ class Recording:
         rest = self.steps[start + 1 :]
         self.steps[start:] = [s._replace(side=False) if isinstance(s, Launch) else s for s in rest]
 
+    @property
+    def beside(self) -> bool:
+        """Whether launches go to the side stream now."""
+        return self._side
+
     @contextlib.contextmanager
     def side(self) -> Iterator[None]:
         """Launches go to the side stream; only inside `fork`."""

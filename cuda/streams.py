@@ -8,6 +8,10 @@ from typing import Any
 from .launch import cupy
 
 
+# The highest there is (the runtime clamps it): CTAs of the side stream are placed first.
+PRIORITY = -100
+
+
 @functools.lru_cache(maxsize=256)
 def _side(device: int, stream: int) -> Any:
     """The side stream of a stream.
@@ -16,7 +20,7 @@ def _side(device: int, stream: int) -> Any:
     not of torch's pool, whose streams a user may hold under another name.
     """
     with cupy().cuda.Device(device):
-        return cupy().cuda.Stream(non_blocking=True)
+        return cupy().cuda.Stream(non_blocking=True, priority=PRIORITY)
 
 
 class Fork:

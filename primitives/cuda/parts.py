@@ -87,8 +87,9 @@ def is_fine(part: PartPlan) -> bool:
 def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) -> None:
     """Launch work for every part, fine parts beside the coarse ones where there is much of them.
 
-    Coarse parts go first: a device hands out the CTAs of one kernel before those of the next, so
-    what two lanes gain is that the fine kernel fills the coarse one's end.
+    A device hands out the CTAs of one kernel before those of the next. So the fine kernels go
+    first, with as few CTAs as need all of their time: the coarse ones fill what is left of every
+    multiprocessor, and one waits for gathers while the other computes or writes.
 
     Args:
         parts: of the layout.
@@ -104,11 +105,11 @@ def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) 
             work(part)
         return
     with recording.fork():
-        for part in coarse:
-            work(part)
         with recording.side():
             for part in fine:
                 work(part)
+        for part in coarse:
+            work(part)
 
 
 def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
