@@ -47,27 +47,33 @@ struct RowItem {
     __device__ __forceinline__ bool there() const { return partial >= -1; }
 };
 
-// Items of one warp, and the matrices it computes them for: all matrices of an item, then the next.
+// Which items a warp computes, of which matrix. Warps that walk take the items in turn, matrix after
+// matrix: those at work gather from few matrices at a time, which stay in L2.
 struct RowWalk {
     int at;      // item of the warp's first group
     int matrix;
 
-    __device__ __forceinline__ static RowWalk start() {
-        return {(int(blockIdx.x) * kWarps + int(threadIdx.x) / 32) * kItems, int(blockIdx.y)};
+    __device__ __forceinline__ static RowWalk start(int count) {
+        const u32 warp = blockIdx.x * kWarps + threadIdx.x / 32;
+        if (!kOwn) return {int(warp), int(blockIdx.y)};
+        const u32 units = (u32(count) + kItems - 1) / kItems;
+        return {int(warp % units) * kItems, int(warp / units)};
     }
-    // The next pair; true when the item is another one.
-    __device__ __forceinline__ bool advance(int matrices) {
-        matrix += gridDim.y;
-        if (matrix < matrices) return false;
-        matrix = blockIdx.y;
-        at += gridDim.x * kWarps * kItems;
-        return true;
+    __device__ __forceinline__ bool done(int count, int matrices) const {
+        return kOwn ? matrix >= matrices : at >= count;
+    }
+    __device__ __forceinline__ void advance(int count) {
+        const u32 units = (u32(count) + kItems - 1) / kItems, stride = gridDim.x * kWarps;
+        at += int(stride % units) * kItems;
+        matrix += stride / units;
+        if (at >= count) at -= int(units) * kItems, ++matrix;
     }
     // The item of this lane's group; one of no positions beyond the last.
-    __device__ __forceinline__ RowItem item(const int4 *items, int count, int lane) const {
+    __device__ __forceinline__ RowItem item(const int4 *items, int count, int matrices,
+                                            int lane) const {
         const int mine = at + (kOwn ? lane / kLanes : 0);
         int4 raw = make_int4(0, 0, -2, 0);
-        if (mine < count) raw = __ldg(items + mine);
+        if (mine < count && !done(count, matrices)) raw = __ldg(items + mine);
         return {raw.x, raw.y & 0xffff, raw.z, i64(u32(raw.y) >> 16) << 32 | u32(raw.w)};
     }
 };

@@ -29,8 +29,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kLoop || (kOwn && kVec
               int matrices, int rows, int pieces, float scale, i64 positions, int gap) {
     const int lane = threadIdx.x % 32;
     // Slots between this part and the next hold zeros.
-    if (blockIdx.x == 0 && int(threadIdx.x) < gap)
-        for (int f = blockIdx.y; f < matrices; f += gridDim.y)
+    if (int(threadIdx.x) < gap && (kOwn || blockIdx.x == 0))
+        for (int f = kOwn ? blockIdx.x : blockIdx.y; f < matrices; f += kOwn ? gridDim.x : matrices)
             out[f * out_free + positions + threadIdx.x] = from_float<out_t>(0.0f);
     const int piece = lane % kLanes;
     // Whether this lane has something at pass `pass`, vector v.
@@ -46,15 +46,18 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kLoop || (kOwn && kVec
             next[m] = key < item.count ? __ldg(columns + item.first + key) : 0;
         }
     };
-    RowWalk walk = RowWalk::start();
-    if (walk.at >= item_count) return;
-    RowItem ahead = walk.item(items, item_count, lane);
+    RowWalk walk = RowWalk::start(item_count);
+    if (walk.done(item_count, matrices)) return;
+    RowItem ahead = walk.item(items, item_count, matrices, lane);
     look_up(ahead, 0);
     while (true) {
         // 1. This item and matrix, and the next.
         const RowItem item = ahead;
         const i64 f = walk.matrix;
-        if (kOwn && walk.advance(matrices)) ahead = walk.item(items, item_count, lane);
+        if (kOwn) {
+            walk.advance(item_count);
+            ahead = walk.item(items, item_count, matrices, lane);
+        }
         const int count = longest(item);
         if (kOwn && count == 0) look_up(ahead, 0);
 
@@ -138,6 +141,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kLoop || (kOwn && kVec
                 scores[key] = from_float<out_t>(live ? score : 0.0f);
             }
         }
-        if (!kOwn || walk.at >= item_count) return;
+        if (!kOwn || walk.done(item_count, matrices)) return;
     }
 }

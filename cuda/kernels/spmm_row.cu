@@ -6,7 +6,7 @@
 //             items (NI) int4; indices int32                                      plans/cuda_row.py
 //             order: slot of each position where positions are not in slot order (the transpose)
 //   grid      OWN 0: (ceil(NI / 4), F, column tiles), a CTA computes four items of one tile
-//             OWN 1: (any, any, column tiles); its warps walk over items and matrices
+//             OWN 1: (any, 1, column tiles); its warps walk over items and matrices
 //   block     128 threads: a warp gathers rows of x, 32 / LANES at a time, and adds them up in
 //             registers, LANES · VECTORS pieces of 16 bytes wide; row.cuh has the map
 //   smem      none
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 
         if (kKeep) {
             const int entry = item.row / rows;
             kept += f * keep_free + entry * keep_entry;
-            if (kKeep == 2 && !kept[(item.row - entry * rows) * keep_at]) count = 0;
+            if (kKeep == 2 && count > 0 && !kept[(item.row - entry * rows) * keep_at]) count = 0;
         }
 #pragma unroll
         for (int m = 0; m < kRegisters; ++m) {
@@ -64,15 +64,18 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 
             if (kKeep == 1 && !kept[next[m] * keep_at]) next[m] = -1;
         }
     };
-    RowWalk walk = RowWalk::start();
-    if (walk.at >= item_count) return;
-    RowItem ahead = walk.item(items, item_count, lane);
+    RowWalk walk = RowWalk::start(item_count);
+    if (walk.done(item_count, matrices)) return;
+    RowItem ahead = walk.item(items, item_count, matrices, lane);
     look_up(ahead, walk.matrix, 0);
     while (true) {
         // 2. This item and matrix, and the next.
         const RowItem item = ahead;
         const i64 f = walk.matrix;
-        if (kOwn && walk.advance(matrices)) ahead = walk.item(items, item_count, lane);
+        if (kOwn) {
+            walk.advance(item_count);
+            ahead = walk.item(items, item_count, matrices, lane);
+        }
         const int count = longest(item);
         if (kOwn && count == 0) look_up(ahead, walk.matrix, 0);
         const int entry = item.row / rows, row = item.row - entry * rows;
@@ -155,6 +158,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 
             }
             Pack<out_t, kElements>::store(to, sum[v]);
         }
-        if (!kOwn || walk.at >= item_count) return;
+        if (!kOwn || walk.done(item_count, matrices)) return;
     }
 }

@@ -79,16 +79,15 @@ def _grid(
 ) -> tuple[int, int]:
     """CTAs along items and matrices.
 
-    Those that walk are as many as run at once, or fewer by as much as evens out their turns.
+    Those that walk are as many as run at once.
     """
-    across = -(-items // (WARPS * (32 // lanes if own else 1)))
+    units = -(-items // (32 // lanes if own else 1))
     if not own:
-        return across, free
+        return -(-units // WARPS), free
     recording = current()
     resident = BESIDE if recording is not None and recording.beside else ALONE
     room = max(1, facts(device).multiprocessors * resident // tiles)
-    across = -(-across // -(-across // room))
-    return across, -(-free // -(-free // max(1, room // across)))
+    return min(-(-units * free // WARPS), room), 1
 
 
 def _near(t: Tensor) -> Tensor:
