@@ -115,7 +115,7 @@ class Recording:
         self.device = device
         self.slots: list[tuple[tuple[int, ...], torch.dtype] | None] = []
         self.steps: list[Step] = []
-        self._side = False
+        self._side = self._open = False
         self._forked = 0
 
     def given(self, like: Tensor, residue: int) -> Operand:
@@ -162,15 +162,57 @@ class Recording:
 
     def _torch(self, step: Work) -> None:
         # Torch works on the current stream: before the fork what the side stream is to read.
-        if self._side:
+        if self._open and self._launched(step):
+            with self.together():
+                self.steps.append(step)
+        elif self._side or self._open:
             self.steps.insert(self._forked, step)
             self._forked += 1
         else:
             self.steps.append(step)
 
+    def _launched(self, step: Work) -> bool:
+        """Whether kernels since the fork have to do with what a step of torch's does."""
+        mine = {a.slot for a in step.arguments if isinstance(a, View)}
+        since = [s for s in self.steps[self._forked :] if isinstance(s, Launch)]
+        places = [a.address if isinstance(a, Map) else a for s in since for a in s.arguments]
+        return any(isinstance(a, Address) and a.slot in mine for a in places)
+
+    @property
+    def open(self) -> bool:
+        """Whether both streams go on, inside `lanes`."""
+        return self._open
+
+    @contextlib.contextmanager
+    def lanes(self) -> Iterator[None]:
+        """Forks inside are this one: neither stream waits for the other but for `together`."""
+        with self.fork():
+            self._open = True
+            try:
+                yield
+            finally:
+                self._open = False
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside `lanes`: work that waits for both streams, and that both then wait for."""
+        if not self._open:
+            yield
+            return
+        assert not self._side
+        self.steps.append(JOIN)
+        self._open = False
+        yield
+        self._open = True
+        self._forked = len(self.steps)
+        self.steps.append(FORK)
+
     @contextlib.contextmanager
     def fork(self) -> Iterator[None]:
         """Inside, launches may go to the side stream; its work is joined at the end."""
+        if self._open:
+            yield
+            return
         self._forked = len(self.steps)
         self.steps.append(FORK)
         yield

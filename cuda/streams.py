@@ -7,7 +7,6 @@ from typing import Any
 
 from .launch import cupy
 
-
 # The highest there is (the runtime clamps it): CTAs of the side stream are placed first.
 PRIORITY = -100
 

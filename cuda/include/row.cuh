@@ -21,6 +21,7 @@ constexpr int kLanes = MG_LANES;           // lanes that share one gathered row
 constexpr int kVectors = MG_VECTORS;       // 16-byte pieces of it per lane
 constexpr bool kExact = MG_EXACT;          // pieces fill lanes and vectors: nothing overhangs
 constexpr bool kOwn = MG_OWN;              // every group has an item of its own
+constexpr bool kBeside = MG_BESIDE;        // runs beside other kernels: fewer registers
 constexpr int kGroups = 32 / kLanes;       // rows gathered at once
 constexpr int kAlong = kOwn ? 1 : kGroups; // groups along one item
 constexpr int kItems = kGroups / kAlong;   // items of a warp at a time

@@ -20,7 +20,7 @@
 constexpr bool kLoop = MG_LOOP;  // rows longer than LANES · VECTORS pieces, taken in passes
 constexpr int kKeep = MG_KEEP;   // run-time mask: 0 none, 1 over columns, 2 over rows
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kLoop || (kOwn && kVectors > 1) ? 5 : 6)
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 ? 8 : kLoop || (kOwn && kVectors > 1) ? 5 : 6)
     sddmm_row(out_t *__restrict__ out, i64 out_free,                                    //
               const operand_t *__restrict__ q, i64 q_free, i64 q_entry, u32 q_row,      // rows: bytes
               const operand_t *__restrict__ k, i64 k_free, i64 k_entry, u32 k_row,      //

@@ -26,7 +26,7 @@ using place_t = Place<kOrder == 2>::type;
 constexpr bool kAdd = MG_ADD;     // out += (float32), for several parts one after the other
 static_assert(!kAdd || kOut == 2, "ADD accumulates into float32");
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 && kRegisters == 1 ? 6 : kExact || kOwn ? 5 : 4)
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 ? 8 : kOwn && kVectors == 1 && kRegisters == 1 ? 6 : kExact || kOwn ? 5 : 4)
     spmm_row(out_t *__restrict__ out, i64 out_free, i64 out_entry, i64 out_row,            //
              float *__restrict__ partials, i64 partials_free,                              //
              const value_t *__restrict__ values, i64 values_free,                          //
@@ -37,10 +37,12 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 
              float scale) {
     const int lane = threadIdx.x % 32;
     const int piece = blockIdx.z * (kLanes * kVectors) + lane % kLanes;
-    int offset[kVectors];  // bytes from the row's start; lanes that overhang read a piece twice
+    // Bytes from this lane's first piece; lanes that overhang read a piece twice.
+    const int mine = kExact ? piece : min(piece, pieces - 1);
+    int offset[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-        offset[v] = 16 * (kExact ? piece + v * kLanes : min(piece + v * kLanes, pieces - 1));
+        offset[v] = 16 * (kExact ? v * kLanes : min(piece + v * kLanes, pieces - 1) - mine);
 
     // 1. Index and slot of this lane's keys are looked up one round ahead, the values only when
     //    the rows of x are on their way too.
@@ -60,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 
             next[m] = -1;
             if (key >= count) continue;
             next[m] = __ldg(indices + item.first + key);
-            next_slot[m] = kOrder ? __ldg(order + item.first + key) : key;
+            if (kOrder) next_slot[m] = __ldg(order + item.first + key);
             if (kKeep == 1 && !kept[next[m] * keep_at]) next[m] = -1;
         }
     };
@@ -79,7 +81,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 
         const int count = longest(item);
         if (kOwn && count == 0) look_up(ahead, walk.matrix, 0);
         const int entry = item.row / rows, row = item.row - entry * rows;
-        const char *const base_x = reinterpret_cast<const char *>(x + f * x_free + entry * x_entry);
+        const char *const base_x =
+            reinterpret_cast<const char *>(x + f * x_free + entry * x_entry) + mine * 16;
         const value_t *const weights = values + f * values_free + (kOrder ? 0 : item.first);
 
         float sum[kVectors][kElements];
@@ -96,7 +99,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kOwn && kVectors == 1 
             for (int m = 0; m < kRegisters; ++m) {
                 index[m] = next[m];
                 weight[m] = 0.0f;
-                if (!checked || index[m] >= 0) weight[m] = to_float(weights[next_slot[m]]);
+                const place_t slot = kOrder ? next_slot[m] : base + own_key(lane, m);
+                if (!checked || index[m] >= 0) weight[m] = to_float(weights[slot]);
             }
             if (base + kRound < count)
                 look_up(item, f, base + kRound);

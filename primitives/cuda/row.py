@@ -74,6 +74,12 @@ def _classes(items: int, long: int, lanes: int) -> Iterator[tuple[int, int, bool
         yield long, items - long, True
 
 
+def _beside() -> bool:
+    """Whether what is launched now runs beside other kernels."""
+    recording = current()
+    return recording is not None and recording.beside
+
+
 def _grid(
     device: int, items: int, free: int, lanes: int, own: bool, tiles: int = 1
 ) -> tuple[int, int]:
@@ -84,9 +90,7 @@ def _grid(
     units = -(-items // (32 // lanes if own else 1))
     if not own:
         return -(-units // WARPS), free
-    recording = current()
-    resident = BESIDE if recording is not None and recording.beside else ALONE
-    room = max(1, facts(device).multiprocessors * resident // tiles)
+    room = max(1, facts(device).multiprocessors * (BESIDE if _beside() else ALONE) // tiles)
     return min(-(-units * free // WARPS), room), 1
 
 
@@ -97,7 +101,13 @@ def _near(t: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _sddmm_kernel(
-    device: int, width: int, operand: torch.dtype, out: torch.dtype, side: int, own: bool
+    device: int,
+    width: int,
+    operand: torch.dtype,
+    out: torch.dtype,
+    side: int,
+    own: bool,
+    beside: bool,
 ) -> Kernel:
     elements = 16 // operand.itemsize
     pieces = width // elements
@@ -111,8 +121,9 @@ def _sddmm_kernel(
         "LOOP": int(passes > 1),
         "KEEP": side,
         "OWN": int(own),
+        "BESIDE": int(beside),
     }
-    return kernel(request("sddmm_row", constants), device)
+    return kernel(request("sddmm_row", constants), device, 100 if beside else None)
 
 
 def sddmm_row(
@@ -135,7 +146,7 @@ def sddmm_row(
     lanes = spread(pieces, 16 // q.element_size())[0]
     first = part.starts[0] * values.element_size()
     for start, many, own in _classes(items.shape[0], part.scalars[1], lanes):
-        run = _sddmm_kernel(device, width, q.dtype, values.dtype, side, own)
+        run = _sddmm_kernel(device, width, q.dtype, values.dtype, side, own, own and _beside())
         for kept, out, left, right in runs(keep, values, q, k):
             run(
                 _grid(device, many, out.shape[0], lanes, own),
@@ -170,6 +181,7 @@ def _spmm_kernel(
     side: int,
     add: bool,
     own: bool,
+    beside: bool,
 ) -> tuple[Kernel, int]:
     """The kernel and its number of column tiles."""
     elements = 16 // operand.itemsize
@@ -186,8 +198,9 @@ def _spmm_kernel(
         "ORDER": order,
         "ADD": int(add),
         "OWN": int(own),
+        "BESIDE": int(beside),
     }
-    return kernel(request("spmm_row", constants), device), tiles
+    return kernel(request("spmm_row", constants), device, 100 if beside else None), tiles
 
 
 @functools.lru_cache(maxsize=64)
@@ -227,8 +240,9 @@ def spmm_row(
         target = (to.data_ptr(), *map(np.int64, to.stride()[:3]))
         space = (made.data_ptr() if made is not None else 0, np.int64(partials * width))
         for start, many, own in _classes(items.shape[0], long, lanes):
+            beside = own and _beside()
             run, tiles = _spmm_kernel(
-                device, width, x.dtype, values.dtype, out.dtype, ordered, side, add, own
+                device, width, x.dtype, values.dtype, out.dtype, ordered, side, add, own, beside
             )
             run(
                 (*_grid(device, many, free, lanes, own, tiles), tiles),
