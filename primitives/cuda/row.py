@@ -21,6 +21,8 @@ WARPS = 4  # row.cuh: kWarps
 THREADS = 32 * WARPS
 # CTAs of a multiprocessor that walk over short rows: alone, and beside other kernels.
 ALONE, BESIDE = 6, 3
+# Beside others, cache that is left to their shared memory, percent.
+CARVEOUT = 100
 # Elements of a gathered row that one lane holds: registers for as many float32 sums.
 MOST_ELEMENTS = 16
 
@@ -115,15 +117,24 @@ def _sddmm_kernel(
     constants = {
         "DTYPE": CODES[operand],
         "OUT": CODES[out],
-        "LANES": lanes,
-        "VECTORS": vectors,
-        "EXACT": int(lanes * vectors * passes == pieces),
-        "LOOP": int(passes > 1),
         "KEEP": side,
         "OWN": int(own),
         "BESIDE": int(beside),
     }
-    return kernel(request("sddmm_row", constants), device, 100 if beside else None)
+    name = "sddmm_row"
+    if own and _by_mma(width, operand):
+        name = "sddmm_row_mma"
+        each = -(-pieces // 4)
+        constants |= {"LANES": 8, "VECTORS": 1, "PIECES": each, "EXACT": int(4 * each == pieces)}
+    else:
+        constants |= {"LANES": lanes, "VECTORS": vectors, "LOOP": int(passes > 1)}
+        constants["EXACT"] = int(lanes * vectors * passes == pieces)
+    return kernel(request(name, constants), device, CARVEOUT if beside else None)
+
+
+def _by_mma(width: int, operand: torch.dtype) -> bool:
+    """Whether tensor cores score the short rows: half precision, lanes and registers in use."""
+    return operand != torch.float32 and 32 <= width <= 128
 
 
 def sddmm_row(
@@ -143,7 +154,7 @@ def sddmm_row(
     side = mask_side(keep, not keep_rows)
     q, k = _near(q), _near(k)
     pieces = width * q.element_size() // 16
-    lanes = spread(pieces, 16 // q.element_size())[0]
+    lanes = 8 if _by_mma(width, q.dtype) else spread(pieces, 16 // q.element_size())[0]
     first = part.starts[0] * values.element_size()
     for start, many, own in _classes(items.shape[0], part.scalars[1], lanes):
         run = _sddmm_kernel(device, width, q.dtype, values.dtype, side, own, own and _beside())
@@ -200,7 +211,7 @@ def _spmm_kernel(
         "OWN": int(own),
         "BESIDE": int(beside),
     }
-    return kernel(request("spmm_row", constants), device, 100 if beside else None), tiles
+    return kernel(request("spmm_row", constants), device, CARVEOUT if beside else None), tiles
 
 
 @functools.lru_cache(maxsize=64)
