@@ -11,7 +11,8 @@ import torch
 
 from mixgrain.cuda import launch, prepared, recording, streams, tma
 from mixgrain.cuda.compile import request
-from mixgrain.cuda.recording import Address, Map, Operand, Recording, recorded
+from mixgrain.cuda.recording import Operand, Recording, recorded
+from mixgrain.cuda.steps import Address, Map
 
 
 class Driver:

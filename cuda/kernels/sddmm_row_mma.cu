@@ -25,7 +25,7 @@ constexpr int kTogether = kPieces <= 2 ? kPairs : 1;  // pairs of items whose lo
 static_assert(kOwn && kItems == 4 && kRound == 8 && kRegisters == 1, "eight keys of four items");
 static_assert(kDtype != 2 && kPieces <= 4, "half precision, D of at most 128");
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kPieces != 2 ? 5 : kBeside && kKeep != 1 ? 8 : 6)
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kPieces > 2 ? 4 : kPieces < 2 ? 5 : kBeside && kKeep != 1 ? 8 : 6)
     sddmm_row_mma(out_t *__restrict__ out, i64 out_free,                                    //
                   const operand_t *__restrict__ q, i64 q_free, i64 q_entry, u32 q_row,      // bytes
                   const operand_t *__restrict__ k, i64 k_free, i64 k_entry, u32 k_row,      //

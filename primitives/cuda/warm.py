@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mixgrain.cuda.compile import Request
 from mixgrain.cuda.device import pretending
-from mixgrain.cuda.recording import Launch, Recording, recorded
+from mixgrain.cuda.recording import Recording, recorded
+from mixgrain.cuda.steps import Launch
 from mixgrain.formats import patterns
 from mixgrain.formats.layout import Layout
 
