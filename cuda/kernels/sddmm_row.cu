@@ -20,13 +20,14 @@
 constexpr bool kLoop = MG_LOOP;  // rows longer than LANES · VECTORS pieces, taken in passes
 constexpr int kKeep = MG_KEEP;   // run-time mask: 0 none, 1 over columns, 2 over rows
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 ? 8 : kLoop || (kOwn && kVectors > 1) ? 5 : 6)
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 && kRegisters == 1 ? 8 : kLoop || (kOwn && kVectors > 1) ? 5 : 6)
     sddmm_row(out_t *__restrict__ out, i64 out_free,                                    //
               const operand_t *__restrict__ q, i64 q_free, i64 q_entry, u32 q_row,      // rows: bytes
               const operand_t *__restrict__ k, i64 k_free, i64 k_entry, u32 k_row,      //
               const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,  //
               const int4 *__restrict__ items, const int *__restrict__ columns, int item_count,
-              int matrices, int rows, int pieces, float scale, i64 positions, int gap) {
+              int matrices, int entries, int rows, int inner, int share, int pieces,
+              float scale, i64 positions, int gap) {
     const int lane = threadIdx.x % 32;
     // Slots between this part and the next hold zeros.
     if (int(threadIdx.x) < gap && (kOwn || blockIdx.x == 0))
@@ -55,6 +56,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const RowItem item = ahead;
         const i64 f = walk.matrix;
         if (kOwn) {
+            if (share > 0 && f + kAhead < matrices)
+                ask_rows(reinterpret_cast<const char *>(k + (f + kAhead) * k_free),
+                         k_entry * sizeof(operand_t), k_row, entries, inner, share, pieces, walk.at,
+                         lane);
             walk.advance(item_count);
             ahead = walk.item(items, item_count, matrices, lane);
         }
@@ -69,6 +74,12 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const u8 *const kept = keep + f * keep_free + entry * keep_entry;
         const bool row_dropped = kKeep == 2 && !kept[row * keep_at];
         out_t *const scores = out + f * out_free + item.first;
+
+        if (kOwn && f + kAhead < matrices) {
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v)
+                if (inside(0, v)) ask(q_base + kAhead * q_free * sizeof(operand_t) + v * kLanes * 16);
+        }
 
         // 2. This lane's share of the row of q.
         float mine[kVectors][kElements];

@@ -26,15 +26,15 @@ using place_t = Place<kOrder == 2>::type;
 constexpr bool kAdd = MG_ADD;     // out += (float32), for several parts one after the other
 static_assert(!kAdd || kOut == 2, "ADD accumulates into float32");
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 ? 8 : kOwn && kVectors == 1 && kRegisters == 1 ? 6 : kExact || kOwn ? 5 : 4)
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 && kRegisters == 1 ? 8 : kOwn && kVectors == 1 && kRegisters == 1 ? 6 : kExact || kOwn ? 5 : 4)
     spmm_row(out_t *__restrict__ out, i64 out_free, i64 out_entry, i64 out_row,            //
              float *__restrict__ partials, i64 partials_free,                              //
              const value_t *__restrict__ values, i64 values_free,                          //
              const operand_t *__restrict__ x, i64 x_free, i64 x_entry, u32 x_row,          // bytes
              const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,      //
              const int4 *__restrict__ items, const int *__restrict__ indices,
-             const place_t *__restrict__ order, int item_count, int matrices, int rows, int pieces,
-             float scale) {
+             const place_t *__restrict__ order, int item_count, int matrices, int entries, int rows,
+             int inner, int share, int pieces, float scale) {
     const int lane = threadIdx.x % 32;
     const int piece = blockIdx.z * (kLanes * kVectors) + lane % kLanes;
     // Bytes from this lane's first piece; lanes that overhang read a piece twice.
@@ -75,6 +75,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const RowItem item = ahead;
         const i64 f = walk.matrix;
         if (kOwn) {
+            if (share > 0 && blockIdx.z == 0 && f + kAhead < matrices)
+                ask_rows(reinterpret_cast<const char *>(x + (f + kAhead) * x_free),
+                         x_entry * sizeof(operand_t), x_row, entries, inner, share, pieces, walk.at,
+                         lane);
             walk.advance(item_count);
             ahead = walk.item(items, item_count, matrices, lane);
         }
@@ -84,6 +88,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const char *const base_x =
             reinterpret_cast<const char *>(x + f * x_free + entry * x_entry) + mine * 16;
         const value_t *const weights = values + f * values_free + (kOrder ? 0 : item.first);
+
+        constexpr int kSector = 32 / int(sizeof(value_t));
+        if (kOwn && !kOrder && f + kAhead < matrices && lane % kLanes * kSector < item.count)
+            ask(weights + kAhead * values_free + lane % kLanes * kSector);
 
         float sum[kVectors][kElements];
 #pragma unroll

@@ -21,6 +21,8 @@ WARPS = 4  # row.cuh: kWarps
 THREADS = 32 * WARPS
 # CTAs of a multiprocessor that walk over short rows: alone, and beside other kernels.
 ALONE, BESIDE = 6, 3
+# Gathered rows that a warp asks for ahead of time.
+MOST_AHEAD = 32
 # Beside others, cache that is left to their shared memory, percent.
 CARVEOUT = 100
 # Elements of a gathered row that one lane holds: registers for as many float32 sums.
@@ -96,6 +98,16 @@ def _grid(
     return min(-(-units * free // WARPS), room), 1
 
 
+def _share(items: int, lanes: int, gathered: Tensor, positions: int) -> int:
+    """Gathered rows that a walking warp asks for ahead of time, 0 = none.
+
+    Not where most rows are gathered by nobody, or there are few warps to share them.
+    """
+    rows = gathered.shape[1] * gathered.shape[2]
+    share = -(-rows // -(-items // (32 // lanes)))
+    return share if rows <= positions and rows < 2**31 and share <= MOST_AHEAD else 0
+
+
 def _near(t: Tensor) -> Tensor:
     """An operand whose rows are less than 4 GiB apart: kernels multiply 32-bit strides."""
     return t if t.stride(2) * t.element_size() < 2**32 else t.contiguous()
@@ -117,24 +129,15 @@ def _sddmm_kernel(
     constants = {
         "DTYPE": CODES[operand],
         "OUT": CODES[out],
+        "LANES": lanes,
+        "VECTORS": vectors,
+        "EXACT": int(lanes * vectors * passes == pieces),
+        "LOOP": int(passes > 1),
         "KEEP": side,
         "OWN": int(own),
         "BESIDE": int(beside),
     }
-    name = "sddmm_row"
-    if own and _by_mma(width, operand):
-        name = "sddmm_row_mma"
-        each = -(-pieces // 4)
-        constants |= {"LANES": 8, "VECTORS": 1, "PIECES": each, "EXACT": int(4 * each == pieces)}
-    else:
-        constants |= {"LANES": lanes, "VECTORS": vectors, "LOOP": int(passes > 1)}
-        constants["EXACT"] = int(lanes * vectors * passes == pieces)
-    return kernel(request(name, constants), device, CARVEOUT if beside else None)
-
-
-def _by_mma(width: int, operand: torch.dtype) -> bool:
-    """Whether tensor cores score the short rows: half precision, lanes and registers in use."""
-    return operand != torch.float32 and 32 <= width <= 128
+    return kernel(request("sddmm_row", constants), device, CARVEOUT if beside else None)
 
 
 def sddmm_row(
@@ -154,7 +157,7 @@ def sddmm_row(
     side = mask_side(keep, not keep_rows)
     q, k = _near(q), _near(k)
     pieces = width * q.element_size() // 16
-    lanes = 8 if _by_mma(width, q.dtype) else spread(pieces, 16 // q.element_size())[0]
+    lanes = spread(pieces, 16 // q.element_size())[0]
     first = part.starts[0] * values.element_size()
     for start, many, own in _classes(items.shape[0], part.scalars[1], lanes):
         run = _sddmm_kernel(device, width, q.dtype, values.dtype, side, own, own and _beside())
@@ -172,7 +175,10 @@ def sddmm_row(
                     columns.data_ptr(),
                     np.int32(many),
                     np.int32(out.shape[0]),
+                    np.int32(q.shape[1]),
                     np.int32(q.shape[2]),
+                    np.int32(k.shape[2]),
+                    np.int32(_share(many, lanes, k, columns.numel())),
                     np.int32(pieces),
                     np.float32(scale),
                     np.int64(columns.numel()),
@@ -270,7 +276,10 @@ def spmm_row(
                     places,
                     np.int32(many),
                     np.int32(free),
+                    np.int32(x.shape[1]),
                     lines,
+                    np.int32(x.shape[2]),
+                    np.int32(_share(many, lanes, x, indices.numel())),
                     np.int32(pieces),
                     np.float32(scale),
                 ),
