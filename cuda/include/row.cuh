@@ -97,24 +97,6 @@ template <typename T> __device__ __forceinline__ T of_step(const T (&held)[kRegi
     return __shfl_sync(kAllLanes, held[s / kTurn], s % kTurn, kLanes);
 }
 
-// What comes from memory is asked for this many matrices before it is needed, so that gathers wait
-// for L2 only: one late row of a round holds up all of it.
-constexpr int kAhead = 2;
-__device__ __forceinline__ void ask(const void *address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-}
-// Asks for the warp's share of the rows of a gathered operand: any item may gather any row.
-__device__ __forceinline__ void ask_rows(const char *base, i64 entry_bytes, u32 row_bytes,
-                                         int entries, int inner, int share, int pieces, int at,
-                                         int lane) {
-    const int sectors = (pieces + 1) / 2;  // of 32 bytes
-    for (int i = lane; i < share * sectors; i += 32) {
-        const u32 row = u32(at / kItems) * share + i / sectors, entry = row / inner;
-        if (entry >= u32(entries)) return;
-        ask(base + entry * entry_bytes + u64(row - entry * inner) * row_bytes + i % sectors * 32);
-    }
-}
-
 // Piece at base + index · stride bytes: one multiply-add of 32 × 32 + 64 bits.
 __device__ __forceinline__ const char *row_address(const char *base, int index, u32 stride) {
     return base + u64(u32(index)) * stride;

@@ -10,7 +10,8 @@
 //             and streams the kept rows of k, 32 / LANES of them at a time; row.cuh has the map
 //   smem      none
 //   registers q: VECTORS · 16 bytes as float32, sums: 8, loads in flight: 32;
-//             ptxas 13.0, sm_90a: 64 at D = 64 in half precision, 66 in float32, at most 80
+//             ptxas 13.0, sm_90a, D = 64, half precision: OWN 0 60, OWN 1 70, beside others 64;
+//             float32: 66, 80; at most 94
 //   needs     sm_80; rows of q and k 16-byte aligned, D in whole 16-byte pieces
 //
 // A round's sums are turned across the lanes of a group, so that each lane ends with the score of the
@@ -20,14 +21,18 @@
 constexpr bool kLoop = MG_LOOP;  // rows longer than LANES · VECTORS pieces, taken in passes
 constexpr int kKeep = MG_KEEP;   // run-time mask: 0 none, 1 over columns, 2 over rows
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 && kRegisters == 1 ? 8 : kLoop || (kOwn && kVectors > 1) ? 5 : 6)
+// CTAs of a multiprocessor that registers leave room for; beside others, twice as many as there are.
+constexpr int kCtas = kBeside && kVectors == 1 && kRegisters == 1 ? 8
+                      : kLoop || (kOwn && kVectors > 1)           ? 5
+                                                                  : 6;
+
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtas)
     sddmm_row(out_t *__restrict__ out, i64 out_free,                                    //
               const operand_t *__restrict__ q, i64 q_free, i64 q_entry, u32 q_row,      // rows: bytes
               const operand_t *__restrict__ k, i64 k_free, i64 k_entry, u32 k_row,      //
               const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,  //
               const int4 *__restrict__ items, const int *__restrict__ columns, int item_count,
-              int matrices, int entries, int rows, int inner, int share, int pieces,
-              float scale, i64 positions, int gap) {
+              int matrices, int rows, int pieces, float scale, i64 positions, int gap) {
     const int lane = threadIdx.x % 32;
     // Slots between this part and the next hold zeros.
     if (int(threadIdx.x) < gap && (kOwn || blockIdx.x == 0))
@@ -56,10 +61,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const RowItem item = ahead;
         const i64 f = walk.matrix;
         if (kOwn) {
-            if (share > 0 && f + kAhead < matrices)
-                ask_rows(reinterpret_cast<const char *>(k + (f + kAhead) * k_free),
-                         k_entry * sizeof(operand_t), k_row, entries, inner, share, pieces, walk.at,
-                         lane);
             walk.advance(item_count);
             ahead = walk.item(items, item_count, matrices, lane);
         }
@@ -74,12 +75,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const u8 *const kept = keep + f * keep_free + entry * keep_entry;
         const bool row_dropped = kKeep == 2 && !kept[row * keep_at];
         out_t *const scores = out + f * out_free + item.first;
-
-        if (kOwn && f + kAhead < matrices) {
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v)
-                if (inside(0, v)) ask(q_base + kAhead * q_free * sizeof(operand_t) + v * kLanes * 16);
-        }
 
         // 2. This lane's share of the row of q.
         float mine[kVectors][kElements];

@@ -11,7 +11,8 @@
 //             registers, LANES · VECTORS pieces of 16 bytes wide; row.cuh has the map
 //   smem      none
 //   registers sums: VECTORS · 16 bytes as float32, loads in flight: 32;
-//             ptxas 13.0, sm_90a: 79 at D = 64 in half precision, 78 in float32, at most 96
+//             ptxas 13.0, sm_90a, D = 64: 79 in half precision, 80 in float32, at most 124; 64 in
+//             half precision beside others
 //   needs     sm_80; rows of x and out 16-byte aligned, D in whole 16-byte pieces of x
 //
 // Positions beyond an item's end, and those that a run-time mask drops, read no row of x: zero times
@@ -26,23 +27,27 @@ using place_t = Place<kOrder == 2>::type;
 constexpr bool kAdd = MG_ADD;     // out += (float32), for several parts one after the other
 static_assert(!kAdd || kOut == 2, "ADD accumulates into float32");
 
-extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors == 1 && kRegisters == 1 ? 8 : kOwn && kVectors == 1 && kRegisters == 1 ? 6 : kExact || kOwn ? 5 : 4)
+// CTAs of a multiprocessor that registers leave room for; beside others, twice as many as there are.
+constexpr bool kSmall = kVectors == 1 && kRegisters == 1;
+constexpr int kCtas = kBeside && kSmall ? 8 : kOwn && kSmall ? 6 : kExact || kOwn ? 5 : 4;
+
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtas)
     spmm_row(out_t *__restrict__ out, i64 out_free, i64 out_entry, i64 out_row,            //
              float *__restrict__ partials, i64 partials_free,                              //
              const value_t *__restrict__ values, i64 values_free,                          //
              const operand_t *__restrict__ x, i64 x_free, i64 x_entry, u32 x_row,          // bytes
              const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,      //
              const int4 *__restrict__ items, const int *__restrict__ indices,
-             const place_t *__restrict__ order, int item_count, int matrices, int entries, int rows,
-             int inner, int share, int pieces, float scale) {
+             const place_t *__restrict__ order, int item_count, int matrices, int rows, int pieces,
+             float scale) {
     const int lane = threadIdx.x % 32;
     const int piece = blockIdx.z * (kLanes * kVectors) + lane % kLanes;
-    // Bytes from this lane's first piece; lanes that overhang read a piece twice.
-    const int mine = kExact ? piece : min(piece, pieces - 1);
+    // Bytes from this lane's first piece, or the row's start; lanes that overhang read a piece twice.
+    const int mine = !kOwn ? 0 : kExact ? piece : min(piece, pieces - 1);
     int offset[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-        offset[v] = 16 * (kExact ? v * kLanes : min(piece + v * kLanes, pieces - 1) - mine);
+        offset[v] = 16 * ((kExact ? piece + v * kLanes : min(piece + v * kLanes, pieces - 1)) - mine);
 
     // 1. Index and slot of this lane's keys are looked up one round ahead, the values only when
     //    the rows of x are on their way too.
@@ -63,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
             if (key >= count) continue;
             next[m] = __ldg(indices + item.first + key);
             if (kOrder) next_slot[m] = __ldg(order + item.first + key);
+            if (!kOrder && !kOwn) next_slot[m] = key;
             if (kKeep == 1 && !kept[next[m] * keep_at]) next[m] = -1;
         }
     };
@@ -75,10 +81,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const RowItem item = ahead;
         const i64 f = walk.matrix;
         if (kOwn) {
-            if (share > 0 && blockIdx.z == 0 && f + kAhead < matrices)
-                ask_rows(reinterpret_cast<const char *>(x + (f + kAhead) * x_free),
-                         x_entry * sizeof(operand_t), x_row, entries, inner, share, pieces, walk.at,
-                         lane);
             walk.advance(item_count);
             ahead = walk.item(items, item_count, matrices, lane);
         }
@@ -88,10 +90,6 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
         const char *const base_x =
             reinterpret_cast<const char *>(x + f * x_free + entry * x_entry) + mine * 16;
         const value_t *const weights = values + f * values_free + (kOrder ? 0 : item.first);
-
-        constexpr int kSector = 32 / int(sizeof(value_t));
-        if (kOwn && !kOrder && f + kAhead < matrices && lane % kLanes * kSector < item.count)
-            ask(weights + kAhead * values_free + lane % kLanes * kSector);
 
         float sum[kVectors][kElements];
 #pragma unroll
@@ -107,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kBeside && kVectors ==
             for (int m = 0; m < kRegisters; ++m) {
                 index[m] = next[m];
                 weight[m] = 0.0f;
-                const place_t slot = kOrder ? next_slot[m] : base + own_key(lane, m);
+                const place_t slot = kOrder || !kOwn ? next_slot[m] : base + own_key(lane, m);
                 if (!checked || index[m] >= 0) weight[m] = to_float(weights[slot]);
             }
             if (base + kRound < count)

@@ -20,11 +20,10 @@ from .parts import CODES, mask, mask_side, runs
 WARPS = 4  # row.cuh: kWarps
 THREADS = 32 * WARPS
 # CTAs of a multiprocessor that walk over short rows: alone, and beside other kernels.
-ALONE, BESIDE = 6, 3
-# Gathered rows that a warp asks for ahead of time.
-MOST_AHEAD = 32
-# Beside others, cache that is left to their shared memory, percent.
-CARVEOUT = 100
+ALONE, BESIDE = 6, 4
+# Beside others, cache that is left to their shared memory, percent. Without it they could not start
+# on a multiprocessor before the last of these CTAs has left it.
+CARVEOUT = 75
 # Elements of a gathered row that one lane holds: registers for as many float32 sums.
 MOST_ELEMENTS = 16
 
@@ -98,16 +97,6 @@ def _grid(
     return min(-(-units * free // WARPS), room), 1
 
 
-def _share(items: int, lanes: int, gathered: Tensor, positions: int) -> int:
-    """Gathered rows that a walking warp asks for ahead of time, 0 = none.
-
-    Not where most rows are gathered by nobody, or there are few warps to share them.
-    """
-    rows = gathered.shape[1] * gathered.shape[2]
-    share = -(-rows // -(-items // (32 // lanes)))
-    return share if rows <= positions and rows < 2**31 and share <= MOST_AHEAD else 0
-
-
 def _near(t: Tensor) -> Tensor:
     """An operand whose rows are less than 4 GiB apart: kernels multiply 32-bit strides."""
     return t if t.stride(2) * t.element_size() < 2**32 else t.contiguous()
@@ -175,10 +164,7 @@ def sddmm_row(
                     columns.data_ptr(),
                     np.int32(many),
                     np.int32(out.shape[0]),
-                    np.int32(q.shape[1]),
                     np.int32(q.shape[2]),
-                    np.int32(k.shape[2]),
-                    np.int32(_share(many, lanes, k, columns.numel())),
                     np.int32(pieces),
                     np.float32(scale),
                     np.int64(columns.numel()),
@@ -276,10 +262,7 @@ def spmm_row(
                     places,
                     np.int32(many),
                     np.int32(free),
-                    np.int32(x.shape[1]),
                     lines,
-                    np.int32(x.shape[2]),
-                    np.int32(_share(many, lanes, x, indices.numel())),
                     np.int32(pieces),
                     np.float32(scale),
                 ),
