@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from mixgrain.formats.layout import Layout
 from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.row import RowLayout
 
@@ -53,23 +52,9 @@ def chained(
     if v.shape[:-2] != k.shape[:-2] or not worth(positions, q.dtype):
         return None
     check_fits("attend", layout, q.shape[-2], k.shape[-2])
-    return _run(operator("chain"), q, k, v, layout, scale, key_mask, lead)
-
-
-def _run(
-    call: object,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    scale: float,
-    key_mask: Tensor | None,
-    lead: tuple[int, ...],
-) -> tuple[Tensor, Tensor]:
     plan = plan_for("sddmm", layout, q, k, v, key_mask)
     rowwise = plan_for("softmax", layout, q)
-    assert callable(call)
-    o, lse = call(
+    o, lse = operator("chain")(
         *(fold(expand(t, lead), layout.lead) for t in (q, k, v)),
         fold_mask(key_mask, layout.lead, lead),
         [*plan.tensors, *rowwise.tensors],

@@ -89,8 +89,8 @@ def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) 
     """Launch work for every part, fine parts beside the coarse ones where there is much of them.
 
     A device hands out the CTAs of one kernel before those of the next. So the fine kernels go
-    first, with as few CTAs as need all of their time: the coarse ones fill what is left of every
-    multiprocessor, and one waits for gathers while the other computes or writes.
+    first, and walk with few CTAs: the coarse ones fill what is left of every multiprocessor, and
+    one waits for gathers while the other computes or writes.
 
     Args:
         parts: of the layout.
@@ -116,7 +116,7 @@ def _pays(parts: list[PartPlan], free: int) -> bool:
     """Whether a layout has coarse parts, and enough in fine ones to run them beside."""
     fine = [part for part in parts if is_fine(part)]
     positions = free * sum(part.starts[-1] - part.starts[0] for part in fine)
-    return len(fine) < len(parts) and positions >= FORK_POSITIONS
+    return 0 < len(fine) < len(parts) and positions >= FORK_POSITIONS
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ THREADS = 32 * WARPS
 ALONE, BESIDE = 6, 4
 # Beside others, cache that is left to their shared memory, percent. Without it they could not start
 # on a multiprocessor before the last of these CTAs has left it.
-CARVEOUT = 75
+CARVEOUT = 100
 # Elements of a gathered row that one lane holds: registers for as many float32 sums.
 MOST_ELEMENTS = 16
 
@@ -84,16 +84,17 @@ def _beside() -> bool:
 
 
 def _grid(
-    device: int, items: int, free: int, lanes: int, own: bool, tiles: int = 1
+    device: int, items: int, free: int, lanes: int, vectors: int, own: bool, tiles: int = 1
 ) -> tuple[int, int]:
     """CTAs along items and matrices.
 
-    Those that walk are as many as run at once.
+    Those that walk are as many as run at once: one more would begin when the others end.
     """
     units = -(-items // (32 // lanes if own else 1))
     if not own:
         return -(-units // WARPS), free
-    room = max(1, facts(device).multiprocessors * (BESIDE if _beside() else ALONE) // tiles)
+    alone = ALONE if vectors == 1 and lanes >= 8 else ALONE - 1  # as the kernels' launch bounds
+    room = max(1, facts(device).multiprocessors * (BESIDE if _beside() else alone) // tiles)
     return min(-(-units * free // WARPS), room), 1
 
 
@@ -146,13 +147,13 @@ def sddmm_row(
     side = mask_side(keep, not keep_rows)
     q, k = _near(q), _near(k)
     pieces = width * q.element_size() // 16
-    lanes = spread(pieces, 16 // q.element_size())[0]
+    lanes, vectors, _ = spread(pieces, 16 // q.element_size())
     first = part.starts[0] * values.element_size()
     for start, many, own in _classes(items.shape[0], part.scalars[1], lanes):
         run = _sddmm_kernel(device, width, q.dtype, values.dtype, side, own, own and _beside())
         for kept, out, left, right in runs(keep, values, q, k):
             run(
-                _grid(device, many, out.shape[0], lanes, own),
+                _grid(device, many, out.shape[0], lanes, vectors, own),
                 THREADS,
                 (
                     out.data_ptr() + first,
@@ -235,7 +236,7 @@ def spmm_row(
     side = mask_side(keep, keep_rows == transposed)
     x = _near(x)
     pieces = width * x.element_size() // 16
-    lanes = spread(pieces, 16 // x.element_size())[0]
+    lanes, vectors, _ = spread(pieces, 16 // x.element_size())
     first = part.starts[0] * values.element_size()
     for kept, to, weights, rows in runs(keep, out, values, x):
         free, lines = to.shape[0], np.int32(out.shape[2])
@@ -248,7 +249,7 @@ def spmm_row(
                 device, width, x.dtype, values.dtype, out.dtype, ordered, side, add, own, beside
             )
             run(
-                (*_grid(device, many, free, lanes, own, tiles), tiles),
+                (*_grid(device, many, free, lanes, vectors, own, tiles), tiles),
                 THREADS,
                 (
                     *target,
