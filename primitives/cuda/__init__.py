@@ -30,6 +30,7 @@ MODULES = {
     "softmax_backward": "softmax",
     "row_sum": "softmax",
     "row_expand": "softmax",
+    "chain": "chain",
 }
 
 

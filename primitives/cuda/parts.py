@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,28 +88,59 @@ def is_fine(part: PartPlan) -> bool:
 def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) -> None:
     """Launch work for every part, fine parts beside the coarse ones where there is much of them.
 
-    Coarse parts go first: a device hands out the CTAs of one kernel before those of the next, so
-    what two lanes gain is that the fine kernel fills the coarse one's end.
+    A device hands out the CTAs of one kernel before those of the next. So the fine kernels go
+    first, and walk with few CTAs: the coarse ones fill what is left of every multiprocessor, and
+    one waits for gathers while the other computes or writes.
 
     Args:
         parts: of the layout.
         work: launches the kernels of one part; reads nothing that another part's kernels write.
         free: matrices.
     """
-    fine = [part for part in parts if is_fine(part)]
-    coarse = [part for part in parts if not is_fine(part)]
     recording = current()
-    positions = free * sum(part.starts[-1] - part.starts[0] for part in fine)
-    if recording is None or not coarse or positions < FORK_POSITIONS:
+    if recording is None or not (recording.open or _pays(parts, free)):
         for part in parts:
             work(part)
         return
     with recording.fork():
-        for part in coarse:
-            work(part)
         with recording.side():
-            for part in fine:
+            for part in parts:
+                if is_fine(part):
+                    work(part)
+        for part in parts:
+            if not is_fine(part):
                 work(part)
+
+
+def _pays(parts: list[PartPlan], free: int) -> bool:
+    """Whether a layout has coarse parts, and enough in fine ones to run them beside."""
+    fine = [part for part in parts if is_fine(part)]
+    positions = free * sum(part.starts[-1] - part.starts[0] for part in fine)
+    return 0 < len(fine) < len(parts) and positions >= FORK_POSITIONS
+
+
+@contextlib.contextmanager
+def lanes(parts: list[PartPlan], free: int) -> Iterator[None]:
+    """Inside, fine parts go on beside coarse ones from one operator to the next, where that pays.
+
+    Args:
+        parts: of the layout.
+        free: matrices.
+    """
+    recording = current()
+    if recording is None or not _pays(parts, free):
+        yield
+        return
+    with recording.lanes():
+        yield
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is launched inside reads what both lanes wrote, and both go on after it."""
+    recording = current()
+    with contextlib.nullcontext() if recording is None else recording.together():
+        yield
 
 
 def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from mixgrain.cuda.launch import kernel
 
 from ..plans.plan import PartPlan, Plan, split
 from . import block, panel, row
-from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine
+from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
 
 _KINDS = {"cblock": block.spmm, "cpanel": panel.spmm, "crow": row.spmm_row}
 
@@ -88,7 +88,9 @@ def _product(
         _KINDS[part.kind](out, values, x, keep, keep_rows, part, scale, transposed, more)
 
     at_once(parts, add, values.shape[0])
-    return _rounded([sums[lane] for lane in sorted(sums)], dtype)[..., :width].contiguous()
+    with together():
+        out = _rounded([sums[lane] for lane in sorted(sums)], dtype)
+        return out[..., :width].contiguous()
 
 
 def _rounded(sums: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from mixgrain.cuda.compile import Request
 from mixgrain.cuda.device import pretending
-from mixgrain.cuda.recording import Launch, Recording, recorded
+from mixgrain.cuda.recording import Recording, recorded
+from mixgrain.cuda.steps import Launch
 from mixgrain.formats import patterns
 from mixgrain.formats.layout import Layout
 
 from ..dispatch import TABLE
 from ..plans.plan import Plan
 from . import launch_code
+from .parts import MOST_MATRICES
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 #: Dtypes of the operands, and of the values beside them.
@@ -109,12 +111,14 @@ def _products(
     width: int,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments of sddmm, spmm and its transpose."""
-    q, k = (_meta(1, layout.entries, n, width, dtype=operand) for n in layout.shape)
-    values = _meta(1, layout.slots, dtype=value)
     shared = (*_keep(layout, mask), *plan, 1.0)
-    yield "sddmm", (q, k, *shared, value)
-    for name, x in (("spmm", k), ("spmm_t", q)):
-        yield name, (values, x, *shared, operand)
+    # Of many matrices the fine parts run beside the coarse ones, by kernels of their own.
+    for free in (1, MOST_MATRICES) if len(layout.parts) > 1 else (1,):
+        q, k = (_meta(free, layout.entries, n, width, dtype=operand) for n in layout.shape)
+        values = _meta(free, layout.slots, dtype=value)
+        yield "sddmm", (q, k, *shared, value)
+        for name, x in (("spmm", k), ("spmm_t", q)):
+            yield name, (values, x, *shared, operand)
 
 
 def _rowwise_calls(
