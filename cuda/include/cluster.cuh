@@ -19,7 +19,7 @@ __device__ __forceinline__ u32 cluster_address(u32 address, u32 rank) {
     return r;
 }
 __device__ __forceinline__ void cluster_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ float cluster_load(u32 address) {
     float v;

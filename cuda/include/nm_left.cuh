@@ -55,17 +55,6 @@ template <int kRows> __device__ __forceinline__ void load_left(Left &left, const
     for (int p = 0; p < kDepth; ++p) left.metadata[p] = load_word(stage + at.word + p * 8 * kRows);
 }
 
-// The same values in registers that are defined here, after the products in flight: what wgmma asks for.
-__device__ __forceinline__ void define(Left &to, const Left &from) {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s)
-#pragma unroll
-        for (int w = 0; w < 4; ++w) asm volatile("mov.b32 %0, %1;" : "=r"(to.a[s][w]) : "r"(from.a[s][w]));
-#pragma unroll
-    for (int p = 0; p < kDepth; ++p)
-        asm volatile("mov.b32 %0, %1;" : "=r"(to.metadata[p]) : "r"(from.metadata[p]));
-}
-
 // Slots at or past `columns` (counted from the stage's first) hold whatever they do: zero them.
 template <int kRows>
 __device__ __forceinline__ void cut_left(Left &left, const LeftPlaces &at, u32 stage, int columns) {

@@ -139,19 +139,15 @@ __launch_bounds__(kConsumers + 128, 1)
         float acc[kWide / 2];
 #pragma unroll
         for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
-        Left coming;
-        // The last stage may reach past the last column.
-        auto load = [&](int i) {
-            barrier_wait(full + 8 * stage, parity);
-            load_left<kRows>(coming, places, ring + stage * kStage);
-            if ((i + 1) * kColumns > inner) cut_left<kRows>(coming, places, ring + stage * kStage, inner - i * kColumns);
-        };
-        load(0);
 #pragma unroll 1
         for (int i = 0; i < steps; ++i) {
             const u32 at = ring + stage * kStage, held = empty + 8 * stage;
+            // Not ahead of the product in flight: the compiler takes its operands' registers for free. The
+            // other warpgroup's product fills the gap.
             Left left;
-            define(left, coming);
+            barrier_wait(full + 8 * stage, parity);
+            load_left<kRows>(left, places, at);
+            if ((i + 1) * kColumns > inner) cut_left<kRows>(left, places, at, inner - i * kColumns);
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < kSteps; s += 2) {
@@ -164,14 +160,13 @@ __launch_bounds__(kConsumers + 128, 1)
                                                            left.metadata[s / 2]);
             }
             wgmma_commit();
-            if (++stage == kStages) stage = 0, parity ^= 1;
-            if (i + 1 < steps) load(i + 1);
             wgmma_wait<0>();
             if constexpr (kCluster > 1) {
                 if (lane < kCluster) cluster_arrive(cluster_address(held, lane));
             } else if (lane == 0) {
                 barrier_arrive(held);
             }
+            if (++stage == kStages) stage = 0, parity ^= 1;
         }
 
         tiles.at(n, matrix, row_tile, column_tile);
