@@ -38,6 +38,29 @@ struct LeftPlaces {
     }
 };
 
+// Metadata of one matrix: `lines` lines of `stored` words. A stage's part of it comes by plain bulk copies,
+// which need no descriptor of memory that may be new with every call.
+struct Words {
+    const u32 *words;
+    int stored, lines;
+
+    // Bytes that `bring` copies: less than a whole stage's at the edges, whose products nobody keeps.
+    template <int kRows> __device__ __forceinline__ u32 bytes(int row, int line) const {
+        return max(0, min(kRows, stored - row)) * max(0, min(kSteps, lines - line)) * 4;
+    }
+    template <int kRows> __device__ __forceinline__ void bring(u32 to, u32 barrier, int row, int line) const {
+        if (row >= stored) return;
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s)
+            if (line + s < lines)
+                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                                 to + s * 4 * kRows),
+                             "l"(words + static_cast<i64>(line + s) * stored + row), "r"(4 * min(kRows, stored - row)),
+                             "r"(barrier)
+                             : "memory");
+    }
+};
+
 __device__ __forceinline__ u32 load_word(u32 address) {
     u32 v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");

@@ -1,8 +1,8 @@
 // spmm_nm_sm90: out = scale · S x, S of 2:4 or 1:2, on wgmma.sp and TMA; linear as x Sᵀ + bias.
 //
-//   out       (M, rows, N) or, TURNED, (M, N, rows); M = F · E matrices; N % 8 == 0, rows % 8 == 0 if TURNED
+//   out       (M, rows, N), N % 8 == 0, or, TURNED, (M, N, pitch), pitch % 8 == 0; M = F · E matrices
 //   values    (M, padded rows, packed columns) by a 3-D map, boxes of kRows × 64 · kDepth bytes
-//   metadata  (E, lines, padded rows) int32 by a 3-D map: hardware order as it lies (include/nm_left.cuh)
+//   metadata  (E, lines, stored) int32: hardware order as it lies (include/nm_left.cuh)
 //   x         by a 4-D map (.., .., E, F): MAJOR 0: (inner, N) with inner contiguous, boxes of 128 bytes ×
 //             kWide / kCluster; MAJOR 1 (halves only): (N, inner), boxes of 64 columns × kColumns
 //   bias      (rows) or none; TURNED only
@@ -62,10 +62,10 @@ extern "C" __global__ void
 __cluster_dims__(MG_CLUSTER, 1, 1)
 #endif
 __launch_bounds__(kConsumers + 128, 1)
-    spmm_nm_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap metadata_map,
-                 const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap out_map,
+    spmm_nm_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
+                 const __grid_constant__ TensorMap out_map, const u32 *__restrict__ metadata, int stored, int lines,
                  void *__restrict__ out, const operand_t *__restrict__ bias, int count, int down, int across, int band,
-                 int entries, int rows, int inner, int width, float scale) {
+                 int entries, int rows, int pitch, int inner, int width, float scale) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
@@ -75,7 +75,7 @@ __launch_bounds__(kConsumers + 128, 1)
     const Tiles tiles{down, across, band};
     const int steps = (inner + kColumns - 1) / kColumns;
 
-    if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(metadata_map), tma_prefetch(x_map);
+    if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)
             barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kCluster * kConsumers / 32);
@@ -87,19 +87,20 @@ __launch_bounds__(kConsumers + 128, 1)
     int matrix, row_tile, column_tile, stage = 0;
 
     if (warp >= kConsumers / 32) {  // producer
-        if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (threadIdx.x == kConsumers) {
             u32 parity = 1;
             for (int n = blockIdx.x / kCluster; n < count; n += gridDim.x / kCluster) {
                 tiles.at(n, matrix, row_tile, column_tile);
                 const int row = (row_tile * kCluster + int(rank)) * kRows, column = column_tile * kWide;
                 const int free = matrix / entries, entry = matrix % entries;
+                const Words words{metadata + static_cast<i64>(entry) * lines * stored, stored, lines};
                 for (int i = 0; i < steps; ++i) {
                     const u32 to = ring + stage * kStage, done = full + 8 * stage;
                     barrier_wait(empty + 8 * stage, parity);
-                    barrier_expect(done, kRight + kValueBytes + kWords);
+                    barrier_expect(done, kRight + kValueBytes + words.bytes<kRows>(row, i * kSteps));
                     tma_load(to + kRight, values_map, done, i * kColumns / 2, row, matrix);
-                    tma_load(to + kRight + kValueBytes, metadata_map, done, row, i * kSteps, entry);
+                    words.bring<kRows>(to + kRight + kValueBytes, done, row, i * kSteps);
                     constexpr int kShare = kWide / kCluster;  // this CTA brings its share to all
 #pragma unroll
                     for (int p = 0; p < kPanels / (kMajor ? kCluster : 1); ++p) {
@@ -130,7 +131,7 @@ __launch_bounds__(kConsumers + 128, 1)
         return;
     }
 
-    if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     const int group = warp / 4;
     const LeftPlaces places = LeftPlaces::of<kRows>(16 * warp, kRight, kRight + kValueBytes);
     u32 parity = 0;
@@ -181,12 +182,12 @@ __launch_bounds__(kConsumers + 128, 1)
             const float low = bias && mine < rows ? to_float(bias[mine]) : 0.f;
             const float high = bias && mine + 8 < rows ? to_float(bias[mine + 8]) : 0.f;
             if constexpr (kFloat) {
-                float *to = static_cast<float *>(out) + static_cast<i64>(matrix) * rows * width;
+                float *to = static_cast<float *>(out) + static_cast<i64>(matrix) * pitch * width;
 #pragma unroll
                 for (int k = 0; k < kWide / 2; ++k) {
                     const int token = column + k / 4 * 8 + lane % 4 * 2 + k % 2, r = mine + k / 2 % 2 * 8;
                     if (token < width && r < rows)
-                        to[static_cast<i64>(token) * rows + r] = fmaf(acc[k], scale, k / 2 % 2 ? high : low);
+                        to[static_cast<i64>(token) * pitch + r] = fmaf(acc[k], scale, k / 2 % 2 ? high : low);
                 }
             } else {
                 const u32 staged = ring + kStages * kStage + group * kStaged;

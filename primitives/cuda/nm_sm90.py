@@ -6,7 +6,7 @@ Launch code for one product of a batch of matrices; ``nm.py`` decides when it is
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.launch import Argument, kernel
 from mixgrain.cuda.tma import descriptor
 
-from .parts import CODES
+from .parts import CODES, MOST_MATRICES
+
+if TYPE_CHECKING:
+    from .nm import Stored
 
 # Row tiles that go through all columns together; see Tiles in the kernel.
 BAND = 8
@@ -61,23 +64,20 @@ def cut_of(rows: int, width: int, matrices: int, several: int) -> Cut:
     Large tiles read x and values fewer times; a product that has few of them takes smaller ones, so
     that every multiprocessor has work.
     """
-    for groups, wide, cluster in ((2, 256, 2), (2, 128, 2), (2, 64, 1), (1, 64, 1)):
-        if wide >= 2 * width and wide > 64:
-            continue
-        tiles = -(-rows // (64 * groups)) * -(-width // wide) * matrices
-        if tiles >= several or (groups, wide) == (1, 64):
+    groups, wide = 1, 64
+    for taller, wider in ((2, 256), (2, 128), (2, 64)):
+        tiles = -(-rows // (64 * taller)) * -(-width // wider) * matrices
+        if tiles >= several and (wider < 2 * width or wider == 64):
+            groups, wide = taller, wider
             break
-    if rows <= 64 * groups:
-        cluster = 1
+    cluster = 2 if wide >= 128 and rows > 64 * groups else 1
     stage = Cut(groups, wide, cluster, 1).stage
     stages = min(8, (MOST - groups * 64 * 128 - 1024) // stage)
     return Cut(groups, wide, cluster, stages)
 
 
 @functools.lru_cache(maxsize=256)
-def spmm_request(
-    dtype: torch.dtype, cut: Cut, major: bool, turned: bool, partial: bool
-) -> Request:
+def spmm_request(dtype: torch.dtype, cut: Cut, major: bool, turned: bool, partial: bool) -> Request:
     """The kernel; ``major``: columns of x lie side by side; ``partial`` writes float32."""
     constants = {
         "DTYPE": CODES[dtype],
@@ -93,115 +93,179 @@ def spmm_request(
     return request("spmm_nm_sm90", constants, flush=True)
 
 
-def values_map(values: Tensor, rows: int, packed: int, box: tuple[int, int]) -> np.ndarray:
-    """(F, E · rows · packed), contiguous, as (F · E, rows, packed); box: columns, rows."""
+class Thin(NamedTuple):
+    """How a product with few columns is cut.
+
+    Attributes:
+        groups: warpgroups of a CTA, 64 rows each.
+        wide: columns of x, at least.
+        split: CTAs that share the inner dimension.
+        stages: of TMA.
+    """
+
+    groups: int
+    wide: int
+    split: int
+    stages: int
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a stage: x, values, metadata of 256 bytes of dense rows."""
+        return -(-(self.wide * 256 + 64 * self.groups * 144) // 1024) * 1024
+
+
+def thin_of(rows: int, width: int, inner: int, matrices: int, several: int) -> Thin:
+    """How a product with at most 64 columns is cut: enough CTAs to keep the memory busy."""
+    wide = next(w for w in (8, 16, 32, 64) if width <= w)
+    tiles = -(-rows // 64) * matrices
+    split = 4
+    while split > 1 and (inner < 256 * split or tiles * split > 8 * several):
+        split //= 2
+    # Bytes under way hide the latency: about 100 KiB on a multiprocessor.
+    resident = max(1, min(4, -(-tiles * split // several)))
+    stage = Thin(1, wide, split, 1).stage
+    return Thin(1, wide, split, max(3, min(12, (MOST // resident - 2048) // stage)))
+
+
+@functools.lru_cache(maxsize=256)
+def thin_request(dtype: torch.dtype, cut: Thin) -> Request:
+    """The kernel of few columns."""
+    constants = {
+        "DTYPE": CODES[dtype],
+        "GROUPS": cut.groups,
+        "WIDE": cut.wide,
+        "SPLIT": cut.split,
+        "STAGES": cut.stages,
+        "DEPTH": 2,
+    }
+    return request("spmm_nm_thin_sm90", constants, flush=True)
+
+
+def values_map(values: Tensor, s: Stored, box: tuple[int, int]) -> np.ndarray:
+    """(F, E · lines · packed), contiguous, as (F · E, lines, packed); box: columns, rows."""
     each = values.element_size()
-    matrices = values.shape[0] * values.shape[1] // (rows * packed)
     return descriptor(
         values.data_ptr(),
         values.dtype,
-        (packed, rows, matrices),
-        (packed * each, rows * packed * each),
+        (s.packed, s.lines, values.shape[0] * s.entries),
+        (s.packed * each, s.lines * s.packed * each),
         (*box, 1),
         box[0] * each,
     )
 
 
-def metadata_map(metadata: Tensor, rows: int, lines: int) -> np.ndarray:
-    """(E, padded rows, words) int16 as (E, lines, padded rows) words of 32 bits.
-
-    Args:
-        metadata: in hardware order.
-        rows: of a tile.
-        lines: of a stage, 64 bytes of dense row each.
-    """
-    entries, padded, words = metadata.shape
-    # The copy engine does not look at what it moves: 32 bits are 32 bits.
-    return descriptor(
-        metadata.data_ptr(),
-        torch.float32,
-        (padded, words // 2, entries),
-        (padded * 4, padded * words * 2),
-        (rows, lines, 1),
-        0,
-    )
+def metadata_of(s: Stored) -> tuple[Argument, ...]:
+    """Metadata as (E, 64 bytes of dense row, stored rows) words of 32 bits."""
+    return s.metadata.data_ptr(), np.int32(s.lines), np.int32(s.words // (4 * s.lines))
 
 
 def x_map(x: Tensor, major: bool, box: tuple[int, int]) -> np.ndarray:
     """(F, E, inner, N) with N contiguous (major) or inner contiguous; box: contiguous, other."""
     free, entries, inner, width = x.shape
-    size = x.element_size()
-    dims = (width, inner) if major else (inner, width)
-    strides = tuple(x.stride(d) * size for d in (2 if major else 3, 1, 0))
-    return descriptor(x.data_ptr(), x.dtype, (*dims, entries, free), strides, (*box, 1, 1))
+    dims = (width, inner, entries, free) if major else (inner, width, entries, free)
+    # Of a single element the stride is never taken, but has to be one.
+    lone = -(-dims[0] * x.element_size() // 16) * 16
+    strides = tuple(
+        x.stride(d) * x.element_size() if x.shape[d] > 1 else lone
+        for d in (2 if major else 3, 1, 0)
+    )
+    return descriptor(x.data_ptr(), x.dtype, dims, strides, (*box, 1, 1))
 
 
 def spmm(
     out: Tensor,
     values: Tensor,
-    metadata: Tensor,
+    s: Stored,
     x: Tensor,
-    packed: int,
+    major: bool,
     scale: float,
     turned: bool = False,
     bias: Tensor | None = None,
-    cut: Cut | None = None,
+    cut: Cut | Thin | None = None,
 ) -> None:
     """Write scale · S x of every matrix, or (turned) its transpose plus a bias.
 
     Args:
         out: (F, E, rows, N), contiguous, N % 8 == 0, of x's dtype or float32; turned: (F, E, N,
-            rows), contiguous, rows % 8 == 0, of x's dtype.
+            rows rounded up to 8), contiguous, of x's dtype.
         values: (F, slots) of x's dtype, contiguous, 16-byte aligned.
-        metadata: int16 (E, padded rows, words) in hardware order.
-        x: (F, E, inner, N), its rows at multiples of 16 bytes and contiguous, or its columns.
-        packed: values of a stored row.
+        s: the matrices, metadata in hardware order: "2:4" or "1:2-half"; of float32 "1:2-float32".
+        x: (F, E, columns, N), N or (of float32 always) the columns contiguous, 16-byte aligned.
+        major: whether N is the contiguous one.
         scale: multiplies the product.
         turned: write the transpose.
         bias: (rows,) of x's dtype, added before rounding; turned only.
         cut: how to cut it; None = as measured.
     """
-    free, entries = out.shape[:2]
-    width, inner = x.shape[3], x.shape[2]
-    rows = out.shape[3] if turned else out.shape[2]
-    device, size = x.device.index, x.element_size()
-    several = facts(device).multiprocessors
-    cut = cut or cut_of(rows, width, free * entries, several)
-    major = x.stride(3) == 1 and not (x.stride(2) == 1 and width == 1)
+    width, size, device = x.shape[3], x.element_size(), x.device.index
+    matrices, several = out.shape[0] * s.entries, facts(x.device.index).multiprocessors
+    if cut is None and turned and width <= 64 and not major and matrices <= MOST_MATRICES:
+        cut = thin_of(s.rows, width, s.columns, matrices, several)
+    if isinstance(cut, Thin):
+        _thin(out, values, s, x, scale, bias, cut)
+        return
+    cut = cut or cut_of(s.rows, width, matrices, several)
     panel = 128 // size
-    down, across = -(-rows // (cut.rows * cut.cluster)), -(-width // cut.wide)
-    count = down * across * free * entries
+    down, across = -(-s.rows // (cut.rows * cut.cluster)), -(-width // cut.wide)
+    count = down * across * matrices
     box = (64, panel) if major else (panel, cut.wide // cut.cluster)
-    staged = (
-        descriptor(
-            out.data_ptr(),
-            out.dtype,
-            (rows, width, free * entries),
-            (rows * size, rows * width * size),
-            (64, 64, 1),
-        )
-        if turned and size == 2
-        else values_map(values, metadata.shape[1], packed, (64 // size, cut.rows))
-    )
+    left = values_map(values, s, (64 // size, cut.rows))
+    staged = left  # not used
+    if turned and size == 2:
+        pitch = out.shape[3]
+        dims, strides = (pitch, width, matrices), (pitch * 2, pitch * width * 2)
+        staged = descriptor(out.data_ptr(), out.dtype, dims, strides, (64, 64, 1))
     kernel(spmm_request(x.dtype, cut, major, turned, out.dtype != x.dtype), device)(
         (min(count, several // cut.cluster) * cut.cluster,),
         cut.groups * 128 + 128,
         (
-            values_map(values, metadata.shape[1], packed, (64 // size, cut.rows)),
-            metadata_map(metadata, cut.rows, 2),
+            left,
             x_map(x, major, box),
             staged,
+            *metadata_of(s),
             out.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             np.int32(count),
             np.int32(down),
             np.int32(across),
             np.int32(BAND),
-            np.int32(entries),
-            np.int32(rows),
-            np.int32(inner),
+            np.int32(s.entries),
+            np.int32(s.rows),
+            np.int32(out.shape[3] if turned else s.rows),
+            np.int32(s.columns),
             np.int32(width),
             np.float32(scale),
         ),
         cut.shared(turned),
+    )
+
+
+def _thin(
+    out: Tensor,
+    values: Tensor,
+    s: Stored,
+    x: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    cut: Thin,
+) -> None:
+    """Write x Sᵀ for at most 64 columns of x; see `spmm`."""
+    size, rows = x.element_size(), 64 * cut.groups
+    kernel(thin_request(x.dtype, cut), x.device.index)(
+        (-(-s.rows // rows) * cut.split, out.shape[0] * s.entries),
+        cut.groups * 128 + 32,
+        (
+            values_map(values, s, (128 // size, rows)),
+            x_map(x, False, (128 // size, cut.wide)),
+            *metadata_of(s),
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            np.int32(s.entries),
+            np.int32(s.rows),
+            np.int32(out.shape[3]),
+            np.int32(s.columns),
+            np.int32(x.shape[3]),
+            np.float32(scale),
+        ),
+        cut.stages * cut.stage + 1024,
     )
