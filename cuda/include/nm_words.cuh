@@ -31,15 +31,14 @@ struct Words {
 
     // Bytes that `bring` copies: less than a whole stage's at the edges, whose products nobody keeps.
     template <int kRows> __device__ __forceinline__ u32 bytes(int row, int line) const {
-        // Columns are padded to 64: of two lines both are there.
-        return max(0, min(kRows, stored - row)) * (kSteps == 2 ? 2 : max(0, min(kSteps, lines - line))) * 4;
+        return max(0, min(kRows, stored - row)) * max(0, min(kSteps, lines - line)) * 4;
     }
     template <int kRows> __device__ __forceinline__ void bring(u32 to, u32 barrier, int row, int line,
                                                               u64 policy) const {
         if (row >= stored) return;
 #pragma unroll
         for (int s = 0; s < kSteps; ++s)
-            if (kSteps == 2 || line + s < lines)
+            if (line + s < lines)
                 asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                              "[%0], [%1], %2, [%3], %4;" ::"r"(
                                  to + s * 4 * kRows),

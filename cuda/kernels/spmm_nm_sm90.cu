@@ -35,7 +35,6 @@ constexpr u32 kStage = (kRight + kValueBytes + kWords + 1023) / 1024 * 1024;
 constexpr int kPass = 64;                                     // of N, that a staged store takes
 constexpr u32 kStaged = kPass * 128;                          // of a warpgroup
 constexpr bool kUneven = kWide == 256;
-constexpr int kProducers = 2;                                // warps: for x, and for values and metadata
 constexpr bool kFloat = kPartial || sizeof(operand_t) == 4;
 
 // Which tile is the n-th: bands of `band` row tiles go through all columns, so that L2 holds what they share.
@@ -79,7 +78,7 @@ __launch_bounds__(kConsumers + 128, 1)
     if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)
-            barrier_init(full + 8 * s, kProducers), barrier_init(empty + 8 * s, kCluster * kConsumers / 32);
+            barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kCluster * kConsumers / 32);
         barrier_init_fence();
     }
     if constexpr (kCluster > 1) cluster_sync();
@@ -89,8 +88,7 @@ __launch_bounds__(kConsumers + 128, 1)
 
     if (warp >= kConsumers / 32) {  // producer
         if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        const int role = warp - kConsumers / 32;  // x, or values and metadata
-        if (lane == 0 && role < kProducers) {
+        if (threadIdx.x == kConsumers) {
             u32 parity = 1;
             for (int n = blockIdx.x / kCluster; n < count; n += gridDim.x / kCluster) {
                 tiles.at(n, matrix, row_tile, column_tile);
@@ -100,29 +98,25 @@ __launch_bounds__(kConsumers + 128, 1)
                 for (int i = 0; i < steps; ++i) {
                     const u32 to = ring + stage * kStage, done = full + 8 * stage;
                     barrier_wait(empty + 8 * stage, parity);
-                    if (role == 1) {
-                        barrier_expect(done, kValueBytes + words.bytes<kRows>(row, i * kSteps));
-                        tma_load(to + kRight, values_map, done, i * kColumns / 2, row, matrix);
-                        words.bring<kRows>(to + kRight + kValueBytes, done, row, i * kSteps, evict_normal());
-                    } else {
-                        barrier_expect(done, kRight);
-                        constexpr int kShare = kWide / kCluster;  // this CTA brings its share to all
+                    barrier_expect(done, kRight + kValueBytes + words.bytes<kRows>(row, i * kSteps));
+                    tma_load(to + kRight, values_map, done, i * kColumns / 2, row, matrix);
+                    words.bring<kRows>(to + kRight + kValueBytes, done, row, i * kSteps, evict_normal());
+                    constexpr int kShare = kWide / kCluster;  // this CTA brings its share to all
 #pragma unroll
-                        for (int p = 0; p < kPanels / (kMajor ? kCluster : 1); ++p) {
-                            if constexpr (kMajor) {
-                                const u32 panel = rank * (kShare / 64) + p, at = to + panel * kSpan;
-                                const int first = column + 64 * panel;
-                                if constexpr (kCluster > 1)
-                                    tma_multicast(at, x_map, done, 3, first, i * kColumns, entry, free);
-                                else
-                                    tma_load(at, x_map, done, first, i * kColumns, entry, free);
-                            } else {
-                                const int first = int(rank) * kShare, k = i * kColumns + p * (kColumns / kDepth);
-                                if constexpr (kCluster > 1)
-                                    tma_multicast(to + p * kSpan + first * 128, x_map, done, 3, k, column + first, entry, free);
-                                else
-                                    tma_load(to + p * kSpan, x_map, done, k, column, entry, free);
-                            }
+                    for (int p = 0; p < kPanels / (kMajor ? kCluster : 1); ++p) {
+                        if constexpr (kMajor) {
+                            const int panel = int(rank) * (kShare / 64) + p;
+                            if constexpr (kCluster > 1)
+                                tma_multicast(to + panel * kSpan, x_map, done, 3, column + 64 * panel, i * kColumns,
+                                              entry, free);
+                            else
+                                tma_load(to + panel * kSpan, x_map, done, column + 64 * panel, i * kColumns, entry, free);
+                        } else {
+                            const int first = int(rank) * kShare, at = i * kColumns + p * (kColumns / kDepth);
+                            if constexpr (kCluster > 1)
+                                tma_multicast(to + p * kSpan + first * 128, x_map, done, 3, at, column + first, entry, free);
+                            else
+                                tma_load(to + p * kSpan, x_map, done, at, column, entry, free);
                         }
                     }
                     if (++stage == kStages) stage = 0, parity ^= 1;

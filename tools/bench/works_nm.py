@@ -35,6 +35,7 @@ def _cusparselt(dense: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
 def linear_nm(name: str, size: int, tokens: int, dtype: torch.dtype = torch.float16) -> Work:
     """2:4 weights, size × size, and some tokens."""
     weight, dense = _weight(size, size, dtype)
+    assert isinstance(weight.layout, mg.NMLayout)
     x = random(tokens, size, dtype=dtype, seed=1)
     stored = weight.values.numel() * dense.element_size() + weight.layout.metadata.numel() * 2
     moved = stored + 2 * tokens * size * dense.element_size()
