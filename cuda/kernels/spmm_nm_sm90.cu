@@ -10,8 +10,8 @@
 //   grid   CTAs in clusters that walk tiles of kCluster · kRows × kWide; a cluster shares x by multicast
 //   block  128 · GROUPS consumers, 64 rows each, and a producer warpgroup
 //   smem   kStages of x, values and metadata of 64 columns (32 floats); TURNED: results on their way out
-//   floor  nnz · 2 · N FLOP at 860 TFLOP/s; shared memory: (M tiles' products read 128 B/clk of x at full
-//          rate, so that every byte TMA writes comes on top): 1.6 of it at 192 × 256, 1.75 at 128 × 256
+//   floor  2 · rows · inner · N FLOP at 1720 TFLOP/s; by shared memory 1.75 times that at 128 × 256: products
+//          at full rate read x at 128 B/clk, and what TMA writes and ldmatrix reads comes on top
 //   needs  sm_90a, rows of x at 16-byte multiples, no run-time mask
 //
 // Unchosen elements of x are never multiplied; slots past the last column are zeroed whatever they hold.

@@ -34,7 +34,7 @@ def sddmm(
     if q.dtype != k.dtype:
         wide = torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(wide), k.to(wide)
-    if parts[0].kind in nm.KINDS:
+    if parts and parts[0].kind in nm.KINDS:
         return nm.sddmm(q, k, keep, keep_rows, parts[0], shape, slots, scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()
