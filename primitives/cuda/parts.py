@@ -51,6 +51,15 @@ def aligned(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 else t
 
 
+def ready(x: Tensor, inner: int, outer: int) -> bool:
+    """Whether 16-byte copies can read (F, E, N, D) along dimension ``inner``."""
+    unit = 16 // x.element_size()
+    # A tensor map has no stride 0: nothing may be broadcast.
+    steps = [x.stride(d) for d in (0, 1, outer) if x.shape[d] > 1]
+    whole = x.stride(inner) == 1 or x.shape[inner] == 1
+    return whole and not x.data_ptr() % 16 and not any(s % unit or not s for s in steps)
+
+
 def aligned_values(values: Tensor) -> Tensor:
     """Values (F, slots), contiguous and 16-byte aligned."""
     values = values.contiguous()
@@ -159,14 +168,18 @@ def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
     return found
 
 
-def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """The mask and the tensors, (F, …) each, in runs that fit a grid; mostly one."""
+def runs(keep: Tensor | None, *tensors: Tensor, entries: int = 1) -> Iterator[tuple[Any, ...]]:
+    """The mask and the tensors, (F, …) each, in runs that fit a grid; mostly one.
+
+    A grid counts ``entries`` matrices for each free index.
+    """
     free = tensors[0].shape[0]
-    if free <= MOST_MATRICES:
+    most = max(1, MOST_MATRICES // entries)
+    if free <= most:
         yield (keep, *tensors)
         return
-    for start in range(0, free, MOST_MATRICES):
-        some = slice(start, start + MOST_MATRICES)
+    for start in range(0, free, most):
+        some = slice(start, start + most)
         yield (None if keep is None else keep[some], *(t[some] for t in tensors))
 
 
