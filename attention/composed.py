@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
+from mixgrain.primitives.chain import chained
 from mixgrain.primitives.sddmm import sddmm
 from mixgrain.primitives.softmax import softmax
 from mixgrain.primitives.spmm import spmm
@@ -36,7 +37,11 @@ def attend_composed(
     Returns:
         o (B, Hq, nq, Dv) in q's dtype and lse (B, Hq, nq), float32 (float64 for float64).
     """
-    s = sddmm(q, k, kept, scale=scale, key_mask=key_mask)
-    p, lse = softmax(s, return_lse=True)
-    o = spmm(p, v)
+    made = chained(q, k, v, kept, scale, key_mask)  # the same, kernels of the steps at once
+    if made is None:
+        s = sddmm(q, k, kept, scale=scale, key_mask=key_mask)
+        p, lse = softmax(s, return_lse=True)
+        o = spmm(p, v)
+    else:
+        o, lse = made
     return (o, lse) if sink_logits is None else add_sink(o, lse, sink_logits)

@@ -59,12 +59,16 @@ class Kernel:
     Attributes:
         wanted: what it is compiled from.
         device: torch's index of the device.
+        carveout: percent of a multiprocessor's cache that is made shared memory while it runs;
+            None = as much as it needs itself. Where that is too little for another kernel's CTAs,
+            they cannot start before this one has left the multiprocessor.
     """
 
-    __slots__ = ("_raw", "_shared", "device", "wanted")
+    __slots__ = ("_raw", "_shared", "carveout", "device", "wanted")
 
-    def __init__(self, wanted: Request, device: int) -> None:
+    def __init__(self, wanted: Request, device: int, carveout: int | None = None) -> None:
         self.wanted, self.device, self._shared = wanted, device, 48 * 1024
+        self.carveout = carveout
         self._raw: Any = None
 
     def load(self) -> Any:
@@ -85,6 +89,8 @@ class Kernel:
                 # RawModule keeps modules by path; the path holds the digest of all that went in.
                 raw = cupy().RawModule(path=str(built.path)).get_function(self.wanted.name)
                 raw.kernel.ptr  # noqa: B018  # loads the module
+                if self.carveout is not None:
+                    raw.preferred_shared_memory_carveout = self.carveout
                 self._raw = raw
         return self._raw
 
@@ -124,6 +130,9 @@ class Kernel:
 
 
 @functools.lru_cache(maxsize=4096)
-def kernel(wanted: Request, device: int) -> Kernel:
-    """The kernel of a request on a device; compiled and loaded when a call with it is prepared."""
-    return Kernel(wanted, device)
+def kernel(wanted: Request, device: int, carveout: int | None = None) -> Kernel:
+    """The kernel of a request on a device; compiled and loaded when a call with it is prepared.
+
+    Its carve-out holds for every call that asks for this request.
+    """
+    return Kernel(wanted, device, carveout)

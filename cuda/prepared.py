@@ -23,7 +23,8 @@ from torch import Tensor
 from . import tma
 from .device import using
 from .launch import cupy
-from .recording import FORK, Address, Launch, Map, Operand, Recording, View, Work
+from .recording import Operand, Recording
+from .steps import FORK, Address, Launch, Map, View, Work
 from .streams import Fork
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)

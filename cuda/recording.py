@@ -11,94 +11,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .steps import FORK, JOIN, Address, Launch, Map, Step, View, Work
+
 if TYPE_CHECKING:
     from .launch import Kernel
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A place in a tensor that is only known when a call runs.
-
-    Attributes:
-        slot: which tensor.
-        offset: bytes from its first element.
-        residue: address of the first element modulo 16; the signature of the call fixes it.
-    """
-
-    slot: int
-    offset: int
-    residue: int
-
-    def __add__(self, more: int) -> Address:
-        return Address(self.slot, self.offset + more, self.residue)
-
-    def __mod__(self, unit: int) -> int:
-        assert 16 % unit == 0
-        return (self.residue + self.offset) % unit
-
-
-class Map(NamedTuple):
-    """A TMA descriptor to be encoded when the address is known; see `tma.descriptor`."""
-
-    address: Address
-    dtype: torch.dtype
-    dims: tuple[int, ...]
-    strides: tuple[int, ...]
-    box: tuple[int, ...]
-    swizzle: int
-
-
-class Launch(NamedTuple):
-    """One kernel launch.
-
-    Attributes:
-        kernel: what to launch.
-        grid: CTAs in x, y, z.
-        threads: of a CTA.
-        arguments: ints, numpy scalars, addresses and maps.
-        shared: dynamic shared memory, bytes.
-        side: on the side stream.
-    """
-
-    kernel: Kernel
-    grid: tuple[int, ...]
-    threads: int
-    arguments: tuple[Any, ...]
-    shared: int
-    side: bool
-
-
-class View(NamedTuple):
-    """Part of a slot: offset in elements from its first element, shape and strides."""
-
-    slot: int
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def of(self, held: list[Tensor]) -> Tensor:
-        """The view, of real tensors."""
-        base = held[self.slot]
-        return base.as_strided(self.shape, self.strides, base.storage_offset() + self.offset)
-
-
-class Work(NamedTuple):
-    """A step that torch does: its result, if it has a slot, is a new tensor."""
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    slot: int | None
-
-
-FORK, JOIN = "fork", "join"
-Step = Launch | Work | str
 
 
 class Recording:
@@ -115,7 +36,7 @@ class Recording:
         self.device = device
         self.slots: list[tuple[tuple[int, ...], torch.dtype] | None] = []
         self.steps: list[Step] = []
-        self._side = False
+        self._side = self._open = False
         self._forked = 0
 
     def given(self, like: Tensor, residue: int) -> Operand:
@@ -162,15 +83,57 @@ class Recording:
 
     def _torch(self, step: Work) -> None:
         # Torch works on the current stream: before the fork what the side stream is to read.
-        if self._side:
+        if self._open and self._launched(step):
+            with self.together():
+                self.steps.append(step)
+        elif self._side or self._open:
             self.steps.insert(self._forked, step)
             self._forked += 1
         else:
             self.steps.append(step)
 
+    def _launched(self, step: Work) -> bool:
+        """Whether kernels since the fork have to do with what a step of torch's does."""
+        mine = {a.slot for a in step.arguments if isinstance(a, View)}
+        since = [s for s in self.steps[self._forked :] if isinstance(s, Launch)]
+        places = [a.address if isinstance(a, Map) else a for s in since for a in s.arguments]
+        return any(isinstance(a, Address) and a.slot in mine for a in places)
+
+    @property
+    def open(self) -> bool:
+        """Whether both streams go on, inside `lanes`."""
+        return self._open
+
+    @contextlib.contextmanager
+    def lanes(self) -> Iterator[None]:
+        """Forks inside are this one: neither stream waits for the other but for `together`."""
+        with self.fork():
+            self._open = True
+            try:
+                yield
+            finally:
+                self._open = False
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside `lanes`: work that waits for both streams, and that both then wait for."""
+        if not self._open:
+            yield
+            return
+        assert not self._side
+        self.steps.append(JOIN)
+        self._open = False
+        yield
+        self._open = True
+        self._forked = len(self.steps)
+        self.steps.append(FORK)
+
     @contextlib.contextmanager
     def fork(self) -> Iterator[None]:
         """Inside, launches may go to the side stream; its work is joined at the end."""
+        if self._open:
+            yield
+            return
         self._forked = len(self.steps)
         self.steps.append(FORK)
         yield
@@ -182,6 +145,11 @@ class Recording:
         # One lane had nothing to do.
         rest = self.steps[start + 1 :]
         self.steps[start:] = [s._replace(side=False) if isinstance(s, Launch) else s for s in rest]
+
+    @property
+    def beside(self) -> bool:
+        """Whether launches go to the side stream now."""
+        return self._side
 
     @contextlib.contextmanager
     def side(self) -> Iterator[None]:
@@ -327,6 +295,16 @@ class Operand:
         sizes = tuple(n if want == -1 else want for n, want in zip(self.shape, shape, strict=True))
         triples = zip(self.shape, sizes, self._strides, strict=True)
         return self._part(0, sizes, tuple(0 if n != want else s for n, want, s in triples))
+
+    def as_strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Operand:
+        """Another view from the first element on."""
+        return self._part(0, shape, strides)
+
+    def transpose(self, a: int, b: int) -> Operand:
+        """Two dimensions exchanged."""
+        sizes, steps = list(self.shape), list(self._strides)
+        sizes[a], sizes[b], steps[a], steps[b] = sizes[b], sizes[a], steps[b], steps[a]
+        return self._part(0, tuple(sizes), tuple(steps))
 
     def __getitem__(self, index: Any) -> Operand:
         given = index if isinstance(index, tuple) else (index,)

@@ -7,6 +7,9 @@ from typing import Any
 
 from .launch import cupy
 
+# The highest there is (the runtime clamps it): CTAs of the side stream are placed first.
+PRIORITY = -100
+
 
 @functools.lru_cache(maxsize=256)
 def _side(device: int, stream: int) -> Any:
@@ -16,7 +19,7 @@ def _side(device: int, stream: int) -> Any:
     not of torch's pool, whose streams a user may hold under another name.
     """
     with cupy().cuda.Device(device):
-        return cupy().cuda.Stream(non_blocking=True)
+        return cupy().cuda.Stream(non_blocking=True, priority=PRIORITY)
 
 
 class Fork:

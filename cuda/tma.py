@@ -14,7 +14,7 @@ import torch
 
 from .device import driver
 from .errors import CudaError
-from .recording import Address, Map
+from .steps import Address, Map
 
 _DTYPE = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 # Bytes of the swizzled row to the driver's code: 0 none, then 32, 64, 128.

@@ -35,6 +35,10 @@ PAGES = {
 # Classes that users meet as results and arguments but do not import by name.
 MET = {
     "formats": ("mixgrain.formats.layout.Layout", "mixgrain.formats.panel.PanelLayout"),
+    "primitives": (
+        "mixgrain.primitives.model_report.ModelReport",
+        "mixgrain.primitives.model_report.ConvertedWeight",
+    ),
     "attention": ("mixgrain.attention.explain.Explanation", "mixgrain.attention.explain.Part"),
 }
 

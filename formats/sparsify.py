@@ -8,20 +8,22 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .arguments import as_flag, as_number, check_dense
+from .arguments import among, as_flag, as_number, check_dense
 from .block import SIZES, BlockLayout
 from .entries import pack_bits
 from .errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from .layout import Layout
 from .nm import NMLayout, choose
 from .nm_metadata import check_encoding
+from .panel import PanelLayout
 from .patterns import from_dense
 from .row import RowLayout
 from .sparse import SparseTensor
 from .tile import SIZE as TILE
 from .tile import TileLayout
 
-KINDS = ("tile", "nm", "block", "row", "mixed")
+KINDS = ("tile", "nm", "block", "row", "panel", "mixed")
+AXES = ("rows", "columns")
 
 # Integers of the same width: only they tell −0 and the bits of a NaN from +0 reliably.
 _BITS = {
@@ -41,6 +43,7 @@ def sparsify(
     n: int = 2,
     m: int = 4,
     density: float | None = None,
+    axis: str | None = None,
 ) -> SparseTensor:
     """The SparseTensor that holds ``dense``.
 
@@ -53,21 +56,24 @@ def sparsify(
         block    size×size block          every one of a kept block inside the shape
         nm       n of every m columns     all n of a group, inside the shape
         row      one element              exactly the elements kept
+        panel    whole row or column,     all elements of the kept rows in the kept columns
+                 2-D only
         mixed    one element              exactly the elements kept; blocks, panels and rows
 
     Args:
         dense: (*lead, nq, nk), float16, bfloat16, float32 or float64, 0-2 leading dimensions (none
-            for "tile"). Each entry has positions of its own: one leading dimension makes a layout
-            of lead (1, h), two make (b, h).
+            for "tile" and "panel"). Each entry has positions of its own: one leading dimension
+            makes a layout of lead (1, h), two make (b, h).
         kind: one of the above; may be left out when ``layout`` is given.
-        prune: keep the largest: n of each group (nm); units by L2 norm (tile, block) or elements by
-            magnitude (row, mixed) up to ``density``, for each entry alone.
+        prune: keep the largest: n of each group (nm); units by L2 norm (tile, block, panel) or
+            elements by magnitude (row, mixed) up to ``density``, for each entry alone.
         layout: sample at the positions of this layout. Its lead must be 1 or match ``dense``.
         size: side of the blocks: 16, 32, 64 or 128 (block, mixed).
         n: elements kept of each group (nm).
         m: columns of a group (nm).
         density: with ``prune``, floor(density · units) units are kept, density read as the decimal
             number it prints as; fewer where the others are all +0.
+        axis: "rows" or "columns": what is pruned (panel, with ``prune``).
 
     Returns:
         The SparseTensor; its values are differentiable with respect to ``dense``.
@@ -96,6 +102,7 @@ def sparsify(
     if not isinstance(kind, str) or kind not in KINDS:
         raise LayoutError(f"sparsify: kind {kind!r:.80}; choose one of {KINDS}, or give layout=")
     _check_density(kind, prune, density)
+    _check_axis(kind, prune, axis)
     if kind in ("block", "mixed") and not (isinstance(size, int) and size in SIZES):
         raise LayoutError(f"sparsify: size {size!r:.80}; choose one of {SIZES}")
     if dense.device.type == "meta":
@@ -105,9 +112,9 @@ def sparsify(
         )
     dense = dense.resolve_neg()  # bits are looked at below
     (nq, nk), outer = dense.shape[-2:], dense.shape[:-2]
-    if kind == "tile" and outer:
+    if kind in ("tile", "panel") and outer:
         raise LayoutError(
-            f"sparsify: 'tile' holds one 2-D weight, given shape {tuple(dense.shape)}; sparsify "
+            f"sparsify: {kind!r} holds one 2-D weight, given shape {tuple(dense.shape)}; sparsify "
             "the matrices one by one, or choose another kind"
         )
     # A dimension of size 0 holds no matrix, so it needs no positions: it stays a free dimension.
@@ -115,7 +122,7 @@ def sparsify(
     entries = dense.detach().reshape(math.prod(outer), nq, nk)
     if 0 in outer:
         entries, lead = dense.new_zeros(1, nq, nk), (1, 1)
-    made = _layout(entries, lead, kind, prune, size, n, m, density)
+    made = _layout(entries, lead, kind, prune, size, n, m, density, axis)
     return SparseTensor(made, _sample(dense, made))
 
 
@@ -149,6 +156,20 @@ def _check_density(kind: str, prune: bool, density: float | None) -> None:
         )
 
 
+def _check_axis(kind: str, prune: bool, axis: str | None) -> None:
+    if not (kind == "panel" and prune):
+        if axis is not None:
+            raise LayoutError(
+                f"sparsify: axis={axis!r:.80} has no effect; it says what 'panel' prunes, with "
+                "prune=True"
+            )
+    elif not among(axis, AXES):
+        raise LayoutError(
+            f"sparsify: 'panel' with prune=True and axis={axis!r:.80}; choose one of {AXES}, which "
+            "are pruned as wholes"
+        )
+
+
 def _layout(
     entries: Tensor,
     lead: tuple[int, int],
@@ -158,6 +179,7 @@ def _layout(
     n: int,
     m: int,
     density: float | None,
+    axis: str | None,
 ) -> Layout:
     """The layout that holds matrices (b * h, nq, nk), each with its own positions."""
     shape = (entries.shape[1], entries.shape[2])
@@ -180,6 +202,8 @@ def _layout(
         if kind == "tile":
             return TileLayout.from_tile_mask(units[0], shape)
         return _block_layout(units, shape, size, lead)
+    if kind == "panel":
+        return _panel_layout(entries[0], kept[0], density, axis)
     if prune and density is not None:
         kept = _largest(entries.abs().double(), kept, density)
     if kind == "row":
@@ -252,6 +276,25 @@ def _row_layout(kept: Tensor, lead: tuple[int, int]) -> RowLayout:
     return RowLayout.from_csr(
         (kept.shape[1], kept.shape[2]), _offsets(masks), columns, lead=lead, entry=entry
     )
+
+
+def _panel_layout(
+    entry: Tensor, kept: Tensor, density: float | None, axis: str | None
+) -> PanelLayout:
+    """One dense panel: the rows that hold something × the columns that do, or pruned ones × all."""
+    lines = [kept.any(1), kept.any(0)]
+    if density is not None:
+        pruned = AXES.index(axis or "")
+        norms = torch.linalg.vector_norm(entry, dim=1 - pruned, dtype=torch.float64)
+        lines[pruned] = _largest(norms[None], lines[pruned][None], density)[0]
+        lines[1 - pruned] = torch.ones_like(lines[1 - pruned])
+    # Axes without a gap are ranges, which kernels read without a list.
+    rows, columns = (
+        range(line.numel()) if bool(line.all()) else line.nonzero()[:, 0] for line in lines
+    )
+    panels = [(rows, columns, None)] if len(rows) and len(columns) else []
+    shape = (entry.shape[0], entry.shape[1])
+    return PanelLayout.from_panels(shape, panels, device=entry.device)
 
 
 def _block_layout(

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # An import points to a smaller number only; equals do not know each other.
 FLOORS = {"formats": 0, "cuda": 0, "primitives": 1, "attention": 2, "tools": 3}
 
-PYTHON_LINES, TEST_LINES, KERNEL_LINES, FACE_LINES = 400, 600, 300, 66
+PYTHON_LINES, TEST_LINES, KERNEL_LINES, FACE_LINES = 400, 600, 300, 70
 
 # Environment variables a floor may read; "*" is any, and handing all of them to a child process.
 ENVIRONMENT = {

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mixgrain.cuda import launch, prepared, recording, streams, tma
+from mixgrain.cuda import launch, prepared, recording, steps, streams, tma
 from mixgrain.cuda.compile import request
-from mixgrain.cuda.recording import Address, Map, Operand, Recording, recorded
+from mixgrain.cuda.recording import Operand, Recording, recorded
+from mixgrain.cuda.steps import Address, Map
 
 
 class Driver:
@@ -177,7 +178,7 @@ def test_two_lanes_fork_and_join_once(driver):
             rec.launch(fine, (1,), 32, (copy.data_ptr(),), 0)
         rec.launch(coarse, (1,), 32, (a.data_ptr(),), 0)
     rec.launch(last, (1,), 32, (a.data_ptr(),), 0)
-    assert isinstance(rec.steps[0], recording.Work)
+    assert isinstance(rec.steps[0], steps.Work)
     call = prepared.Prepared(rec, a.new_empty(1))
     run(call, torch.zeros(4))
     split, wait, two, one, together, join, three = driver.seen
@@ -188,13 +189,56 @@ def test_two_lanes_fork_and_join_once(driver):
     assert (three[0], three[4]) == (3, 7)
 
 
+def test_lanes_go_on_until_both_are_needed(driver):
+    """Two forks inside are one; what reads both waits for both, and both wait for it."""
+    rec = Recording(0)
+    a = rec.given(torch.zeros(4), 0)
+    kernels = [Fake(driver, n, 8) for n in range(7)]
+
+    def at(n: int) -> None:
+        rec.launch(kernels[n], (1,), 32, (a.data_ptr(),), 0)
+
+    with rec.lanes():
+        for fine, coarse in ((1, 2), (3, 4)):
+            with rec.fork():
+                with rec.side():
+                    at(fine)
+                at(coarse)
+        with rec.together():
+            at(5)
+        with rec.fork():
+            at(6)
+    seen = []
+    run(prepared.Prepared(rec, a.new_empty(1)), torch.zeros(4))
+    for event in driver.seen:
+        seen.append(event[0] if isinstance(event[0], str) else (event[0], event[4] == 7))
+    fork = join = ["record", "wait"]
+    lanes = [(1, False), (2, True), (3, False), (4, True)]
+    assert seen == [*fork, *lanes, *join, (5, True), (6, True)]
+
+
+def test_lanes_wait_for_what_torch_writes(driver):
+    """A copy of what is given is made before the fork; one of what a kernel wrote, after both."""
+    rec = Recording(0)
+    a, kernel = rec.given(torch.zeros(4), 0), Fake(driver, 1, 8)
+    made = a.new_empty(4)
+    with rec.lanes():
+        with rec.fork(), rec.side():
+            rec.launch(kernel, (1,), 32, (made.data_ptr(),), 0)
+        with rec.fork():
+            rec.launch(kernel, (1,), 32, (a.clone().data_ptr(),), 0)
+        made.clone()
+    kinds = [step if isinstance(step, str) else type(step).__name__ for step in rec.steps]
+    assert kinds == ["Work", "fork", "Launch", "Launch", "join", "Work"]
+
+
 def test_a_lane_with_nothing_to_do_forks_nothing(driver):
     for on_side in (True, False):
         rec = Recording(0)
         a = rec.given(torch.zeros(4), 0)
         with rec.fork(), rec.side() if on_side else contextlib.nullcontext():
             rec.launch(Fake(driver, 1, 8), (1,), 32, (a.data_ptr(),), 0)
-        assert [type(step) for step in rec.steps] == [recording.Launch]
+        assert [type(step) for step in rec.steps] == [steps.Launch]
         assert not rec.steps[0].side
 
 

@@ -1,4 +1,4 @@
-"""The command line: `mixgrain demo`, `show`, `explain`, `convert`, `bench` and `warm`.
+"""The command line: `mixgrain demo`, `finetune`, `show`, `explain`, `convert`, `bench`, `warm`.
 
 Nothing heavy is imported before a sub-command runs, so that `--help` answers at once. A user's
 mistake ends with one line and status 2, never with a traceback; an interrupt with status 130.
@@ -16,39 +16,13 @@ from pathlib import Path
 from mixgrain import __version__
 from mixgrain.formats.errors import MixgrainError
 
+from .cli_weights import add_convert, add_finetune
+from .numbers import whole
+
 PATTERN_HELP = (
     "an expression of the names of mixgrain.patterns, e.g. 'window(256) | global_tokens([0, 7])'"
 )
 LONGEST = (1 << 31) - 1  # indices are int32
-LAYOUTS = ("tile", "nm", "block", "row", "mixed", "dense")
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A converter for argparse: a whole number from low to high."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} given, a whole number from {low} to {high} expected"
-            )
-        return value
-
-    return convert
-
-
-def share(text: str) -> float:
-    """A converter for argparse: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given, a number from 0 to 1 expected")
-    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=whole(1, 1024), help="CPU threads (default: what torch chooses)"
     )
     demo.set_defaults(run=_demo)
+
+    add_finetune(verbs)
 
     show = verbs.add_parser(
         "show",
@@ -125,57 +101,7 @@ def parser() -> argparse.ArgumentParser:
     )
     explain.set_defaults(run=_explain)
 
-    convert = verbs.add_parser(
-        "convert",
-        help="turn a file of dense weights into a sparse layout, or back",
-        description="Reads dense weights, holds the chosen ones in a sparse layout, checks that "
-        "they come back bit for bit, and prints a table. The result is a folder: "
-        "OUT/sparse/NAME.safetensors for each converted tensor, which mixgrain.load reads, and "
-        "OUT/dense.safetensors for all others. An OUT that ends in .safetensors is one file with "
-        "one tensor. `--to dense` turns either back into an ordinary safetensors file.",
-    )
-    convert.add_argument(
-        "file",
-        metavar="FILE",
-        type=Path,
-        help=".safetensors (or .safetensors.index.json of several), .npy, .npz or .pt (a state "
-        "dict) with dense weights; with --to dense, what this command wrote",
-    )
-    convert.add_argument(
-        "--to", choices=LAYOUTS, required=True, metavar="LAYOUT", help=", ".join(LAYOUTS)
-    )
-    convert.add_argument(
-        "--out", type=Path, help="the result (default: beside FILE, named after it and the layout)"
-    )
-    convert.add_argument(
-        "--tensors",
-        action="append",
-        metavar="GLOB",
-        help="names of tensors to convert, e.g. 'layers.*.weight'; may be repeated "
-        "(default: all matrices of floating-point numbers)",
-    )
-    convert.add_argument(
-        "--prune",
-        action="store_true",
-        help="keep the largest values and drop the others; without it nothing may be lost",
-    )
-    convert.add_argument(
-        "--density",
-        type=share,
-        metavar="PART",
-        help="with --prune, the part of tiles, blocks or elements to keep, 0 to 1",
-    )
-    convert.add_argument("--n", type=whole(1, 256), default=2, help="nm: kept of m (default: 2)")
-    convert.add_argument("--m", type=whole(1, 256), default=4, help="nm: a group (default: 4)")
-    convert.add_argument(
-        "--size",
-        type=int,
-        choices=(16, 32, 64, 128),
-        default=64,
-        help="side of the blocks of block and mixed (default: 64)",
-    )
-    convert.add_argument("--force", action="store_true", help="replace an OUT that exists")
-    convert.set_defaults(run=_convert)
+    add_convert(verbs)
 
     bench = verbs.add_parser(
         "bench",
@@ -263,18 +189,6 @@ def _explain(options: argparse.Namespace) -> int:
         found = explain(pattern, nq, nk, head_dim=options.head_dim)
     print(found)
     return 0
-
-
-def _convert(options: argparse.Namespace) -> int:
-    from .convert import Choice, to_dense, to_sparse
-
-    if options.to == "dense":
-        return to_dense(options.file, options.out, options.force)
-    choice = Choice(
-        options.to, options.prune, options.density, options.n, options.m, options.size,
-        tuple(options.tensors or ()),
-    )  # fmt: skip
-    return to_sparse(options.file, options.out, options.force, choice)
 
 
 def _warm(options: argparse.Namespace) -> int:

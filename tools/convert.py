@@ -5,16 +5,19 @@ A converted model is a folder of ordinary files:
     OUT/sparse/NAME.safetensors    one for each converted tensor, for mixgrain.load; NAME is the
                                    tensor's name with odd characters as %XX
     OUT/dense.safetensors          all other tensors, unchanged, with the metadata of the original
+
+mixgrain.load_model loads such a folder into the model it came from.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import torch
@@ -24,67 +27,55 @@ from torch import Tensor
 
 import mixgrain as mg
 from mixgrain.formats.errors import FileFormatError, MixgrainError, UnsupportedError
+from mixgrain.primitives.load_model import DENSE, SPARSE
+from mixgrain.primitives.load_model import ENDING as ONE_FILE
+from mixgrain.primitives.model_report import ConvertedWeight, table
+from mixgrain.primitives.rule import Choice, check_used, first_match
 
 from .progress import counted
 from .weights import Entry, Weights, ending_of, open_weights, read_tensor
 
-SPARSE, DENSE, ONE_FILE = "sparse", "dense.safetensors", ".safetensors"
 # Integers of the same width: only they tell −0 from +0 and one NaN from another.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What to convert to; the fields are those of mixgrain.sparsify.
+class Rule:
+    """What becomes of the tensors of a file.
 
     Attributes:
-        kind: "tile", "nm", "block", "row" or "mixed".
-        prune: keep the largest values only.
-        density: part of the units to keep, with prune.
-        n: kept of every m.
-        m: length of a group.
-        size: side of the blocks.
-        globs: which tensors; all matrices if empty.
+        choices: by globs over tensors' names, or their layers' ("up" for "up.weight"), the first
+            that matches; None leaves a tensor dense.
+        name: of the folder that is written, "tile" say.
+        named: the globs are a user's: each must name something, and may name stacks of matrices.
     """
 
-    kind: str
-    prune: bool = False
-    density: float | None = None
-    n: int = 2
-    m: int = 4
-    size: int = 64
-    globs: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        detail = {"nm": f" {self.n}:{self.m}", "block": f" {self.size}", "mixed": f" {self.size}"}
-        return self.kind + detail.get(self.kind, "")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the table; sizes in bytes."""
-
+    choices: Mapping[str, Choice]
     name: str
-    shape: tuple[int, ...]
-    layout: str
-    nnz: int
-    density: float
-    before: int
-    after: int
+    named: bool = True
+
+
+def words_of(choice: Mapping[str, Any]) -> str:
+    """A choice in a few words, "nm 2:4" say."""
+    kind = choice["kind"]
+    if kind == "nm":
+        return f"nm {choice.get('n', 2)}:{choice.get('m', 4)}"
+    grain = {"block": choice.get("size", 64), "mixed": choice.get("size", 64)}.get(kind)
+    return f"{kind} {grain or choice.get('axis') or ''}".strip()
 
 
 class _InexactError(Exception):
     """A tensor did not come back bit for bit; names it."""
 
 
-def to_sparse(path: Path, out: Path | None, force: bool, choice: Choice) -> int:
+def to_sparse(path: Path, out: Path | None, force: bool, rule: Rule) -> int:
     """Converts the chosen tensors of a file and prints a table.
 
     Args:
         path: a file of dense weights.
         out: a folder, or a name in .safetensors for a file with one tensor; beside `path` if None.
         force: replace `out` if it exists.
-        choice: which tensors, and what they become.
+        rule: which tensors, and what they become.
 
     Returns:
         0, or 1 when a tensor did not come back bit for bit; nothing is written then.
@@ -94,8 +85,8 @@ def to_sparse(path: Path, out: Path | None, force: bool, choice: Choice) -> int:
         OSError: a file cannot be read or written.
     """
     weights = open_weights(path)
-    chosen = _chosen(weights, path, choice)
-    out = out or path.with_name(f"{path.name.removesuffix(ending_of(path))}.{choice.kind}")
+    chosen = _chosen(weights, path, rule)
+    out = out or path.with_name(f"{path.name.removesuffix(ending_of(path))}.{rule.name}")
     single = out.suffix == ONE_FILE
     if single and (len(chosen) != 1 or len(weights.entries) != 1):
         raise UnsupportedError(
@@ -109,17 +100,18 @@ def to_sparse(path: Path, out: Path | None, force: bool, choice: Choice) -> int:
                 (made / SPARSE).mkdir(parents=True)
             for name in counted(chosen, "converting"):
                 file = made if single else made / SPARSE / f"{quote(name, safe='')}{ONE_FILE}"
-                lines.append(_convert_one(weights, path, name, file, choice))
+                lines.append(_convert_one(weights, path, name, file, chosen[name]))
             if others:
                 rest = {name: read_tensor(weights, path, name) for name in others}
                 save_file(rest, made / DENSE, metadata=weights.metadata or None)
     except _InexactError as wrong:
-        print(f"{wrong}: does not come back from {choice} bit for bit; nothing was written")
+        print(f"{wrong}: does not come back bit for bit; nothing was written")
         return 1
-    print(table(lines))
+    print(table(lines, "tensor"))
     for words, entries in _untouched(weights, others).items():
         print(f"left dense: {len(entries)} {words}, e.g. {entries[0]}")
-    print(f"every converted tensor came back bit for bit{' where kept' if choice.prune else ''}")
+    pruned = any(choice.get("prune") for choice in chosen.values())
+    print(f"every converted tensor came back bit for bit{' where kept' if pruned else ''}")
     print(f"written: {out}")
     return 0
 
@@ -164,7 +156,7 @@ def to_dense(path: Path, out: Path | None, force: bool) -> int:
         tensors[name] = s.to_dense().contiguous()
         before, shape = file.stat().st_size, tuple(tensors[name].shape)
         after = tensors[name].nbytes
-        lines.append(Line(name, shape, s.layout.kind, s.nnz, s.density, before, after))
+        lines.append(ConvertedWeight(name, shape, s.layout.kind, s.nnz, s.density, before, after))
     try:
         with _written(out, force, path) as made:
             save_file(tensors, made, metadata=metadata)
@@ -175,51 +167,26 @@ def to_dense(path: Path, out: Path | None, force: bool) -> int:
     except _InexactError as wrong:
         print(f"{wrong}: does not come back bit for bit; nothing was written")
         return 1
-    print(table(lines))
+    print(table(lines, "tensor"))
     print(f"written: {out}, {len(tensors)} tensors")
     return 0
 
 
-def table(lines: list[Line]) -> str:
-    """The lines under their heads, columns aligned, with a sum at the end if there are several."""
-    heads = ("tensor", "shape", "layout", "nnz", "density", "before", "after", "ratio")
-    total = Line("in all", (), "", sum(line.nnz for line in lines), -1.0,
-                 sum(line.before for line in lines), sum(line.after for line in lines))  # fmt: skip
-    rows = [heads]
-    for line in [*lines, total] if len(lines) > 1 else lines:
-        rows.append(
-            (
-                line.name, "×".join(map(str, line.shape)), line.layout, f"{line.nnz:,}",
-                f"{line.density:.2%}" if line.density >= 0 else "", f"{line.before:,}",
-                f"{line.after:,}", f"{line.after / line.before:.2f}" if line.before else "",
-            )
-        )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = 3
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if n < left else cell.rjust(w)
-            for n, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _chosen(weights: Weights, path: Path, choice: Choice) -> list[str]:
-    """Names of the tensors to convert: matrices, and stacks of them where a glob names them."""
-    globs = choice.globs
-    for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in weights.entries):
-            some = ", ".join(list(weights.entries)[:5])
-            raise UnsupportedError(f"{path}: no tensor is called {glob!r}; there are: {some}, …")
-    deepest = 3 if globs else 2
-    chosen = [
-        name
-        for name, entry in weights.entries.items()
-        if entry.dtype is not None
-        and 2 <= len(entry.shape) <= deepest
-        and (not globs or any(fnmatchcase(name, glob) for glob in globs))
-    ]
+def _chosen(weights: Weights, path: Path, rule: Rule) -> dict[str, Mapping[str, Any]]:
+    """The tensors to convert and how: matrices, and stacks of them where a glob names them."""
+    if rule.named:
+        check_used(str(path), rule.choices, weights.entries, "tensor")
+    deepest = 3 if rule.named else 2
+    chosen = {}
+    for name, entry in weights.entries.items():
+        glob = first_match(rule.choices, name)
+        choice = None if glob is None else rule.choices[glob]
+        if not isinstance(choice, Mapping) or entry.dtype is None:
+            continue
+        # A glob that names a layer means its weight, however it is written: no bias, no stack.
+        whole = glob is not None and fnmatchcase(name, glob)
+        if 2 <= len(entry.shape) <= (deepest if whole else 2):
+            chosen[name] = choice
     if not chosen:
         raise UnsupportedError(
             f"{path}: nothing to convert: {len(weights.entries)} tensors, no matrix of float16, "
@@ -242,26 +209,24 @@ def _what(entry: Entry) -> str:
     return "not chosen" if len(entry.shape) == 2 else "not matrices"
 
 
-def _convert_one(weights: Weights, path: Path, name: str, file: Path, choice: Choice) -> Line:
+def _convert_one(
+    weights: Weights, path: Path, name: str, file: Path, choice: Mapping[str, Any]
+) -> ConvertedWeight:
     dense = read_tensor(weights, path, name)
     try:
-        s = mg.sparsify(
-            dense, choice.kind, prune=choice.prune, density=choice.density,
-            size=choice.size, n=choice.n, m=choice.m,
-        )  # fmt: skip
+        s = mg.sparsify(dense, **choice)
     except MixgrainError as error:
         words = str(error).replace("prune=True", "--prune").removeprefix("sparsify: ")
         raise UnsupportedError(f"{path}: {name}: {words}") from None
     mg.save(file, s)
     back = mg.load(file).to_dense()
     # What was pruned is +0; everything else has the bits it had.
-    kept = _bits(back) != 0 if choice.prune else torch.ones_like(back, dtype=torch.bool)
+    kept = _bits(back) != 0 if choice.get("prune") else torch.ones_like(back, dtype=torch.bool)
     if back.shape != dense.shape or not _same_bits(back[kept], dense[kept]):
         raise _InexactError(name)
-    nnz, density = s.nnz, s.density
-    return Line(
-        name, tuple(dense.shape), str(choice), nnz, density, dense.nbytes, file.stat().st_size
-    )
+    size = file.stat().st_size
+    shape = tuple(dense.shape)
+    return ConvertedWeight(name, shape, words_of(choice), s.nnz, s.density, dense.nbytes, size)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -26,10 +26,12 @@ MODULES = {
     "sddmm": "sddmm",
     "spmm": "spmm",
     "spmm_t": "spmm",
+    "linear": "spmm",
     "softmax": "softmax",
     "softmax_backward": "softmax",
     "row_sum": "softmax",
     "row_expand": "softmax",
+    "chain": "chain",
 }
 
 

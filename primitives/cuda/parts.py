@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,15 @@ def aligned(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 else t
 
 
+def ready(x: Tensor, inner: int, outer: int) -> bool:
+    """Whether 16-byte copies can read (F, E, N, D) along dimension ``inner``."""
+    unit = 16 // x.element_size()
+    # A tensor map has no stride 0: nothing may be broadcast.
+    steps = [x.stride(d) for d in (0, 1, outer) if x.shape[d] > 1]
+    whole = x.stride(inner) == 1 or x.shape[inner] == 1
+    return whole and not x.data_ptr() % 16 and not any(s % unit or not s for s in steps)
+
+
 def aligned_values(values: Tensor) -> Tensor:
     """Values (F, slots), contiguous and 16-byte aligned."""
     values = values.contiguous()
@@ -87,28 +97,59 @@ def is_fine(part: PartPlan) -> bool:
 def at_once(parts: list[PartPlan], work: Callable[[PartPlan], None], free: int) -> None:
     """Launch work for every part, fine parts beside the coarse ones where there is much of them.
 
-    Coarse parts go first: a device hands out the CTAs of one kernel before those of the next, so
-    what two lanes gain is that the fine kernel fills the coarse one's end.
+    A device hands out the CTAs of one kernel before those of the next. So the fine kernels go
+    first, and walk with few CTAs: the coarse ones fill what is left of every multiprocessor, and
+    one waits for gathers while the other computes or writes.
 
     Args:
         parts: of the layout.
         work: launches the kernels of one part; reads nothing that another part's kernels write.
         free: matrices.
     """
-    fine = [part for part in parts if is_fine(part)]
-    coarse = [part for part in parts if not is_fine(part)]
     recording = current()
-    positions = free * sum(part.starts[-1] - part.starts[0] for part in fine)
-    if recording is None or not coarse or positions < FORK_POSITIONS:
+    if recording is None or not (recording.open or _pays(parts, free)):
         for part in parts:
             work(part)
         return
     with recording.fork():
-        for part in coarse:
-            work(part)
         with recording.side():
-            for part in fine:
+            for part in parts:
+                if is_fine(part):
+                    work(part)
+        for part in parts:
+            if not is_fine(part):
                 work(part)
+
+
+def _pays(parts: list[PartPlan], free: int) -> bool:
+    """Whether a layout has coarse parts, and enough in fine ones to run them beside."""
+    fine = [part for part in parts if is_fine(part)]
+    positions = free * sum(part.starts[-1] - part.starts[0] for part in fine)
+    return 0 < len(fine) < len(parts) and positions >= FORK_POSITIONS
+
+
+@contextlib.contextmanager
+def lanes(parts: list[PartPlan], free: int) -> Iterator[None]:
+    """Inside, fine parts go on beside coarse ones from one operator to the next, where that pays.
+
+    Args:
+        parts: of the layout.
+        free: matrices.
+    """
+    recording = current()
+    if recording is None or not _pays(parts, free):
+        yield
+        return
+    with recording.lanes():
+        yield
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is launched inside reads what both lanes wrote, and both go on after it."""
+    recording = current()
+    with contextlib.nullcontext() if recording is None else recording.together():
+        yield
 
 
 def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
@@ -127,14 +168,18 @@ def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
     return found
 
 
-def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """The mask and the tensors, (F, …) each, in runs that fit a grid; mostly one."""
+def runs(keep: Tensor | None, *tensors: Tensor, entries: int = 1) -> Iterator[tuple[Any, ...]]:
+    """The mask and the tensors, (F, …) each, in runs that fit a grid; mostly one.
+
+    A grid counts ``entries`` matrices for each free index.
+    """
     free = tensors[0].shape[0]
-    if free <= MOST_MATRICES:
+    most = max(1, MOST_MATRICES // entries)
+    if free <= most:
         yield (keep, *tensors)
         return
-    for start in range(0, free, MOST_MATRICES):
-        some = slice(start, start + MOST_MATRICES)
+    for start in range(0, free, most):
+        some = slice(start, start + most)
         yield (None if keep is None else keep[some], *(t[some] for t in tensors))
 
 

@@ -13,7 +13,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from .parts import CODES, MOST_MATRICES, aligned_values, at_once, gaps, mask_side
+from .parts import CODES, MOST_MATRICES, aligned_values, at_once, gaps, mask_side, together
 
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
 ONCE, ROWS, SLOTS = range(3)  # PHASE
@@ -278,21 +278,22 @@ class Call:
             ("EXACT", 1),
         )
         pair = 2 if self.op == SOFTMAX else 1
-        for start in range(0, self.free, MOST_MATRICES):
-            _kernel(self.device, "merge", constants)(
-                (-(-self.lines // 128), min(MOST_MATRICES, self.free - start)),
-                128,
-                (
-                    _pointer(numbers, start),
-                    np.int64(numbers.shape[1] // pair),
-                    _pointer(made, start),
-                    _pointer(lse, start),
-                    _pointer(grad_lse, start),
-                    _pointer(piece_ptr, 0),
-                    _pointer(piece_list, 0),
-                    np.int32(self.lines),
-                ),
-            )
+        with together():
+            for start in range(0, self.free, MOST_MATRICES):
+                _kernel(self.device, "merge", constants)(
+                    (-(-self.lines // 128), min(MOST_MATRICES, self.free - start)),
+                    128,
+                    (
+                        _pointer(numbers, start),
+                        np.int64(numbers.shape[1] // pair),
+                        _pointer(made, start),
+                        _pointer(lse, start),
+                        _pointer(grad_lse, start),
+                        _pointer(piece_ptr, 0),
+                        _pointer(piece_list, 0),
+                        np.int32(self.lines),
+                    ),
+                )
         return made
 
     def everywhere(self, numbers: Tensor) -> None:

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from mixgrain.cuda.compile import Request
 from mixgrain.cuda.device import pretending
-from mixgrain.cuda.recording import Launch, Recording, recorded
+from mixgrain.cuda.recording import Recording, recorded
+from mixgrain.cuda.steps import Launch
 from mixgrain.formats import patterns
 from mixgrain.formats.layout import Layout
 
+from ..blank import nm_layout
 from ..dispatch import TABLE
+from ..plans import nm
 from ..plans.plan import Plan
 from . import launch_code
+from .parts import MOST_MATRICES
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 #: Dtypes of the operands, and of the values beside them.
@@ -31,6 +35,10 @@ MIXED_DTYPES = ((HALF, FLOAT), (BRAIN, FLOAT), (FLOAT, HALF), (FLOAT, BRAIN))
 WIDTHS = (8, 16, 32, 64, 80, 96, 128, 200, 256, 512)
 #: The common ones among them.
 COMMON = (64, 128)
+#: Tokens of a linear that kernels are cut for differently.
+TOKENS = (1, 16, 32, 64, 128, 512, 8192)
+#: N:M ratios whose weights are common: n, m, encoding of halves, of float32.
+RATIOS = ((2, 4, "2:4", "2:4"), (1, 2, "1:2-half", "1:2-float32"))
 #: Without a run-time mask; with one over columns; over rows.
 MASKS = (0, 1, 2)
 
@@ -86,7 +94,35 @@ def requests(
                             layout, products, mask, operand, value, width
                         ):
                             found |= dict.fromkeys(_asked(name, arguments))
+        for operand, value in dtypes:
+            if operand == value:
+                for name, arguments in _weight_calls(operand, masks):
+                    found |= dict.fromkeys(_asked(name, arguments))
     return list(found)
+
+
+def _weight_calls(
+    dtype: torch.dtype, masks: Sequence[int]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments of linear and spmm with N:M weights, and of their derivatives."""
+    for n, m, half, single in RATIOS:
+        encoding = single if dtype == FLOAT else half
+        for size in (512, 4096):
+            layout = nm_layout((size, size), n, m, encoding, (1, 1), None)
+            plan, values = nm.plan_of(layout), _meta(1, layout.slots, dtype=dtype)
+            for tokens in TOKENS:
+                x = _meta(1, tokens, size, dtype=dtype)
+                for transposed in (False, True):
+                    yield "linear", (values, x, None, *plan, transposed)
+                lines = x.mT[:, None]
+                yield "sddmm", (lines, lines, None, False, *plan, 1.0, dtype)
+            for mask in masks:
+                keep = _keep(layout, mask)
+                for width in COMMON:
+                    x = _meta(1, 1, size, width, dtype=dtype)
+                    for name in ("spmm", "spmm_t"):
+                        yield name, (values, x, *keep, *plan, 1.0, dtype)
+                    yield "sddmm", (x, x, *keep, *plan, 1.0, dtype)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -109,12 +145,14 @@ def _products(
     width: int,
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Arguments of sddmm, spmm and its transpose."""
-    q, k = (_meta(1, layout.entries, n, width, dtype=operand) for n in layout.shape)
-    values = _meta(1, layout.slots, dtype=value)
     shared = (*_keep(layout, mask), *plan, 1.0)
-    yield "sddmm", (q, k, *shared, value)
-    for name, x in (("spmm", k), ("spmm_t", q)):
-        yield name, (values, x, *shared, operand)
+    # Of many matrices the fine parts run beside the coarse ones, by kernels of their own.
+    for free in (1, MOST_MATRICES) if len(layout.parts) > 1 else (1,):
+        q, k = (_meta(free, layout.entries, n, width, dtype=operand) for n in layout.shape)
+        values = _meta(free, layout.slots, dtype=value)
+        yield "sddmm", (q, k, *shared, value)
+        for name, x in (("spmm", k), ("spmm_t", q)):
+            yield name, (values, x, *shared, operand)
 
 
 def _rowwise_calls(

@@ -15,6 +15,8 @@ from .plan import PartPlan, Plan, cached, join
 # Kept positions of one work item. Longer rows are cut, so that a row that keeps everything does not
 # hold up the end; partial results of this many positions are one percent of the traffic.
 ITEM = 512
+# Items of at most this many positions share a warp, which waits once for several of them.
+SHORT = 64
 # Threads of a CTA of the row kernels: what one of them clears.
 MOST_CLEARED = 128
 
@@ -40,20 +42,23 @@ def expand_offsets(
     return torch.cat([(local + starts[:-1, None]).flatten(), starts[-1:]])
 
 
-def row_items(offsets: Tensor, most: int = ITEM) -> tuple[Tensor, Tensor, int]:
-    """Rows cut into items of at most ``most`` positions, longest first.
+def row_items(offsets: Tensor, lines: int, most: int = ITEM) -> tuple[Tensor, Tensor, list[int]]:
+    """Rows cut into items of at most ``most`` positions, long ones first.
 
     How a row is cut depends on its length alone: results do not depend on what else is computed.
 
     Args:
-        offsets: int64 (R + 1,), where each row starts.
-        most: positions of an item.
+        offsets: int64 (R + 1,), where each row starts, R a multiple of ``lines``.
+        lines: rows of one entry.
+        most: positions of an item, less than 2**16.
 
     Returns:
-        int32 (NI, 4): row, positions, partial result it writes (−1 = it is all of its row), first
-        position counted from the row's first; every row has an item, empty ones too. int32
-        (NS, 4): row, first partial result, their number, 0 of every row that is cut. The number
-        of partial results.
+        int32 (NI, 4): row; positions, and from bit 16 on the first one divided by 2**32; partial
+        result it writes (−1 = it is all of its row); the first one modulo 2**32. Every row has an
+        item, empty ones too. Items of more than SHORT positions come first, the longest before the
+        others; then the short ones entry by entry, again the longest first. int32 (NS, 4): row,
+        first partial result, their number, 0 of every row that is cut. The number of partial
+        results and of long items.
     """
     counts = offsets.diff()
     cuts = ((counts + most - 1) // most).clamp(min=1)
@@ -68,12 +73,19 @@ def row_items(offsets: Tensor, most: int = ITEM) -> tuple[Tensor, Tensor, int]:
     first = parts.cumsum(0) - parts
     number = begin // step[row].clamp(min=1)
     partial = torch.where(cut[row], first[row] + number, -1)
-    items = torch.stack([row, length, partial, begin], 1).to(torch.int32)
-    # Stable: neighbouring rows of equal length stay neighbours and share caches.
-    items = items[torch.argsort(length, descending=True, stable=True)]
+    start = offsets[row] + begin
+    low = start & 0xFFFFFFFF
+    low = torch.where(low < 2**31, low, low - 2**32)
+    packed = length + (start >> 32 << 16)
+    items = torch.stack([row, packed, partial, low], 1).to(torch.int32)
+    # Stable: neighbouring rows of equal length stay neighbours and share caches; short items of one
+    # entry gather from the same operand, which then stays in L2.
+    long = length > SHORT
+    rank = torch.where(long, -1, row // max(lines, 1)) * (most + 1) + most - length
+    items = items[torch.argsort(rank, stable=True)]
     which = cut.nonzero()[:, 0]
     splits = torch.stack([which, first[which], cuts[which], torch.zeros_like(which)], 1)
-    return items.contiguous(), splits.to(torch.int32), int(parts.sum())
+    return items.contiguous(), splits.to(torch.int32), [int(parts.sum()), int(long.sum())]
 
 
 def gap(layout: RowLayout, shift: int, end: int | None) -> int:
@@ -87,30 +99,26 @@ def part(layout: RowLayout, shift: int = 0, end: int | None = None) -> PartPlan:
 
     Tensors, E entries with NNZE kept positions together; position n has the slot ``shift + n``:
 
-        row_offsets  int64 (E * nq + 1,), where each row of each entry starts
         columns      int32 (NNZE,)
         row_items    int32 (NI, 4), row_splits int32 (NS, 4): see ``row_items``
-        t_offsets    int64 (E * nk + 1,), where each column starts in column-major order
-        t_rows       int32 (NNZE,)
+        t_rows       int32 (NNZE,), in column-major order
         t_order      (NNZE,), the position at each place of it; int32, int64 from 2**31 on
         col_items    int32, col_splits int32
 
-    Scalars: partial results of the rows, and of the columns; slots that kernels clear behind the
-    last position, up to ``end`` (see ``gap``).
+    Scalars: partial results and long items of the rows, and of the columns; slots that kernels
+    clear behind the last position, up to ``end`` (see ``gap``).
     """
     (rows, cols), entry, slots = layout.shape, layout.entry, layout.entry_slots
     narrow = torch.int32 if slots[-1] < INT32_LIMIT else torch.int64
     row_offsets = expand_offsets(layout.row_offsets, rows, entry, slots)
     t_offsets = expand_offsets(layout.t_offsets, cols, entry, slots)
     order = layout.t_order if narrow == torch.int32 else layout.t_order.long()
-    items, splits, partials = row_items(row_offsets)
-    t_items, t_splits, t_partials = row_items(t_offsets)
+    items, splits, numbers = row_items(row_offsets, rows)
+    t_items, t_splits, t_numbers = row_items(t_offsets, cols)
     tensors = [
-        row_offsets,
         over_entries(layout.columns, entry, slots),
         items,
         splits,
-        t_offsets,
         over_entries(layout.t_rows, entry, slots),
         over_entries(order, entry, slots, shift=True).to(narrow),
         t_items,
@@ -119,7 +127,7 @@ def part(layout: RowLayout, shift: int = 0, end: int | None = None) -> PartPlan:
     return PartPlan(
         "crow",
         tensors,
-        [partials, t_partials, gap(layout, shift, end)],
+        [*numbers, *t_numbers, gap(layout, shift, end)],
         [shift + start for start in slots],
     )
 

@@ -30,8 +30,8 @@ def plan_of(layout: NMLayout) -> Plan:
     return join(layout, [PartPlan(kind, [layout.metadata, *tensors], scalars, starts)])
 
 
-def cpu(layout: NMLayout) -> Plan:
-    """The CPU plan of an NMLayout, for every operation."""
+def plan(layout: NMLayout) -> Plan:
+    """The plan of an NMLayout, for every operation, on the CPU and on CUDA alike."""
     validate_once(layout)
     return plan_of(layout)
 

@@ -10,8 +10,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockLayout", "Costs", "LayoutError", "LayoutModule", "MixedLayout", "MixgrainError",
     "NMLayout", "RowLayout", "SparseAttention", "SparseLinear", "SparseTensor", "TileLayout",
-    "attend", "clear_caches", "explain", "huggingface", "interchange", "linear", "load", "merge",
-    "patterns", "save", "sddmm", "softmax", "sparsify", "spmm",
+    "attend", "clear_caches", "explain", "huggingface", "interchange", "linear", "load",
+    "load_model", "merge", "patterns", "save", "sddmm", "softmax", "sparsify", "sparsify_model",
+    "spmm",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from mixgrain.formats.tile import TileLayout
     from mixgrain.primitives.layout_module import LayoutModule
     from mixgrain.primitives.linear import linear
+    from mixgrain.primitives.load_model import load_model
     from mixgrain.primitives.sddmm import sddmm
     from mixgrain.primitives.softmax import softmax
     from mixgrain.primitives.sparse_linear import SparseLinear
+    from mixgrain.primitives.sparse_model import sparsify_model
     from mixgrain.primitives.spmm import spmm
 else:
     from importlib import import_module
@@ -51,7 +54,8 @@ else:
         "linear": "primitives.linear", "sddmm": "primitives.sddmm", "softmax": "primitives.softmax",
         "spmm": "primitives.spmm", "attend": "attention.attend", "explain": "attention.explain",
         "LayoutModule": "primitives.layout_module", "SparseAttention": "attention.modules",
-        "SparseLinear": "primitives.sparse_linear",
+        "SparseLinear": "primitives.sparse_linear", "sparsify_model": "primitives.sparse_model",
+        "load_model": "primitives.load_model",
     }  # fmt: skip
 
     def __getattr__(name):

@@ -17,7 +17,7 @@ st = hypothesis.strategies
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-KINDS = ["tile", "nm", "block", "row", "mixed"]
+KINDS = ["tile", "nm", "block", "row", "panel", "mixed"]
 SHAPES = [(0, 0), (0, 5), (5, 0), (1, 1), (16, 16), (17, 31), (64, 128), (70, 33)]
 LEADS = [(), (1,), (3,), (1, 1), (1, 3), (2, 1), (2, 3), (0,), (2, 0)]
 
@@ -52,7 +52,7 @@ def fit_nm(dense: torch.Tensor, n: int, m: int) -> torch.Tensor:
     [
         (kind, dtype, lead)
         for kind, dtype, lead in itertools.product(KINDS, DTYPES, LEADS)
-        if not lead or (dtype == torch.float32 and kind != "tile")
+        if not lead or (dtype == torch.float32 and kind not in ("tile", "panel"))
     ],
     ids=str,
 )
@@ -97,6 +97,36 @@ def test_coarse_layouts_keep_whole_units(kind, side) -> None:
         i, j = i // side * side, j // side * side
         expected[i : i + side, j : j + side] = True
     assert torch.equal(s.layout.mask()[0, 0], expected)
+
+
+def test_panel_is_the_kept_rows_times_the_kept_columns() -> None:
+    x = torch.zeros(7, 9)
+    x[2, 3], x[5, 8], x[5, 1] = 1.0, -0.0, 2.0
+    s = sparsify(x, "panel")
+    expected = torch.zeros(7, 9, dtype=torch.bool)
+    expected[torch.tensor([2, 5])[:, None], torch.tensor([1, 3, 8])] = True
+    assert torch.equal(s.layout.mask()[0, 0], expected) and s.nnz == 6
+    assert sparsify(torch.zeros(7, 9), "panel").nnz == 0
+    assert int(sparsify(torch.ones(7, 9), "panel").layout.row_list.numel()) == 0  # a range
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+def test_panel_prunes_whole_rows_or_columns_by_norm(axis) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(30, 50)
+    turned = x if axis == "rows" else x.T
+    turned[3], turned[7] = math.nan, 0.0
+    s = sparsify(x, "panel", prune=True, density=0.29, axis=axis)
+    s.layout.validate()
+    norms = turned.double().square().sum(1).nan_to_num(math.inf)
+    count = math.floor(0.29 * len(norms))
+    kept = norms >= norms.sort(descending=True).values[count - 1]
+    mask = s.layout.mask()[0, 0]
+    assert torch.equal(mask if axis == "rows" else mask.T, kept[:, None].expand(turned.shape))
+    assert torch.equal(bits(s.to_dense()), bits(torch.where(mask, x, 0.0)))
+    everything = sparsify(torch.ones(4, 4), "panel", prune=True, density=1, axis=axis)
+    assert everything.nnz == 16
+    assert sparsify(torch.ones(4, 4), "panel", prune=True, density=0, axis=axis).nnz == 0
 
 
 def test_nm_keeps_n_of_every_group_inside_the_shape() -> None:
@@ -275,6 +305,11 @@ def test_errors_say_where_and_what_to_do() -> None:
         (lambda: sparsify(x, "coo"), LayoutError, "choose one of"),
         (lambda: sparsify(x), LayoutError, "choose one of"),
         (lambda: sparsify(x, "tile"), LayoutError, "one 2-D weight"),
+        (lambda: sparsify(x, "panel"), LayoutError, "'panel' holds one 2-D weight"),
+        (lambda: sparsify(x[0], "panel", axis="rows"), LayoutError, "axis='rows' has no effect"),
+        (lambda: sparsify(x[0], "row", axis="rows"), LayoutError, "axis='rows' has no effect"),
+        (lambda: sparsify(x[0], "panel", prune=True, density=0.5), LayoutError, "axis=None; c"),
+        (lambda: sparsify(x[0], "panel", prune=True, density=0.5, axis=0), LayoutError, "axis=0"),
         (lambda: sparsify(x[0, 0], "row"), ShapeError, "nq, nk"),
         (lambda: sparsify(x[None, None], "row"), ShapeError, "0-2 leading"),
         (lambda: sparsify(x, "block", size=17), LayoutError, "size 17"),

@@ -54,6 +54,15 @@ def _valid(make: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+def _net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 8))
+
+
+def _swapped(rule: Any, **options: Any) -> str:
+    return str(mg.sparsify_model(_net(), rule, **options))
+
+
 def calls(folder: Path) -> dict[str, Call]:
     """Name -> (function, keyword arguments), made anew."""
     q, s, w = _q(1, 2), _scores(), _weight()
@@ -83,6 +92,18 @@ def calls(folder: Path) -> dict[str, Call]:
         "sparsify, nm": (mg.sparsify, {
             "dense": _q(columns=N), "kind": "nm", "prune": True, "n": 2, "m": 4}),
         "sparsify, sampled": (mg.sparsify, {"dense": _q(columns=N), "layout": row}),
+        "sparsify, panel": (mg.sparsify, {
+            "dense": torch.ones(N, N), "kind": "panel", "prune": True, "density": 0.5,
+            "axis": "rows"}),
+        "sparsify_model": (_swapped, {
+            "rule": "mixed", "prune": True, "density": 0.5, "size": 16}),
+        "sparsify_model, choice": (lambda choice: _swapped({"0": choice}), {"choice": "row"}),
+        "sparsify_model, model": (
+            lambda model: mg.sparsify_model(model, "row"), {"model": _net()}),
+        "load_model": (lambda source: mg.load_model(_net(), source), {
+            "source": _net().state_dict()}),
+        "load_model, model": (lambda model: mg.load_model(model, _net().state_dict()), {
+            "model": _net()}),
         "save": (mg.save, {"path": folder / "saved", "s": s}),
         "load": (mg.load, {"path": folder / "loaded"}),
         "SparseTensor": (_used, {

@@ -80,7 +80,7 @@ def attempt(name: str, changes: dict[str, str]) -> None:
     try:
         function(**given)
     except OSError as error:
-        assert name in ("load", "save"), f"{name}({changes}): {error!r}"
+        assert name in ("load", "save", "load_model"), f"{name}({changes}): {error!r}"
     except Exception as error:
         # What a function that was given says of its arguments is its own.
         if changes.get("mask_mod") in ("a function", "a class"):

@@ -32,8 +32,13 @@ EVERYWHERE = {
     "sddmm_block", "sddmm_panel", "sddmm_row", "spmm_block", "spmm_panel", "spmm_row",
     "spmm_row_merge", "spmm_merge", "spmm_join",
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
+    "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
 }  # fmt: skip
-HOPPER = {"sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90"}
+# Asked for where there is nothing better.
+ELSEWHERE = {"spmm_nm"}
+HOPPER = {
+    "sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90", "spmm_nm_sm90", "spmm_nm_thin_sm90",
+}  # fmt: skip
 #: Of the floor above, whose own tests compile them.
 FUSED = {"fused_sm90", "fused_mma", "fused_row", "fused_merge", "gather_rows"}
 
@@ -41,8 +46,9 @@ FUSED = {"fused_sm90", "fused_mma", "fused_row", "fused_merge", "gather_rows"}
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_file_is_asked_for(arch):
     names = {wanted.name for wanted in requests(arch)}  # the common ones are of every file
-    assert names == EVERYWHERE | (HOPPER if arch == "90a" else set())
-    assert {path.stem for path in service.KERNELS.glob("*.cu")} == EVERYWHERE | HOPPER | FUSED
+    assert names == EVERYWHERE | (HOPPER if arch == "90a" else ELSEWHERE)
+    known = EVERYWHERE | ELSEWHERE | HOPPER | FUSED
+    assert {path.stem for path in service.KERNELS.glob("*.cu")} == known
 
 
 def everything(arch: str) -> list[service.Request]:

@@ -8,6 +8,7 @@ from cases import BUILDERS, CASES, applies, build
 
 from mixgrain.formats.cache import clear_caches
 from mixgrain.primitives.dispatch import TABLE, plan_for
+from mixgrain.primitives.plans import cuda_row
 from mixgrain.primitives.plans.block import bucket_rows
 from mixgrain.primitives.plans.plan import join, split
 from mixgrain.primitives.plans.row import MOST_WIDTHS, widths
@@ -74,3 +75,30 @@ def test_every_case_reaches_every_cell() -> None:
             assert kinds
             for kind in kinds:
                 assert sum(applies(kind, name) for name in CASES) >= 10
+
+
+@pytest.mark.parametrize("begin", [0, 2**31 - 100, 2**33 + 7])
+def test_row_items_hold_every_position_once(begin: int) -> None:
+    """Where an item starts is packed into two words; short ones stand entry by entry, sorted."""
+    lines, counts = 5, torch.tensor([0, 513, 64, 65, 3, 5000, 1, 0, 2, 700])
+    offsets = begin + torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    items, splits, (partials, long) = cuda_row.row_items(offsets, lines)
+    row, packed, partial, low = items.long().unbind(1)
+    length, first = packed & 0xFFFF, (packed >> 16 << 32) + (low & 0xFFFFFFFF)
+    held = [torch.arange(int(a), int(a + n)) for a, n in zip(first, length, strict=True)]
+    assert torch.equal(torch.cat(held).sort().values, torch.arange(begin, int(offsets[-1])))
+    inside = (first >= offsets[row]) & (first + length <= offsets[row + 1])
+    assert bool(inside.all())
+    assert set(row.tolist()) == set(range(10))
+    assert bool((length[:long] > cuda_row.SHORT).all())
+    assert bool((length[long:] <= cuda_row.SHORT).all())
+    assert bool((length[:long].diff() <= 0).all())
+    key = row[long:] // lines * 100 - length[long:]
+    assert bool((key.diff() >= 0).all())
+    cut = partial >= 0
+    assert sorted(partial[cut].tolist()) == list(range(partials))
+    assert splits[:, 0].tolist() == [1, 5, 9]
+    for line, start, many, _ in splits.tolist():
+        mine = (row == line) & cut
+        assert sorted(partial[mine].tolist()) == list(range(start, start + many))
+        assert torch.equal(partial[mine].argsort(), first[mine].argsort())

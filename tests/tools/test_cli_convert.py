@@ -221,6 +221,102 @@ def test_what_cannot_be_written(
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
+# Rules
+
+
+def test_one_of_two_ways_to_say_what(model: Path, capsys: Streams) -> None:
+    assert run(model) == 2 and "--to" in capsys.readouterr().err
+    assert run(model, "--to", "row", "--rule", "odd*=row") == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+class Net(torch.nn.Module):
+    """Linear layers, one of them tied to an embedding, and a bare matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(32, 64)
+        self.up = torch.nn.Linear(64, 128)
+        self.down = torch.nn.Linear(128, 64, bias=False)
+        self.mix = torch.nn.Parameter(torch.randn(64, 64))
+        self.experts = torch.nn.Parameter(torch.randn(2, 64, 64))
+        self.head = torch.nn.Linear(64, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) @ self.mix @ self.experts[1]
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+RULES = ["--rule", "up=tile,density=0.5", "--rule", "head=dense", "--rule", "*.weight=2:4",
+         "--rule", "mix=panel,density=0.25,axis=columns", "--prune"]  # fmt: skip
+
+
+def test_rules_are_those_of_sparsify_model(tmp_path: Path, capsys: Streams) -> None:
+    net = Net()
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    assert run(tmp_path / "net.safetensors", *RULES) == 0
+    table = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+    for words in (["up.weight", "128×64", "tile", "4,096"], ["down.weight", "64×128", "nm", "2:4"],
+                  ["mix", "64×64", "panel", "columns"]):  # fmt: skip
+        assert words in table
+    out = tmp_path / "net.sparse"
+    assert sorted(path.name for path in (out / "sparse").iterdir()) == [
+        "down.weight.safetensors", "embedding.weight.safetensors", "mix.safetensors",
+        "up.weight.safetensors",
+    ]  # fmt: skip
+    assert load_file(out / "dense.safetensors").keys() == {
+        "experts", "head.bias", "head.weight", "up.bias"
+    }  # fmt: skip
+    loaded, expected = Net(), Net()
+    mg.load_model(loaded, out)
+    for name, choice in {
+        "embedding.weight": {"kind": "nm"},
+        "mix": {"kind": "panel", "density": 0.25, "axis": "columns"},
+    }.items():
+        pruned = mg.sparsify(net.state_dict()[name], prune=True, **choice).to_dense()
+        expected.load_state_dict({name: pruned}, strict=False)
+    mg.sparsify_model(
+        expected,
+        {
+            "up": {"kind": "tile", "density": 0.5, "prune": True},
+            "head": None,
+            "*": {"kind": "2:4", "prune": True},
+        },
+    )
+    for name in ("up", "down"):
+        assert torch.equal(getattr(loaded, name).to_dense(), getattr(expected, name).to_dense())
+    assert type(loaded.head) is torch.nn.Linear
+    tokens = torch.arange(32)
+    assert torch.equal(loaded(tokens), expected(tokens))
+
+
+def test_what_an_embedding_shares_is_loaded_dense(tmp_path: Path) -> None:
+    def tied() -> Net:
+        net = Net()
+        net.head.weight = net.embedding.weight
+        return net
+
+    state = {name: t.clone() for name, t in tied().state_dict().items()}
+    save_file(state, tmp_path / "net.safetensors")
+    assert run(tmp_path / "net.safetensors", "--to", "nm", "--prune") == 0
+    loaded = tied()
+    mg.load_model(loaded, tmp_path / "net.nm")
+    assert loaded.head.weight is loaded.embedding.weight
+    pruned = mg.sparsify(state["head.weight"], "nm", prune=True).to_dense()
+    assert torch.equal(loaded.head.weight, pruned)
+    assert isinstance(loaded.up, mg.SparseLinear)
+
+
+def test_a_stack_is_converted_where_it_is_named(tmp_path: Path, capsys: Streams) -> None:
+    save_file(Net().state_dict(), tmp_path / "net.safetensors")
+    assert run(tmp_path / "net.safetensors", "--rule", "experts=2:4,prune") == 0
+    assert "2×64×64" in capsys.readouterr().out
+    loaded = Net()
+    mg.load_model(loaded, tmp_path / "net.sparse")  # a parameter, so it is dense there
+    assert (loaded.experts == 0).float().mean() == 0.5
+
+
 # Mistakes
 
 MISTAKES = {
@@ -234,6 +330,21 @@ MISTAKES = {
     "--to tile --tensors experts": "experts: .*2-D",
     "--to row --out no/such/folder": "no folder",
     "--to dense": "format",
+    "--to panel --prune --density 0.5": "axis=None",
+    "--rule layers": "expected GLOB=KIND",
+    "--rule =row": "expected GLOB=KIND",
+    "--rule odd*=diagonal": "'diagonal' given; expected a kind",
+    "--rule odd*=row,sparsity=0.5": "option 'sparsity=0.5'; expected prune, density=VALUE",
+    "--rule odd*=row,prune=1": "option 'prune=1'; expected prune",
+    "--rule odd*=nm,n=two": "n is 'two'",
+    "--rule odd*=row,density": "option 'density'; expected prune",
+    "--rule odd*=row --rule odd*=tile": "has a rule already",
+    "--rule odd*=dense,size=16": "takes no options",
+    "--rule odd*=dense": "nothing to convert",
+    "--rule odd*=2:4": "not \\+0.*--prune",
+    "--rule none*=row": "no tensor is called 'none\\*'",
+    "--rule odd*=row --size 16": "--size beside --rule",
+    "--rule odd*=row --tensors odd*": "--tensors beside --rule",
 }
 
 
@@ -324,9 +435,6 @@ def test_missing_and_unreadable(tmp_path: Path, capsys: Streams) -> None:
 # warm
 
 
-def test_warm_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:
+def test_warm_names_what_is_missing(capsys: Streams) -> None:
     assert cli.main(["warm", "--arch", "sm_77"]) == 2
     assert "sm_90a" in capsys.readouterr().err
-    monkeypatch.setattr("mixgrain.tools.warm.find_spec", lambda name: None)
-    assert cli.main(["warm", "--arch", "sm_90a"]) == 2
-    assert "no list of its kernels" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 # q, k, v, each (B, H, N, head_dim), positions already rotated in  ->  (B, H, N, head_dim)
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 # x (..., in), the weight's name in the state dict, the weight (out, in)  ->  (..., out)
-Linear: TypeAlias = Callable[[Tensor, str, Tensor], Tensor]
+Linear: TypeAlias = Callable[[Tensor, str, Any], Tensor]
 
 BYTES = 256
 # The short context that the full one is compared with: windows of this many bytes, of each of which
@@ -63,9 +63,9 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def dense(x: Tensor, name: str, weight: Tensor) -> Tensor:
-    """The plain matrix product x @ weight.T; `name` is not used."""
-    return F.linear(x, weight)
+def dense(x: Tensor, name: str, weight: Tensor | nn.Module) -> Tensor:
+    """The plain matrix product x @ weight.T, or what a layer makes of x; `name` is not used."""
+    return weight(x) if isinstance(weight, nn.Module) else F.linear(x, weight)
 
 
 def norm(x: Tensor, gain: Tensor) -> Tensor:

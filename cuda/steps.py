@@ -1,0 +1,96 @@
+"""What a recorded call consists of: launches and torch's work, with places for addresses.
+
+recording.py notes such steps, prepared.py fills in the addresses and runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .launch import Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A place in a tensor that is only known when a call runs.
+
+    Attributes:
+        slot: which tensor.
+        offset: bytes from its first element.
+        residue: address of the first element modulo 16; the signature of the call fixes it.
+    """
+
+    slot: int
+    offset: int
+    residue: int
+
+    def __add__(self, more: int) -> Address:
+        return Address(self.slot, self.offset + more, self.residue)
+
+    def __mod__(self, unit: int) -> int:
+        assert 16 % unit == 0
+        return (self.residue + self.offset) % unit
+
+
+class Map(NamedTuple):
+    """A TMA descriptor to be encoded when the address is known; see `tma.descriptor`."""
+
+    address: Address
+    dtype: torch.dtype
+    dims: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzle: int
+
+
+class Launch(NamedTuple):
+    """One kernel launch.
+
+    Attributes:
+        kernel: what to launch.
+        grid: CTAs in x, y, z.
+        threads: of a CTA.
+        arguments: ints, numpy scalars, addresses and maps.
+        shared: dynamic shared memory, bytes.
+        side: on the side stream.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    threads: int
+    arguments: tuple[Any, ...]
+    shared: int
+    side: bool
+
+
+class View(NamedTuple):
+    """Part of a slot: offset in elements from its first element, shape and strides."""
+
+    slot: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def of(self, held: list[Tensor]) -> Tensor:
+        """The view, of real tensors."""
+        base = held[self.slot]
+        return base.as_strided(self.shape, self.strides, base.storage_offset() + self.offset)
+
+
+class Work(NamedTuple):
+    """A step that torch does: its result, if it has a slot, is a new tensor."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    slot: int | None
+
+
+FORK, JOIN = "fork", "join"
+Step = Launch | Work | str
