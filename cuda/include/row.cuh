@@ -1,9 +1,5 @@
 #pragma once
-// What the row kernels share: work items, and 16-byte pieces of gathered rows spread over lanes.
-//
-// An item is a run of kept positions of one row. The 32 lanes of a warp form 32 / kLanes groups; a
-// group reads one gathered row at a time, lane l of it the pieces l, l + kLanes, … of 16 bytes, so
-// that neighbouring lanes read neighbouring addresses. Two ways to share the items:
+// Work items of the row kernels: runs of kept positions of one row each. Two ways to share them:
 //
 //   OWN 0   a warp works on one item, its groups on every kGroups-th key of it; a CTA takes one item
 //           a warp and ends
@@ -14,28 +10,13 @@
 //
 // Which lane adds what depends on the item's length and the position inside it alone, never on
 // addresses, batch or heads.
-#include "packed.cuh"
-#include "reduce.cuh"
+#include "gathered.cuh"
 
-constexpr int kLanes = MG_LANES;           // lanes that share one gathered row
-constexpr int kVectors = MG_VECTORS;       // 16-byte pieces of it per lane
-constexpr bool kExact = MG_EXACT;          // pieces fill lanes and vectors: nothing overhangs
 constexpr bool kOwn = MG_OWN;              // every group has an item of its own
 constexpr bool kBeside = MG_BESIDE;        // runs beside other kernels: fewer registers
-constexpr int kGroups = 32 / kLanes;       // rows gathered at once
 constexpr int kAlong = kOwn ? 1 : kGroups; // groups along one item
 constexpr int kItems = kGroups / kAlong;   // items of a warp at a time
-constexpr int kSteps = 8;                  // rows a group gathers per round
 constexpr int kRound = kSteps * kAlong;    // keys of an item per round
-constexpr int kTurn = kLanes < kSteps ? kLanes : kSteps;  // lanes of a group that look up indices
-constexpr int kRegisters = kSteps / kTurn;  // keys whose index one of them looks up per round
-// Rows in flight per group: about eight loads per lane cover the latency of L2.
-constexpr int kBatch = kVectors == 1 ? 8 : kVectors == 2 ? 4 : 2;
-constexpr int kElements = 16 / int(sizeof(operand_t));
-using Piece = Pack<operand_t, kElements>;
-constexpr int kWarps = 4;
-static_assert(32 % kLanes == 0 && kLanes <= 32, "LANES must be a power of two of at most 32");
-static_assert(kSteps % kBatch == 0, "a round must be whole batches");
 
 // One work item; the plan stores row, count + high half of first << 16, partial, low half of first.
 struct RowItem {
@@ -91,13 +72,4 @@ __device__ __forceinline__ int shortest(const RowItem &item) {
 // m · kTurn + lane % kTurn of its group. Lanes kTurn … kLanes − 1 of a group repeat the first ones.
 __device__ __forceinline__ int own_key(int lane, int m) {
     return (m * kTurn + lane % kTurn) * kAlong + (kOwn ? 0 : lane / kLanes);
-}
-// What the lane that looked up step s of this group holds for it in register s / kTurn.
-template <typename T> __device__ __forceinline__ T of_step(const T (&held)[kRegisters], int s) {
-    return __shfl_sync(kAllLanes, held[s / kTurn], s % kTurn, kLanes);
-}
-
-// Piece at base + index · stride bytes: one multiply-add of 32 × 32 + 64 bits.
-__device__ __forceinline__ const char *row_address(const char *base, int index, u32 stride) {
-    return base + u64(u32(index)) * stride;
 }

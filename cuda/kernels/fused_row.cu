@@ -9,7 +9,7 @@
 //             items int4, longest first; offsets int64; columns int32             attention/cuda/rows.py
 //             keep (B, nk) bool, or null
 //   grid      (CTAs, B · H)    each of its warps takes every so many items of a matrix
-//   block     128 threads: a warp gathers rows of K, 32 / LANES at a time, and those of V; row.cuh has
+//   block     128 threads: a warp gathers rows of K, 32 / LANES at a time, and those of V; gathered.cuh has
 //             the map. Every lane of a group ends up with the scores of the keys it looked up.
 //             SHORT: each group of LANES lanes has an item of its own.
 //   smem      none
@@ -17,7 +17,7 @@
 //   floor     a row of K and one of V for every kept key, from L2
 //
 // While an item is computed, the next one's indices are under way, and the record of the one after it.
-#include "row.cuh"
+#include "gathered.cuh"
 
 constexpr bool kSink = MG_SINK, kKeep = MG_KEEP, kShort = MG_SHORT;
 constexpr bool kEarly = MG_EARLY;  // rows of V are under way while scores are computed
