@@ -30,7 +30,7 @@ static_assert(!kAdd || kOut == 2, "ADD accumulates into float32");
 // CTAs of a multiprocessor that registers leave room for; beside others, twice as many as there are.
 constexpr bool kSmall = kVectors == 1 && kRegisters == 1;
 // Before sm_90 ptxas would spill in as few registers.
-constexpr int kCtas = kBeside && kSmall && __CUDA_ARCH__ >= 900 ? 8 : kOwn && kSmall ? 6 : kExact || kOwn ? 5 : 4;
+constexpr int kCtas = kBeside && kSmall ? (__CUDA_ARCH__ >= 900 ? 8 : 5) : kOwn && kSmall ? 6 : kExact || kOwn ? 5 : 4;
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtas)
     spmm_row(out_t *__restrict__ out, i64 out_free, i64 out_entry, i64 out_row,            //
