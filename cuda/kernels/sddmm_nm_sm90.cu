@@ -7,7 +7,7 @@
 //             keys 16u + 4t … 16u + 4t + 3 of 64 in tiles u and u + 4
 //   values    WITHIN 0: (F · E, rows, columns / 2) by a 3-D map; 1: (F · reps, blocks · 64, 32)
 //   metadata  int16 in the order of nm.cuh, of whole matrices (E) or of blocks (reps · blocks); written
-//             by a map: (planes of 32 columns, 2 · rows words) or (blocks, 256 words)
+//             by a map of 32-bit words: (E, planes of 32 columns, rows) or (reps, blocks, 128)
 //   items, chunks, masks      WITHIN 1: as in sddmm_block_sm90, of `own` entries; reps repeat them
 //   keep      bool (F, E, nk rounded up to 128), KEEP 1
 //
@@ -241,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
                 }
             } else {
                 tma_store(values_map, mine, 32 * n, row0, matrix);
-                if constexpr (!kGiven) tma_store(meta_map, meta, 2 * row0, 2 * n, rep);
+                if constexpr (!kGiven) tma_store(meta_map, meta, row0, 2 * n, rep);
             }
             tma_store_commit();
         }

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, panel, row
+from . import block, nm_scores, panel, row
 from .parts import aligned, at_once, check_dtypes, gaps
 
-_KINDS = {"cblock": block.sddmm, "cpanel": panel.sddmm, "crow": row.sddmm_row}
+_KINDS = {
+    "cblock": block.sddmm,
+    "cpanel": panel.sddmm,
+    "crow": row.sddmm_row,
+    "nm": nm_scores.sddmm,
+    "nm_t": nm_scores.sddmm,
+}
 
 
 def sddmm(

@@ -14,10 +14,16 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, panel, row
+from . import block, nm_within, panel, row
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine
 
-_KINDS = {"cblock": block.spmm, "cpanel": panel.spmm, "crow": row.spmm_row}
+_KINDS = {
+    "cblock": block.spmm,
+    "cpanel": panel.spmm,
+    "crow": row.spmm_row,
+    "nm": nm_within.spmm,
+    "nm_t": nm_within.spmm,
+}
 
 
 def spmm(

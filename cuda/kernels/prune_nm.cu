@@ -1,4 +1,4 @@
-// sddmm_nm: scale · Q Kᵀ, of every four neighbouring keys two values and where they are from. GIVEN 0
+// prune_nm: scale · Q Kᵀ, of every four neighbouring keys two values and where they are from. GIVEN 0
 // keeps the largest and writes the metadata, 1 reads the metadata. Any dtype, any architecture.
 //
 //   q (F, E, nq, D), k (F, E, nk, D), any strides but the last; keep bool (F, E, nk) or (F, E, nq)
@@ -129,7 +129,7 @@ struct StoreKept {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
-    sddmm_nm(out_t *__restrict__ out, u16 *metadata,                                          //
+    prune_nm(out_t *__restrict__ out, u16 *metadata,                                          //
              const operand_t *__restrict__ q, i64 q_free, i64 q_entry, i64 q_row,             //
              const operand_t *__restrict__ k, i64 k_free, i64 k_entry, i64 k_row,             //
              const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry, i64 keep_at,         //
