@@ -30,6 +30,7 @@ class Work:
         tolerance: largest relative error accepted.
         shape: sizes and dtype, in words.
         plans: engine to a function that measures its planning, milliseconds.
+        oracles: what a peer should return that computes something else.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Work:
     tolerance: float = 5e-3
     shape: str = ""
     plans: dict[str, Callable[[], float]] = field(default_factory=dict)
+    oracles: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from mixgrain.primitives.softmax import softmax_backward
 
 from . import launching
 from .measure import once_ms
+from .pruned import PRUNED
 from .work import COPY_BYTES, L2_BYTES, TENSOR_FLOPS, TOLERANCE, Work, dots, random
 
 
@@ -219,6 +220,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "composed-longformer": composed_longformer,
     "composed-streams": launching.composed_streams,
     "launch": launching.launch,
+    **PRUNED,
 }
 
 
