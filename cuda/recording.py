@@ -332,6 +332,16 @@ class Operand:
         triples = zip(self.shape, sizes, self._strides, strict=True)
         return self._part(0, sizes, tuple(0 if n != want else s for n, want, s in triples))
 
+    def as_strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Operand:
+        """Another view from the first element on."""
+        return self._part(0, shape, strides)
+
+    def transpose(self, a: int, b: int) -> Operand:
+        """Two dimensions exchanged."""
+        sizes, steps = list(self.shape), list(self._strides)
+        sizes[a], sizes[b], steps[a], steps[b] = sizes[b], sizes[a], steps[b], steps[a]
+        return self._part(0, tuple(sizes), tuple(steps))
+
     def __getitem__(self, index: Any) -> Operand:
         given = index if isinstance(index, tuple) else (index,)
         if Ellipsis in given:

@@ -7,9 +7,10 @@ import math
 from torch import Tensor
 
 from mixgrain.formats.errors import ShapeError
+from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops
+from . import ops, ops_linear
 from .checks import accumulation, autocast, check_floats, check_same_dtype, check_sparse
 from .dispatch import plan_for
 from .fold import fold_mask
@@ -57,6 +58,9 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
     plan = plan_for("linear", layout, values, x, bias, w.keep)
     tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
+    if isinstance(layout, NMLayout) and w.keep is None:
+        made = ops_linear.linear(values[None], tokens[None], bias, plan, False)
+        return made.reshape(*x.shape[:-1], n_out)
     # A bias joins the sums before they are rounded.
     dtype = x.dtype if bias is None else accumulation(x.dtype)
     out = ops.spmm(

@@ -29,6 +29,7 @@ SCHEMAS = {
     "spmm": f"(Tensor values, Tensor x, {_MASK}, {_PLAN}, float scale, ScalarType dtype) -> Tensor",
     "spmm_t": f"(Tensor values, Tensor x, {_MASK}, {_PLAN}, float scale, ScalarType dtype)"
     " -> Tensor",
+    "linear": f"(Tensor values, Tensor x, Tensor? bias, {_PLAN}, bool transposed) -> Tensor",
     "softmax": f"(Tensor values, {_MASK}, {_PLAN}, ScalarType dtype, bool want_lse)"
     " -> (Tensor, Tensor)",
     "softmax_backward": f"(Tensor p, Tensor grad, Tensor? grad_lse, {_MASK}, {_PLAN},"
@@ -68,6 +69,11 @@ def _(values, x, keep, keep_rows, tensors, dims, name, scale, dtype):  # type: i
     return x.new_empty(*x.shape[:2], dims[2], x.shape[3], dtype=dtype)
 
 
+@torch.library.register_fake("mixgrain::linear", lib=LIB)
+def _(values, x, bias, tensors, dims, name, transposed):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:2], dims[2 if transposed else 1])
+
+
 @torch.library.register_fake("mixgrain::softmax", lib=LIB)
 def _(values, keep, keep_rows, tensors, dims, name, dtype, want_lse):  # type: ignore[no-untyped-def]
     wide = accumulation(values.dtype, dtype)
@@ -99,6 +105,7 @@ def _(q, k, keep, tensors, dims, name, scale, dtype):  # type: ignore[no-untyped
 LIB.impl("sddmm", cpu_sddmm.sddmm, "CPU")
 LIB.impl("spmm", cpu_spmm.spmm, "CPU")
 LIB.impl("spmm_t", cpu_spmm.spmm_t, "CPU")
+LIB.impl("linear", cpu_spmm.linear, "CPU")
 LIB.impl("softmax", cpu_softmax.softmax, "CPU")
 LIB.impl("softmax_backward", cpu_softmax.softmax_backward, "CPU")
 LIB.impl("prune", cpu_prune.prune, "CPU")

@@ -71,6 +71,9 @@ template <> __device__ __forceinline__ u32 pack2<__nv_bfloat16>(float low, float
     return *reinterpret_cast<u32 *>(&both);
 }
 
+// Floats are not packed; here so that code for both compiles.
+template <> __device__ __forceinline__ u32 pack2<float>(float, float) { return 0; }
+
 // Two neighbours to memory; aligned to the pair.
 __device__ __forceinline__ void store_pair(float *to, float low, float high) {
     *reinterpret_cast<float2 *>(to) = make_float2(low, high);

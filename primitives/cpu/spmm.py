@@ -48,6 +48,23 @@ def spmm_t(
     return _product(values, x, keep, keep_rows, plan, scale, dtype, transposed=True)
 
 
+def linear(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    transposed: bool,
+) -> Tensor:
+    """Product x Sᵀ + bias, or x S when transposed: (F, slots), (F, T, inner) -> (F, T, outer)."""
+    # A bias joins the sums before they are rounded.
+    dtype = x.dtype if bias is None else accumulation(x.dtype)
+    plan = Plan(tensors, dims, name)
+    out = _product(values, x.mT[:, None], None, False, plan, 1.0, dtype, transposed)[:, 0].mT
+    return out.contiguous() if bias is None else (out + bias.to(dtype)).to(x.dtype).contiguous()
+
+
 def _product(
     values: Tensor,
     x: Tensor,

@@ -27,6 +27,7 @@ MODULES = {
     "prune": "nm_scores",
     "spmm": "spmm",
     "spmm_t": "spmm",
+    "linear": "spmm",
     "softmax": "softmax",
     "softmax_backward": "softmax",
     "row_sum": "softmax",

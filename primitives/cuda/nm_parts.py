@@ -43,6 +43,11 @@ class Grid(NamedTuple):
     most: int
 
 
+def within(part: PartPlan) -> bool:
+    """Whether a static pattern limits the choice."""
+    return bool(part.scalars[3])
+
+
 def grid_of(op: str, part: PartPlan) -> Grid:
     """Read a part of kind "nm" or "nm_t".
 

@@ -14,10 +14,11 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
 
-from ..plans.nm import metadata_of
+from ..plans.nm import ENCODINGS, metadata_of
 from ..plans.plan import PartPlan, Plan, split
 from .block_sm90 import laid_out, operand_map, runs_here
-from .nm_parts import Grid, grid_of, metadata_given, stored
+from .nm_parts import CODES as NM_CODES
+from .nm_parts import Grid, grid_of, metadata_given, stored, within
 from .parts import (
     CODES,
     THREADS,
@@ -63,6 +64,12 @@ def prune(
         q, k = aligned(q), aligned(k)
         scores(values, metadata, q, k, keep, False, part, scale, given=False)
     return values, metadata
+
+
+def takes(part: PartPlan, q: Tensor, k: Tensor) -> bool:
+    """Whether sampled scores are computed here; others in ``nm.py``, which takes any n:m."""
+    rows = q.stride(3) == 1 and k.stride(3) == 1
+    return within(part) or (rows and ENCODINGS[part.scalars[2]] in NM_CODES)
 
 
 def sddmm(
@@ -206,10 +213,10 @@ def _wgmma(
     if nk % 2:  # keys are loaded by twos
         k = torch.nn.functional.pad(k, (0, 0, 0, 1))
     keep = None if keep is None else kept(keep)
-    within, panels = grid.size > 0, -(-q.shape[3] // 64)
+    inside, panels = grid.size > 0, -(-q.shape[3] // 64)
     units, each = CUTS[panels][0], values.element_size()
     matrices = q.shape[0] * grid.reps
-    if within:
+    if inside:
         line, (rows, columns) = 32, (grid.blocks * 64, 64)
         meta_dims, meta_box = (128, grid.blocks, grid.reps), (128, 1, 1)
         chunks = grid.tables[10]
@@ -240,20 +247,20 @@ def _wgmma(
         line * each,
     )
     first = not 0 < scale < math.inf
-    wanted = sm90_request(q.dtype, grid.code, within, given, keep is not None, first, panels)
+    wanted = sm90_request(q.dtype, grid.code, inside, given, keep is not None, first, panels)
     kernel(wanted, q.device.index)(
         (matrices * pieces,),
-        128 * groups_of(within) + 32,
+        128 * groups_of(inside) + 32,
         (
-            operand_map(q, 64 * groups_of(within)),
+            operand_map(q, 64 * groups_of(inside)),
             *_key_maps(k),
             values_map,
             meta_map,
             metadata.data_ptr(),
             *mask(keep)[:3],
-            grid.tables[0].data_ptr() if within else 0,
-            grid.tables[10].data_ptr() if within else 0,
-            grid.tables[6].data_ptr() if within else 0,
+            grid.tables[0].data_ptr() if inside else 0,
+            grid.tables[10].data_ptr() if inside else 0,
+            grid.tables[6].data_ptr() if inside else 0,
             np.int32(pieces),
             np.int32(grid.reps),
             np.int32(grid.own),
@@ -263,7 +270,7 @@ def _wgmma(
             np.int32(nk),
             np.float32(scale),
         ),
-        sm90_shared(within, panels),
+        sm90_shared(inside, panels),
     )
 
 

@@ -127,14 +127,18 @@ def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
     return found
 
 
-def runs(keep: Tensor | None, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """The mask and the tensors, (F, …) each, in runs that fit a grid; mostly one."""
+def runs(keep: Tensor | None, *tensors: Tensor, entries: int = 1) -> Iterator[tuple[Any, ...]]:
+    """The mask and the tensors, (F, …) each, in runs that fit a grid; mostly one.
+
+    A grid counts ``entries`` matrices for each free index.
+    """
     free = tensors[0].shape[0]
-    if free <= MOST_MATRICES:
+    most = max(1, MOST_MATRICES // entries)
+    if free <= most:
         yield (keep, *tensors)
         return
-    for start in range(0, free, MOST_MATRICES):
-        some = slice(start, start + MOST_MATRICES)
+    for start in range(0, free, most):
+        some = slice(start, start + most)
         yield (None if keep is None else keep[some], *(t[some] for t in tensors))
 
 

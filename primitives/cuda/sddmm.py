@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm_scores, panel, row
+from . import block, nm, nm_scores, panel, row
 from .parts import aligned, at_once, check_dtypes, gaps
 
 _KINDS = {
@@ -31,7 +31,7 @@ def sddmm(
 ) -> Tensor:
     """Scale · q kᵀ at every slot: (F, E, nq, D), (F, E, nk, D) -> (F, slots)."""
     check_dtypes("sddmm", q.dtype, k.dtype, dtype)
-    slots, _, _, parts = split(Plan(tensors, dims, name))
+    slots, shape, _, parts = split(Plan(tensors, dims, name))
     values = q.new_empty(q.shape[0], slots, dtype=dtype)
     if not values.numel():
         return values
@@ -40,6 +40,8 @@ def sddmm(
     if q.dtype != k.dtype:
         wide = torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(wide), k.to(wide)
+    if parts[0].kind in nm.KINDS and not nm_scores.takes(parts[0], q, k):
+        return nm.sddmm(q, k, keep, keep_rows, parts[0], shape, slots, scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()
     q, k = aligned(q), aligned(k)

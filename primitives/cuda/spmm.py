@@ -14,7 +14,8 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm_within, panel, row
+from . import block, nm, nm_within, panel, row
+from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine
 
 _KINDS = {
@@ -58,6 +59,26 @@ def spmm_t(
     return _product("spmm_t", values, x, keep, keep_rows, plan, scale, dtype, transposed=True)
 
 
+def linear(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    transposed: bool,
+) -> Tensor:
+    """Product x Sᵀ + bias, or x S when transposed: (F, slots), (F, T, inner) -> (F, T, outer)."""
+    check_dtypes("linear", values.dtype, x.dtype)
+    _, shape, _, (part,) = split(Plan(tensors, dims, name))
+    free, tokens, inner = x.shape
+    outer = shape[1 if transposed else 0]
+    if 0 in (free, tokens, outer, inner):
+        out = x.new_zeros(free, tokens, outer)
+        return out if bias is None else torch.add(out, bias)
+    return nm.linear(values, x, bias, part, shape, transposed)
+
+
 def _product(
     op: str,
     values: Tensor,
@@ -74,8 +95,11 @@ def _product(
     width = x.shape[3]
     lines = shape[1 if transposed else 0]
     size = (x.shape[0], len(entry), lines, width)
-    if not parts or 0 in size:
+    if not parts or 0 in (*size, x.shape[2]):
         return x.new_zeros(size, dtype=dtype)
+    if parts[0].kind in nm.KINDS and not within(parts[0]):
+        part = parts[0]
+        return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     x, values = aligned(x), aligned_values(values)
     size = (*size[:3], x.shape[3])
     if len(parts) == 1:

@@ -80,8 +80,8 @@ def _blocks(within: BlockLayout, lead: tuple[int, int], used: tuple[int, ...]) -
     return cached(within, make, f"nm {heads}")
 
 
-def cpu(layout: NMLayout) -> Plan:
-    """The CPU plan of an NMLayout, for every operation."""
+def plan(layout: NMLayout) -> Plan:
+    """The plan of an NMLayout, for every operation on the device it is on."""
     validate_once(layout)
     return plan_of(layout)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mixgrain.attention.ops as fused
+import mixgrain.primitives.ops_linear  # noqa: F401  # registers its derivative
 from mixgrain.attention.plan import plan, plan_nm
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparsify import sparsify
@@ -55,13 +56,25 @@ def arguments(op: str, kind: str) -> tuple:
 
 
 KINDS = ("row", "block", "mixed", "nm", "nm within")
-CASES = [(op, kind) for op in SCHEMAS if op != "prune" for kind in KINDS]
+CASES = [(op, kind) for op in SCHEMAS if op not in ("prune", "linear") for kind in KINDS]
 CASES += [(op, "tile") for op in ("spmm", "spmm_t", "sddmm")]  # a weight and its gradients
 
 
 @pytest.mark.parametrize("op, kind", CASES)
 def test_opcheck(op: str, kind: str) -> None:
     torch.library.opcheck(getattr(torch.ops.mixgrain, op).default, arguments(op, kind))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck_of_linear(biased: bool, transposed: bool) -> None:
+    w = sparsify(torch.randn(24, 32), "nm", prune=True)
+    inner, outer = (24, 32) if transposed else (32, 24)
+    x = torch.randn(2, 5, inner, requires_grad=True)
+    bias = torch.randn(outer, requires_grad=True) if biased else None
+    values = w.values.expand(2, -1).clone().requires_grad_()
+    arguments = (values, x, bias, *plan_for("linear", w.layout), transposed)
+    torch.library.opcheck(torch.ops.mixgrain.linear.default, arguments)
 
 
 @pytest.mark.parametrize("within", [False, True])
