@@ -322,10 +322,6 @@ class Operand:
         assert self.is_contiguous()
         return self._part(0, sizes, strides_of(sizes))
 
-    def as_strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Operand:
-        """Another view from the first element on."""
-        return self._part(0, tuple(shape), tuple(strides))
-
     def expand(self, *shape: int) -> Operand:
         """Stride 0 where a dimension of one becomes more."""
         sizes = tuple(n if want == -1 else want for n, want in zip(self.shape, shape, strict=True))

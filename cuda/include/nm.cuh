@@ -56,15 +56,15 @@ __device__ __forceinline__ float one_of4(const float (&x)[4], int i) {
     return i & 2 ? high : low;
 }
 
-// The same for scores that are all live and none of them NaN, on few instructions: values land in
-// `kept`, scaled; the nibble is added to `codes`, a float of 2^23 + 8 · unit for every group to come,
+// The same for scores that are all live and none of them NaN (else one of `kept` is, and the choice is
+// not to be used), on few instructions: values land in `kept`, scaled; the nibble is added to `codes`, a float of 2^23 + 8 · unit for every group to come,
 // whose low bits are then the codes. Selections ride on multiplications and additions of that pipe,
 // which has twice the rate of the one that compares. `scale` > 0 unless the scores are scaled already.
 __device__ __forceinline__ void choose4_plain(float a, float b, float c, float d, float scale,
                                               float (&kept)[2], float &codes, float unit) {
     if constexpr (kNm == 0) {
         asm("{\n.reg .pred left, one, p, q;\n.reg .f32 h1, l1, h2, l2;\n"
-            "max.f32 h1, %3, %4;\nmin.f32 l1, %3, %4;\nmax.f32 h2, %5, %6;\nmin.f32 l2, %5, %6;\n"
+            "max.NaN.f32 h1, %3, %4;\nmin.f32 l1, %3, %4;\nmax.NaN.f32 h2, %5, %6;\nmin.f32 l2, %5, %6;\n"
             "setp.ge.f32 left, l1, h2;\n"
             "setp.gt.or.f32 one, l2, h1, left;\n"
             "setp.gt.and.f32 p, %4, %3, !one;\n"
@@ -79,13 +79,25 @@ __device__ __forceinline__ void choose4_plain(float a, float b, float c, float d
               "f"(-10 * unit));
     } else {
         asm("{\n.reg .pred p, q;\n.reg .f32 h1, h2;\n"
-            "max.f32 h1, %3, %4;\nmax.f32 h2, %5, %6;\n"
+            "max.NaN.f32 h1, %3, %4;\nmax.NaN.f32 h2, %5, %6;\n"
             "setp.gt.f32 p, %4, %3;\nsetp.gt.f32 q, %6, %5;\n"
             "mul.f32 %0, h1, %7;\nmul.f32 %1, h2, %7;\n"
             "@p add.f32 %2, %2, %8;\n@q add.f32 %2, %2, %9;\n}"
             : "=&f"(kept[0]), "=&f"(kept[1]), "+f"(codes)
             : "f"(a), "f"(b), "f"(c), "f"(d), "f"(scale), "f"(unit), "f"(4 * unit));
     }
+}
+
+// The two values that a nibble keeps, scaled; higher bits of `code` do not matter.
+__device__ __forceinline__ void take4(float a, float b, float c, float d, float scale, u32 code,
+                                      float (&kept)[2]) {
+    const bool one = code & 1, two = code & 2, four = code & 4, eight = code & 8;
+    float x = a * scale, y = b * scale;
+    if (one) x = b * scale;
+    if (two) x = c * scale;
+    if (eight) y = c * scale;
+    if (eight && four) y = d * scale;
+    kept[0] = x, kept[1] = y;
 }
 
 // Transposes the 4 × 4 nibbles of a quad in both halves of a word: nibble i of lane t becomes nibble t

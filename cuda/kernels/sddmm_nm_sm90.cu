@@ -49,10 +49,13 @@ __device__ __forceinline__ u64 bits_of(const u8 *bools) {
     return bits;
 }
 
-// Chunk of 16 bytes of a row of results, in the swizzle that the map expects.
-__device__ __forceinline__ u32 result_at(u32 to, int unit, int row, int chunk) {
-    if constexpr (kWide) return swizzled(to, row, 4 * unit + chunk);
-    return to + unit * 4096 + row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
+// Where a lane's 16-byte chunk (0 … 1 of the first of two stores) of a row of results lies, in the swizzle
+// that the map expects; later chunks and units flip bits of it, as `result_at` says.
+__device__ __forceinline__ u32 lane_chunk(int row, int chunk) {
+    return kWide ? row * 128 + ((chunk ^ (row & 7)) << 4) : row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
+}
+__device__ __forceinline__ u32 result_at(u32 chunk, int unit, int half) {
+    return kWide ? chunk ^ (64 * unit + 32 * half) : (chunk ^ 32 * half) + 4096 * unit;
 }
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
@@ -68,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
     const u32 q_at = base, k_at = base + kBytesQ, out_at = k_at + kStages * kBytesK;
     __shared__ alignas(8) u64 barriers[2 * kStages + 1];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages, q_full = empty + 8 * kStages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
     const int matrix = blockIdx.x / pieces, piece = blockIdx.x % pieces;
     const int f = matrix / reps, rep = matrix % reps;
@@ -124,63 +127,61 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
     const u8 *const kept = keep + f * keep_free + entry * keep_entry;
     // This lane's word of metadata in a unit: rows g and g + 8 of the warp, 16 columns.
     const int word = t / 2 * 64 + row16 / 32 * 32 + g * 4 + row16 / 16 % 2 * 2 + t % 2;
+    const u32 spot = lane_chunk(row16 + lane / 8 % 2 * 8 + lane % 8, lane / 16);
+    const bool stores = threadIdx.x % 128 == group % 4 * 32;  // the copies of a warpgroup
+    const u64 left = wgmma_descriptor(q_at + group * kPanel, 1), right = wgmma_descriptor(k_at, 1);
+    u32 mine = out_at + group * 2 * kResult;
+    const u32 both = 2 * mine + kResult;
+    const u32 *from = metadata;  // GIVEN: this lane's word of the first unit
+    if constexpr (kGiven && kWithin) from += (i64(rep) * blocks + first) * 128 + word;
+    if constexpr (kGiven && !kWithin)
+        from += (i64(rep) * units + first) * 2 * rows + i64(t / 2) * rows + row0 + word % 64;
+    const bool stored = kWithin || row0 + row16 < rows;
+    const bool whole_rows = kWithin || row0 + 64 <= nq;
+    int stage = 0;
+    u32 parity = 0;
     barrier_wait(q_full, 0);
 
     for (int i = 0; i < steps; ++i) {
-        const int stage = i % kStages;
-        const u32 mine = out_at + (group * 2 + i % 2) * kResult, meta = mine + kPacked;
         u32 words[kUnits];
-        int mask[kUnits];
+        int mask[kUnits], column[kUnits];
 #pragma unroll
         for (int v = 0; v < kUnits; ++v) {
-            const int n = first + min(i * kUnits + v, count - 1);
-            if constexpr (kWithin) mask[v] = items[n].mask;
-            if constexpr (kGiven && kWithin) words[v] = __ldg(metadata + (i64(rep) * blocks + n) * 128 + word);
-            if constexpr (kGiven && !kWithin)
-                words[v] = row0 + row16 >= rows ? 0u
-                                                : __ldg(metadata + (i64(rep) * units + n) * 2 * rows +
-                                                        i64(t / 2) * rows + row0 + word % 64);
+            const int at = min(i * kUnits + v, count - 1);
+            column[v] = first + i * kUnits + v;
+            if constexpr (kWithin) mask[v] = items[first + at].mask, column[v] = items[first + at].column;
+            if constexpr (kGiven) words[v] = stored ? __ldg(from + i64(at) * (kWithin ? 128 : 2 * rows)) : 0u;
         }
-        barrier_wait(full + 8 * stage, (i / kStages) & 1);
+        barrier_wait(full + 8 * stage, parity);
         float acc[32 * kUnits];
         wgmma_fence();
 #pragma unroll
         for (int p = 0; p < kDepth; ++p)
 #pragma unroll
-            for (int kk = 0; kk < 4; ++kk) {
-                const u32 a = q_at + (p * kGroups + group) * kPanel + kk * 32;
-                const u32 b = k_at + stage * kBytesK + p * kUnits * kPanel + kk * 32;
-                Wgmma<64 * kUnits>::template ss<0, 0>(acc, wgmma_descriptor(a, 1), wgmma_descriptor(b, 1),
-                                                      p + kk > 0);
-            }
+            for (int kk = 0; kk < 4; ++kk)
+                Wgmma<64 * kUnits>::template ss<0, 0>(
+                    acc, left + ((p * kGroups * kPanel + kk * 32) >> 4),
+                    right + ((stage * kBytesK + p * kUnits * kPanel + kk * 32) >> 4), p + kk > 0);
         wgmma_commit();
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(empty + 8 * stage);
+        if (++stage == kStages) stage = 0, parity ^= 1;
 
         // The store before the last must have read this buffer.
-        if (threadIdx.x % 128 == 0) tma_store_wait_read<1>();
+        if (stores) tma_store_wait_read<1>();
         named_barrier(1 + group, 128);
 #pragma unroll
         for (int v = 0; v < kUnits; ++v) {
-            // Bits of the unit's columns in rows g and g + 8: within the pattern, and live.
-            u64 inside[2] = {~0ull, ~0ull}, live[2];
-            if constexpr (kWithin) {
-                if (mask[v] >= 0) {
-                    const u64 *bits = reinterpret_cast<const u64 *>(masks) + i64(mask[v]) * 64 + row16 + g;
-                    inside[0] = __ldg(bits), inside[1] = __ldg(bits + 8);
-                }
-            } else {
-                const int left = nk - (first + i * kUnits + v) * 64;
-                const u64 there = left >= 64 ? ~0ull : left > 0 ? (1ull << left) - 1 : 0;
-                inside[0] = row0 + row16 + g < nq ? there : 0;
-                inside[1] = row0 + row16 + g + 8 < nq ? there : 0;
+            // Columns of the unit that exist; the same for all rows that do.
+            const int there = nk - column[v] * 64;
+            bool plain = whole_rows && (kWithin ? mask[v] < 0 : there >= 64);
+            u64 wanted = ~0ull;
+            if constexpr (kKeep) {
+                wanted = bits_of(kept + column[v] * 64);
+                plain = plain && wanted == ~0ull;
             }
-            const int n = first + min(i * kUnits + v, count - 1);
-            const u64 wanted = kKeep ? bits_of(kept + (kWithin ? items[n].column : n) * 64) : ~0ull;
-            live[0] = inside[0] & wanted, live[1] = inside[1] & wanted;
-
             u32 packed[2][4], codes = 0;
-            bool plain = !kGiven && (live[0] & live[1]) == ~0ull;
+            if constexpr (kGiven) codes = quad_nibbles(words[v], t);
             if (plain) {
                 float sum[2] = {8388608.0f + 0x8888, 8388608.0f + 0x8888}, spoilt = 0.0f;
 #pragma unroll
@@ -189,16 +190,33 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
                     for (int h = 0; h < 2; ++h) {
                         const int at = 32 * v + 4 * u + 2 * h;
                         float a = acc[at], b = acc[at + 1], c = acc[at + 16], d = acc[at + 17], two[2];
-                        if (kFirst) a *= scale, b *= scale, c *= scale, d *= scale;
-                        spoilt = fmaf(c, d, fmaf(a, b, spoilt));  // NaN if any of them is
-                        choose4_plain(a, b, c, d, kFirst ? 1.0f : scale, two, sum[h], float(1 << 4 * u));
+                        if constexpr (kGiven) {
+                            take4(a, b, c, d, scale, codes >> (16 * h + 4 * u), two);
+                        } else {
+                            if (kFirst) a *= scale, b *= scale, c *= scale, d *= scale;
+                            choose4_plain(a, b, c, d, kFirst ? 1.0f : scale, two, sum[h], float(1 << 4 * u));
+                            spoilt = fmaf(two[0], two[1], spoilt);  // NaN if any of the four is
+                        }
                         packed[h][u] = pack2<operand_t>(two[0], two[1]);
                     }
-                codes = __byte_perm(__float_as_uint(sum[0]), __float_as_uint(sum[1]), 0x5410);
-                plain = spoilt == spoilt;
+                if constexpr (!kGiven) {
+                    codes = __byte_perm(__float_as_uint(sum[0]), __float_as_uint(sum[1]), 0x5410);
+                    plain = spoilt == spoilt;
+                }
             }
-            if (kGiven) codes = quad_nibbles(words[v], t);
             if (!plain) {
+                // Bits of the unit's columns in rows g and g + 8: within the pattern, and live.
+                u64 inside[2] = {~0ull, ~0ull};
+                if constexpr (kWithin) {
+                    if (mask[v] >= 0) {
+                        const u64 *bits = reinterpret_cast<const u64 *>(masks) + i64(mask[v]) * 64 + row16 + g;
+                        inside[0] = __ldg(bits), inside[1] = __ldg(bits + 8);
+                    }
+                } else {
+                    const u64 columns = there >= 64 ? ~0ull : there > 0 ? (1ull << there) - 1 : 0;
+                    inside[0] = row0 + row16 + g < nq ? columns : 0;
+                    inside[1] = row0 + row16 + g + 8 < nq ? columns : 0;
+                }
                 u32 made = 0;
 #pragma unroll
                 for (int u = 0; u < 4; ++u)
@@ -207,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
                         const int at = 32 * v + 4 * u + 2 * h, shift = 16 * u + 4 * t;
                         const float x[4] = {acc[at] * scale, acc[at + 1] * scale, acc[at + 16] * scale,
                                             acc[at + 17] * scale};
-                        const u32 alive = u32(live[h] >> shift);
+                        const u32 alive = u32((inside[h] & wanted) >> shift);
                         const u32 code = kGiven ? codes >> (16 * h + 4 * u) & 15u
                                                 : choose4(x, alive, u32(inside[h] >> shift));
                         const int i0 = first_of(code), i1 = second_of(code);
@@ -218,33 +236,33 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
                 codes = made;
             }
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int m = lane / 8, row = row16 + 8 * (m % 2) + lane % 8;
-                stmatrix4(result_at(mine, v, row, 2 * j + m / 2), packed[0][2 * j], packed[1][2 * j],
+            for (int j = 0; j < 2; ++j)
+                stmatrix4(result_at(mine + spot, v, j), packed[0][2 * j], packed[1][2 * j],
                           packed[0][2 * j + 1], packed[1][2 * j + 1]);
-            }
             if constexpr (!kGiven) {
                 codes = quad_nibbles(codes, t);
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(meta + 512 * v + 4 * word), "r"(codes) : "memory");
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(mine + kPacked + 512 * v + 4 * word), "r"(codes)
+                             : "memory");
             }
         }
         proxy_fence();
         named_barrier(1 + group, 128);
-        if (threadIdx.x % 128 == 0) {
+        if (stores) {
             const int n = first + i * kUnits;
             if constexpr (kWithin) {
 #pragma unroll
                 for (int v = 0; v < kUnits; ++v) {
                     if (i * kUnits + v >= count) break;
                     tma_store(values_map, mine + 4096 * v, 0, (n + v) * 64, matrix);
-                    if constexpr (!kGiven) tma_store(meta_map, meta + 512 * v, 0, n + v, rep);
+                    if constexpr (!kGiven) tma_store(meta_map, mine + kPacked + 512 * v, 0, n + v, rep);
                 }
             } else {
                 tma_store(values_map, mine, 32 * n, row0, matrix);
-                if constexpr (!kGiven) tma_store(meta_map, meta, row0, 2 * n, rep);
+                if constexpr (!kGiven) tma_store(meta_map, mine + kPacked, row0, 2 * n, rep);
             }
             tma_store_commit();
         }
+        mine = both - mine;
     }
-    if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
+    if (stores) tma_store_wait_read<0>();
 }

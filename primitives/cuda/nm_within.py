@@ -1,4 +1,4 @@
-"""Products of packed N:M values within a static pattern: its blocks are filled in and multiplied."""
+"""Products of packed N:M values within a static pattern: its blocks are filled in first."""
 
 from __future__ import annotations
 

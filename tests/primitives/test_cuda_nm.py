@@ -305,14 +305,6 @@ def test_values_of_another_dtype(values, x):
     assert torch.equal(spmm(s, k.to(DEVICE, x)).cpu(), spmm(SparseTensor(layout, held), k).to(x))
 
 
-def test_within_says_what_to_do():
-    case = Case((64, 64), density(0.5))
-    layout = BUILDERS["nm within"](case, *masks_of(case)).to(DEVICE)
-    x = torch.zeros(64, 8, device=DEVICE)
-    with pytest.raises(UnsupportedError, match="BlockLayout"):
-        spmm(SparseTensor(layout, torch.zeros(layout.slots, device=DEVICE)), x)
-
-
 def test_capture_and_replay(portable):
     layout = layout_of((256, 256), (2, 4), torch.half).to(DEVICE)
     w = SparseTensor(layout, torch.randn(layout.slots, device=DEVICE).half())

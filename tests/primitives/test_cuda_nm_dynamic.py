@@ -1,4 +1,4 @@
-"""Dynamic N:M on a GPU: pruned scores against those of the CPU, bit for bit where sums are exact."""
+"""Dynamic N:M on a GPU: pruned scores against the CPU's, bit for bit where sums are exact."""
 
 import math
 

@@ -9,6 +9,7 @@ from cases import masks_of as case_masks
 from test_cuda_block import (
     DEVICE,
     DTYPES,
+    adjoint,
     close,
     dead_of,
     key_mask,
@@ -26,6 +27,7 @@ from mixgrain.primitives import ops, reference
 from mixgrain.primitives.dispatch import plan_for
 from mixgrain.primitives.sddmm import sddmm
 from mixgrain.primitives.softmax import softmax
+from mixgrain.primitives.spmm import spmm
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +54,25 @@ def test_sampled_scores(name, within, dtype, portable):  # noqa: F811
         expected = reference.sddmm(q.double(), k.double(), layout, 0.5, mask)
         close(ours.values, expected.values, case.dim, dtype)
         assert zero_bits(ours.values.cpu()[dead_of(expected)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_products_within_a_pattern(name, dtype):
+    case = CASES[name]
+    layout, there = build(name, True)
+    q, k = operands(name, dtype)
+    for mask in (None, key_mask(case)):
+        g = torch.Generator().manual_seed(2)
+        values = torch.randn(*case.free, layout.slots, generator=g).to(dtype)
+        s = SparseTensor(layout, values, mask)
+        values[dead_of(s)] = torch.nan
+        moved = None if mask is None else mask.to(DEVICE)
+        t = SparseTensor(there, values.to(DEVICE), moved)
+        close(spmm(t, k.to(DEVICE)), reference.spmm(s, k), case.shape[1], dtype)
+        expected = reference.dense_of(s).mT @ q.double()
+        close(spmm(t.T, q.to(DEVICE)), expected, case.shape[0], dtype)
+        close(adjoint(t, q.to(DEVICE)), expected, case.shape[0], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
