@@ -1,8 +1,8 @@
 """Prepared calls of the operators: each signature is planned once and then only run.
 
 A signature is everything that launch code looks at: the operator, the plan, shapes, strides, dtypes
-and 16-byte alignment of the tensors, the scalars, and torch's TF32 switch. The first tensor of an N:M
-plan, its metadata, counts as one of the call's: it may have been chosen by score a moment ago.
+and 16-byte alignment of the tensors, the scalars, and torch's TF32 switch. The first tensor of an
+N:M plan, its metadata, is one of the call's: it may have been chosen by score a moment ago.
 """
 
 from __future__ import annotations
@@ -90,21 +90,31 @@ def prepare(
 ) -> Prepared:
     """Record launch code on descriptions of the arguments; see ``of``."""
     recording = Recording(arguments[0].device.index)
-    described: list[Any] = []
-    plan: list[Tensor] | None = None
-    for at, a in enumerate(arguments):
-        if isinstance(a, Tensor):
-            described.append(recording.given(a, a.data_ptr() & 15))
-        elif isinstance(a, list) and plan is None:
-            own, plan = _loose(arguments, at)
-            described.append([*(recording.given(t, t.data_ptr() & 15) for t in own), *plan])
-        else:
-            described.append(a)
+    described = describe(recording, arguments)
+    at = next(at for at, a in enumerate(arguments) if isinstance(a, list))
     with recorded(recording):
         result = function(*described)
     if alone and isinstance(result, tuple):
         result = result[0]
-    return Prepared(recording, result, plan or [])
+    return Prepared(recording, result, _loose(arguments, at)[1])
+
+
+def describe(recording: Recording, arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments as launch code sees them; the tensors of a call become slots in this order."""
+    described: list[Any] = []
+    for at, a in enumerate(arguments):
+        if isinstance(a, Tensor):
+            described.append(recording.given(a, _residue(a)))
+        elif isinstance(a, list) and a and isinstance(a[0], Tensor):
+            own, fixed = _loose(arguments, at)
+            described.append([*(recording.given(t, _residue(t)) for t in own), *fixed])
+        else:
+            described.append(a)
+    return described
+
+
+def _residue(t: Tensor) -> int:
+    return 0 if t.is_meta else t.data_ptr() & 15
 
 
 def given(arguments: tuple[Any, ...]) -> list[Tensor]:

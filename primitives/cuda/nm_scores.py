@@ -225,7 +225,7 @@ def _wgmma(
         line, (rows, columns) = 32 * units, stored((nq, nk))
         meta_dims = (rows, columns // 32, grid.reps)
         meta_box = (64, 2 * units, 1)
-        tiles = -(-nq // 128)
+        tiles = -(-nq // (64 * groups_of(inside)))
         span = _span(tiles * matrices, columns // 64, facts(q.device.index).multiprocessors)
         pieces = tiles * -(-(columns // 64) // span)
     packed = columns // 2

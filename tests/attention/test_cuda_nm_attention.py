@@ -1,4 +1,4 @@
-"""attend of dynamic N:M, composed of CUDA kernels, against the dense computation of what it keeps."""
+"""attend of dynamic N:M, composed of CUDA kernels, against dense attention over what it keeps."""
 
 import pytest
 import torch

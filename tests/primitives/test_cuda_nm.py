@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from cases import BUILDERS, CASES, Case, density, masks_of, operands
+from cases import BUILDERS, CASES, masks_of, operands
 from test_cuda_block import DEVICE, DTYPES, adjoint, close, dead_of, integers, key_mask, zero_bits
 from test_cuda_block import poisoned as poisoned  # a fixture
 from torch import Tensor
 
 from mixgrain.cuda.device import facts
 from mixgrain.formats.cache import clear_caches
-from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.nm import NMLayout, choose
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import reference

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import mixgrain as mg
 from mixgrain import patterns as P
+from mixgrain.formats.pattern import Pattern
 
 from .work import COPY_BYTES, Work, dots, random
 
@@ -38,7 +39,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
 
     def call() -> Tensor:
         s = torch.baddbmm(bias, flat[0], flat[1].mT, beta=0, alpha=SCALE)
-        return torch.bmm(torch.softmax(s, -1), flat[2]).view_as(q)
+        return torch.bmm(torch.softmax(s, -1), flat[2]).view(q.shape)
 
     return call
 
@@ -48,7 +49,7 @@ def composed(length: int) -> Work:
     (q, k, v), shape = _operands(length)
     values, metadata, operand = _bytes(q)
 
-    def one(pattern: P.Pattern) -> Callable[[], Tensor]:
+    def one(pattern: Pattern) -> Callable[[], Tensor]:
         return lambda: mg.attend(
             q[:1, :1], k[:1, :1], v[:1, :1], pattern, impl="reference"
         ).double()
@@ -87,7 +88,8 @@ def step(name: str, length: int) -> Work:
     def soft() -> Tensor:
         kept = torch.full((length, length), -torch.inf, dtype=torch.float64, device="cuda")
         kept[row, column] = s.values[..., :first].flatten().double()
-        return torch.softmax(kept, -1)[row, column]
+        made: Tensor = torch.softmax(kept, -1)[row, column]
+        return made
 
     def whole(t: Tensor) -> Tensor:
         return t.unflatten(0, q.shape[:2])
