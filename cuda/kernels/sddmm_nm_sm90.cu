@@ -167,9 +167,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
         if (lane == 0) barrier_arrive(empty + 8 * stage);
         if (++stage == kStages) stage = 0, parity ^= 1;
 
-        // The store before the last must have read this buffer.
-        if (stores) tma_store_wait_read<1>();
-        named_barrier(1 + group, 128);
 #pragma unroll
         for (int v = 0; v < kUnits; ++v) {
             // Columns of the unit that exist; the same for all rows that do.
@@ -246,6 +243,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
             }
         }
         proxy_fence();
+        // The last store has read the other buffer, which is the next to be filled.
+        if (stores) tma_store_wait_read<0>();
         named_barrier(1 + group, 128);
         if (stores) {
             const int n = first + i * kUnits;

@@ -41,7 +41,8 @@ def shape_of(size: int, piece: int, pieces: int, most: int, backward: bool) -> t
     if size:
         return size // 2 // piece, 1, _fitting(holds, most)
     if pieces <= 32 * holds[-1]:
-        lanes = min(32, 1 << max(pieces - 1, 0).bit_length())
+        # Several pieces a lane keep more loads under way than several warps would.
+        lanes = min(32, 1 << max(-(-pieces // STREAM) - 1, 0).bit_length())
         return lanes, 1, _fitting(holds, -(-pieces // lanes))
     return 32, TEAM, _fitting(holds, -(-pieces // (32 * TEAM)))
 

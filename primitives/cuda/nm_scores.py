@@ -157,7 +157,7 @@ def sm90_request(
         "UNITS": units,
         "PANELS": panels,
         "STAGES": stages,
-        "CTAS": 1 if keep else ctas,
+        "CTAS": 1 if first else ctas,
     }
     return request("sddmm_nm_sm90", constants, flush=True)
 
