@@ -1,13 +1,13 @@
 #pragma once
-// The sparse left operand of wgmma.sp: from a stage in shared memory to registers.
+// The sparse left operand of wgmma.sp and mma.sp: from a stage in shared memory to registers.
 //
 // Everything is counted in bytes, so that halves (2:4, 1:2) and floats (1:2, as TF32) are one case. A stage
 // holds kDepth spans of 128 bytes of the dense rows: 64 columns of halves or 32 of floats. Of them
-//     values    rows × 64 · kDepth bytes, packed, in TMA's swizzle of rows of that width
+//     values    rows × 64 · kDepth bytes, packed, in TMA's swizzle of rows of that width or, with a pitch (an
+//               odd number of 16 bytes: no conflicts), as they are
 //     metadata  2 · kDepth lines (64 bytes of dense row each) × rows int32, in the order in which NMLayout
 //               stores them: of 32 rows 8 g × 2 a × 2 d words, rows 16 a + g in the low half and 16 a + g + 8
 //               in the high half, d = first or second 32 bytes (formats/nm_metadata.py)
-#include "tma.cuh"
 #include "types.cuh"
 
 constexpr int kDepth = MG_DEPTH;
@@ -24,40 +24,19 @@ struct Left {
 struct LeftPlaces {
     u32 piece[kSteps], word;
 
-    template <int kRows> __device__ __forceinline__ static LeftPlaces of(int row, u32 values, u32 metadata) {
+    template <int kRows, int kPitch = 0>
+    __device__ __forceinline__ static LeftPlaces of(int row, u32 values, u32 metadata) {
         const int lane = threadIdx.x % 32, mine = row + lane % 16, t = lane % 4;
         LeftPlaces p;
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
             const int chunk = 2 * s + lane / 16;
-            p.piece[s] = values + (kDepth == 1 ? mine * 64 + ((chunk ^ (mine >> 1 & 3)) << 4)
+            p.piece[s] = values + (kPitch ? mine * kPitch + (chunk << 4)
+                                   : kDepth == 1 ? mine * 64 + ((chunk ^ (mine >> 1 & 3)) << 4)
                                                : mine * 128 + ((chunk ^ (mine & 7)) << 4));
         }
         p.word = metadata + 4 * (t / 2 * kRows + row / 32 * 32 + lane / 4 * 4 + row / 16 % 2 * 2 + t % 2);
         return p;
-    }
-};
-
-// Metadata of one matrix: `lines` lines of `stored` words. A stage's part of it comes by plain bulk copies,
-// which need no descriptor of memory that may be new with every call.
-struct Words {
-    const u32 *words;
-    int stored, lines;
-
-    // Bytes that `bring` copies: less than a whole stage's at the edges, whose products nobody keeps.
-    template <int kRows> __device__ __forceinline__ u32 bytes(int row, int line) const {
-        return max(0, min(kRows, stored - row)) * max(0, min(kSteps, lines - line)) * 4;
-    }
-    template <int kRows> __device__ __forceinline__ void bring(u32 to, u32 barrier, int row, int line) const {
-        if (row >= stored) return;
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s)
-            if (line + s < lines)
-                asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                                 to + s * 4 * kRows),
-                             "l"(words + static_cast<i64>(line + s) * stored + row), "r"(4 * min(kRows, stored - row)),
-                             "r"(barrier)
-                             : "memory");
     }
 };
 

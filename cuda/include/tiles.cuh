@@ -20,8 +20,8 @@
 
 constexpr int kThreads = 128;                        // of every CTA built on these tiles
 constexpr int kChunk = 16 / int(sizeof(operand_t));  // elements of one 16-byte copy
-constexpr int kPad = kChunk;
-constexpr int kDepth = kDtype == 2 ? 32 : 64;  // elements of the contracted dimension per stage
+[[maybe_unused]] constexpr int kPad = kChunk;
+[[maybe_unused]] constexpr int kDepth = kDtype == 2 ? 32 : 64;  // elements of the contracted dimension per stage
 
 // Warps of a CTA over a tile of kRows x kColumns.
 template <int kRows, int kColumns> struct Warps {

@@ -1,39 +1,34 @@
-// nm_expand: packed N:M values of blocks as dense blocks, zeros where nothing is kept.
+// nm_expand.cu: an N:M matrix as a dense one, for products that have no use for its zeros.
 //
-//   values    (matrices, blocks, S, S / 2), 16-byte aligned
-//   metadata  int16 of `listed` = reps · blocks blocks, which the matrices take in turn; nm.cuh
-//   out       (matrices, blocks, S, S), of the values' dtype
+//   tensors   values (slots); metadata, see nm_patch.cuh; out (rows, pitch), pitch % 8 == 0
+//   grid      (row tiles of 64, column tiles of kDepth)
+//   block     128 threads
+//   smem      a tile of 64 x kDepth
+//   floor     values and metadata read, out written, at 4.24 TB/s
+//   needs     sm_80
 //
-//   grid   ceil(matrices · blocks · S · S / 16 / 256)      block  256: a thread has 16 columns of a row
-//   floor  bytes read and written at copy bandwidth
-//   needs  sm_80
-#include "nm.cuh"
-#include "packed.cuh"
+// Dead slots are zeros whatever they hold.
+#include "nm_patch.cuh"
 
-constexpr int kSize = MG_SIZE, kWords = kSize / kWordColumns;
-static_assert(kSize == 16 || kSize == 32 || kSize == 64, "SIZE: 16, 32, 64");
+constexpr int kTile = 64, kPitch = kDepth + kPad;
 
-extern "C" __global__ void __launch_bounds__(256)
-    nm_expand(const value_t *__restrict__ values, const u16 *__restrict__ metadata,
-              value_t *__restrict__ out, i64 pieces, i64 listed) {
-    const i64 piece = i64(blockIdx.x) * 256 + threadIdx.x;
-    if (piece >= pieces) return;
-    constexpr int kAcross = kSize / 16;
-    const i64 line = piece / kAcross, block = line / kSize % listed;
-    const int row = int(line % kSize), column = int(piece % kAcross) * 16;
-    Pack<value_t, 8> held;
-    held.load(values + piece * 8);
-    float made[16];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const int at = column + 4 * j;
-        const u16 word =
-            __ldg(metadata + block * (kSize * kWords) + word_at(row, at / kWordColumns, kSize, kWords, kSize > 16));
-        const u32 code = u32(word) >> (at % kWordColumns / 4 * kCodeBits);
-        const int i0 = first_of(code), i1 = second_of(code);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            made[4 * j + i] = i == i0 ? held[2 * j] : i == i1 ? held[2 * j + 1] : 0.0f;
+extern "C" __global__ void __launch_bounds__(kThreads)
+    nm_expand(operand_t *__restrict__ out, const value_t *__restrict__ values, const u8 *__restrict__ metadata,
+              int rows, int columns, int stored, int packed, int pitch) {
+    __shared__ __align__(16) operand_t tile[kTile * kPitch];
+    const int row0 = blockIdx.x * kTile, column0 = blockIdx.y * kDepth;
+    const Matrix s{values, metadata, nullptr, 0, rows, columns, stored, packed};
+    for (int i = threadIdx.x; i < kTile * kPitch / kChunk; i += kThreads)
+        store16(tile + i * kChunk, zero16<operand_t>());
+    __syncthreads();
+    each_stored<kTile, kDepth>(s, row0, column0, [&](int row, int column, i64 slot, bool live) {
+        if (live)
+            tile[(row - row0) * kPitch + column - column0] = from_float<operand_t>(to_float(s.values[slot]));
+    });
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile * kDepth / kChunk; i += kThreads) {
+        const int row = i / (kDepth / kChunk), column = i % (kDepth / kChunk) * kChunk;
+        if (row0 + row < rows && column0 + column < pitch)
+            store16(out + static_cast<i64>(row0 + row) * pitch + column0 + column, load16(tile + row * kPitch + column));
     }
-    Pack<value_t, 16>::store(out + piece * 16, made);
 }

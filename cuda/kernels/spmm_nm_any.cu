@@ -44,9 +44,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     auto issue = [&](int step) {  // everybody
         const int at = step % kStages, k0 = step * kDepth;
         operand_t *left = stages + at * (kLeft + kRight), *to = left + kLeft;
+        __syncthreads();  // nobody multiplies what was here
         if (step < steps) {
             for (int i = tid; i < kLeft / kChunk; i += kThreads) store16(left + i * kChunk, zero16<operand_t>());
-            if (tid < kUsed) used[at][tid] = 0;
+            // Every row keeps something; so all of them are in use where no mask drops any.
+            if (tid < kUsed) {
+                const int left_over = inner - k0 - 32 * tid;
+                used[at][tid] = !kTransposed || kKeep || left_over <= 0 ? 0 : left_over >= 32 ? ~0u : (1u << left_over) - 1;
+            }
         }
         __syncthreads();
         if (step < steps) {
@@ -55,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                 if (!live) return;
                 const int down = row - row0, across = column - column0;
                 left[down * kLeftPitch + across] = from_float<operand_t>(to_float(s.values[slot]));
-                note_used(used[at], kTransposed ? down : across);
+                if constexpr (!kTransposed || kKeep) note_used(used[at], kTransposed ? down : across);
             });
         }
         __syncthreads();

@@ -17,7 +17,7 @@
 // Unchosen elements of x are never multiplied; slots past the last column are zeroed whatever they hold.
 #include "types.cuh"
 #include "cluster.cuh"
-#include "nm_left.cuh"
+#include "nm_words.cuh"
 #include "wgmma.cuh"
 #include "wgmma_sparse.cuh"
 #include "result.cuh"
@@ -100,7 +100,7 @@ __launch_bounds__(kConsumers + 128, 1)
                     barrier_wait(empty + 8 * stage, parity);
                     barrier_expect(done, kRight + kValueBytes + words.bytes<kRows>(row, i * kSteps));
                     tma_load(to + kRight, values_map, done, i * kColumns / 2, row, matrix);
-                    words.bring<kRows>(to + kRight + kValueBytes, done, row, i * kSteps);
+                    words.bring<kRows>(to + kRight + kValueBytes, done, row, i * kSteps, evict_normal());
                     constexpr int kShare = kWide / kCluster;  // this CTA brings its share to all
 #pragma unroll
                     for (int p = 0; p < kPanels / (kMajor ? kCluster : 1); ++p) {

@@ -5,24 +5,23 @@ Every function sees one part, kind "nm" or (the flagged transpose) "nm_t", as ``
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import Kernel, kernel
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.nm_metadata import metadata_shape, padded
 
 from ..plans.nm import ENCODINGS
 from ..plans.plan import PartPlan
-from . import nm_sm90
-from .parts import CODES, THREADS, aligned, aligned_values, mask, runs, tf32
+from . import nm_any, nm_dense, nm_mma, nm_sm90
+from .parts import aligned, aligned_values, ready, tf32
 
+#: Elements of a matrix that may stand whole in memory for a while.
+MOST_DENSE = 1 << 28
 #: Kinds of parts that are N:M.
 KINDS = ("nm", "nm_t")
 
@@ -78,15 +77,6 @@ def stored(part: PartPlan, shape: tuple[int, int], entries: int) -> Stored:
     return Stored(part.tensors[0], encoding, n, m, entries, rows, columns, lines, groups * n)
 
 
-def _ready(x: Tensor, inner: int, outer: int) -> bool:
-    """Whether 16-byte copies can read (F, E, N, D) along dimension ``inner``."""
-    unit = 16 // x.element_size()
-    # A tensor map has no stride 0: nothing may be broadcast.
-    steps = [x.stride(d) for d in (0, 1, outer) if x.shape[d] > 1]
-    whole = x.stride(inner) == 1 or x.shape[inner] == 1
-    return whole and not x.data_ptr() % 16 and not any(s % unit or not s for s in steps)
-
-
 def _oriented(x: Tensor, even: bool) -> tuple[Tensor, bool]:
     """A right operand (F, E, inner, N) as kernels read it, and whether N lies contiguous.
 
@@ -98,9 +88,9 @@ def _oriented(x: Tensor, even: bool) -> tuple[Tensor, bool]:
         Itself or a copy; else the rows of the contiguous dimension are at multiples of 16 bytes.
     """
     if not (even and x.shape[3] % 8):
-        if _ready(x, 2, 3):
+        if ready(x, 2, 3):
             return x, False
-        if x.shape[3] % 8 == 0 and _ready(x, 3, 2):
+        if x.shape[3] % 8 == 0 and ready(x, 3, 2):
             return x, True
     if not even and x.stride(2) == 1:
         # Tokens by features of a linear, in rows of odd length: stay so.
@@ -154,38 +144,16 @@ def product(
         out = x.new_empty(free, entries, outer, wide, dtype=dtype)
     if turned and bias is not None:
         bias = bias.contiguous()
-    if _sparse_wgmma(s, values, x, keep, dtype, major, transposed):
-        nm_sm90.spmm(out, values, s, x, major, scale, turned, bias)
+    if _sparse_cores(s, values, x, keep, dtype, transposed):
+        # TF32 has no wgmma for an x whose columns lie side by side.
+        fits = x.dtype != torch.float32 or not major
+        engine = nm_sm90 if fits and _hopper(x.device.index) else nm_mma
+        engine.spmm(out, values, s, x, major, scale, turned, bias)
         return out[..., : outer if turned else width].contiguous()
     if turned:
         out = x.new_empty(free, entries, wide, outer, dtype=dtype)
     side = 0 if keep is None else 1 if keep_rows == flipped else 2
-    run, shared = _any_kernel(
-        x.device.index, s.encoding, s.n, s.m, x.dtype, values.dtype, dtype,
-        transposed, major, turned, wide_of(wide, x.dtype), side, tf32(x.dtype),
-    )  # fmt: skip
-    for kept, to, weights, right in runs(keep, out, values, x, entries=entries):
-        run(
-            (
-                -(-outer // 64),
-                -(-wide // wide_of(wide, x.dtype)),
-                to.shape[0] * entries,
-            ),
-            THREADS,
-            (
-                to.data_ptr(),
-                weights.data_ptr(),
-                s.metadata.data_ptr(),
-                right.data_ptr(),
-                *map(np.int64, (right.stride(0), right.stride(1), right.stride(2 if major else 3))),
-                *mask(kept),
-                0 if bias is None else bias.data_ptr(),
-                np.int64(s.words),
-                *map(np.int32, (entries, s.rows, s.columns, s.lines, s.packed, wide)),
-                np.float32(scale),
-            ),
-            shared,
-        )
+    nm_any.spmm(out, values, s, x, keep, side, scale, transposed, major, turned, bias)
     return out if turned else out[..., :width].contiguous()
 
 
@@ -212,6 +180,14 @@ def linear(
     """
     free, tokens, inner = x.shape
     step = x.stride()
+    backwards = transposed != (part.kind == "nm_t")
+    if backwards and bias is None and free == 1 and tokens >= nm_dense.TOKENS:
+        s = stored(part, shape, 1)
+        if values.dtype == x.dtype and s.rows * s.columns <= MOST_DENSE:
+            made = nm_dense.product(
+                aligned_values(values), s, x.as_strided((tokens, inner), step[1:])
+            )
+            return made.view(1, tokens, s.columns)
     right = x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
     out = product(
         values, right, None, False, part, shape, 1.0, x.dtype, transposed, True, bias
@@ -219,74 +195,25 @@ def linear(
     return out.view(free, tokens, out.shape[3])
 
 
-def _sparse_wgmma(
+def _sparse_cores(
     s: Stored,
     values: Tensor,
     x: Tensor,
     keep: Tensor | None,
     dtype: torch.dtype,
-    major: bool,
     transposed: bool,
 ) -> bool:
-    """Whether the sparse tensor cores of sm_90a take this product."""
-    if transposed or keep is not None or values.dtype != x.dtype or not _hopper(x.device.index):
+    """Whether sparse tensor cores take this product."""
+    if transposed or keep is not None or values.dtype != x.dtype:
         return False
     if x.dtype == torch.float32:
-        return s.encoding == 2 and not major and tf32(x.dtype) and dtype == torch.float32
+        return s.encoding == 2 and tf32(x.dtype) and dtype == torch.float32
     return s.encoding in (0, 1) and dtype in (x.dtype, torch.float32)
 
 
 def _hopper(device: int) -> bool:
     """Whether this is one of sm_90a; tests put the portable kernels in its place."""
     return facts(device).hopper
-
-
-def wide_of(width: int, dtype: torch.dtype) -> int:
-    """MG_WIDE: columns of the result per CTA."""
-    return 128 if width > 64 and dtype != torch.float32 else 64
-
-
-def any_request(
-    encoding: int,
-    n: int,
-    m: int,
-    operand: torch.dtype,
-    value: torch.dtype,
-    out: torch.dtype,
-    transposed: bool,
-    major: bool,
-    turned: bool,
-    wide: int,
-    side: int,
-    rounded: bool,
-) -> Request:
-    """The kernel that takes every N:M product."""
-    constants = {
-        "ENCODING": encoding,
-        "N": n,
-        "M": m,
-        "DTYPE": CODES[operand],
-        "VALUES": CODES[value],
-        "OUT": CODES[out],
-        "TRANSPOSED": int(transposed),
-        "MAJOR": int(major),
-        "TURNED": int(turned),
-        "WIDE": wide,
-        "KEEP": side,
-        "TF32": int(rounded),
-    }
-    return request("spmm_nm_any", constants, flush=operand != torch.float32)
-
-
-@functools.lru_cache(maxsize=1024)
-def _any_kernel(device: int, *rest: Any) -> tuple[Kernel, int]:
-    """The kernel and its shared memory."""
-    operand, (transposed, major, _, wide) = rest[3], rest[6:10]
-    size = operand.itemsize
-    depth, pad = (32, 4) if size == 4 else (64, 8)
-    left = depth * (64 + pad) if transposed else 64 * (depth + pad)
-    right = depth * (wide + pad) if major else wide * (depth + pad)
-    return kernel(any_request(*rest), device), 3 * (left + right) * size
 
 
 def sddmm(
@@ -320,66 +247,13 @@ def sddmm(
     flipped = part.kind == "nm_t"
     if flipped:
         q, k = k, q
-    major = _ready(q, 2, 3) and _ready(k, 2, 3)
-    if not major:
-        q, k = (t if t.shape[3] % 8 == 0 and _ready(t, 3, 2) else aligned(t) for t in (q, k))
     free, entries, _, depth = q.shape
     values = q.new_empty(free, slots, dtype=dtype)
+    plain = keep is None and scale == 1.0 and dtype == q.dtype and free * entries == 1
+    if plain and depth >= nm_dense.TOKENS and s.rows * s.columns <= MOST_DENSE:
+        flat = (t.as_strided(t.shape[2:], t.stride()[2:]) for t in (q, k))
+        nm_dense.sddmm(values, s, *flat)
+        return values
     side = 0 if keep is None else 1 if keep_rows == flipped else 2
-    run, shared = _sddmm_kernel(
-        q.device.index, s.encoding, s.n, s.m, q.dtype, dtype, major, side, tf32(q.dtype)
-    )
-    line = 3 if major else 2
-    for kept, to, left, right in runs(keep, values, q, k, entries=entries):
-        run(
-            (-(-s.lines // 64), -(-(s.packed // s.n * s.m) // 64), to.shape[0] * entries),
-            THREADS,
-            (
-                to.data_ptr(),
-                s.metadata.data_ptr(),
-                left.data_ptr(),
-                *map(np.int64, (left.stride(0), left.stride(1), left.stride(line))),
-                right.data_ptr(),
-                *map(np.int64, (right.stride(0), right.stride(1), right.stride(line))),
-                *mask(kept),
-                np.int64(s.words),
-                *map(np.int32, (entries, s.rows, s.columns, s.lines, s.packed, depth)),
-                np.float32(scale),
-            ),
-            shared,
-        )
+    nm_any.sddmm(values, s, q, k, keep, side, scale)
     return values
-
-
-def sddmm_request(
-    encoding: int,
-    n: int,
-    m: int,
-    operand: torch.dtype,
-    value: torch.dtype,
-    major: bool,
-    side: int,
-    rounded: bool,
-) -> Request:
-    """The kernel of the sampled product."""
-    constants = {
-        "ENCODING": encoding,
-        "N": n,
-        "M": m,
-        "DTYPE": CODES[operand],
-        "VALUES": CODES[value],
-        "MAJOR": int(major),
-        "KEEP": side,
-        "TF32": int(rounded),
-    }
-    return request("sddmm_nm", constants, flush=operand != torch.float32)
-
-
-@functools.lru_cache(maxsize=1024)
-def _sddmm_kernel(device: int, *rest: Any) -> tuple[Kernel, int]:
-    """The kernel and its shared memory."""
-    operand, major = rest[3], rest[5]
-    size = operand.itemsize
-    depth, pad = (32, 4) if size == 4 else (64, 8)
-    side = depth * (64 + pad) if major else 64 * (depth + pad)
-    return kernel(sddmm_request(*rest), device), max(6 * side * size, 64 * 65 * 4)

@@ -63,7 +63,7 @@ def expand(values: Tensor, part: PartPlan, grid: Grid) -> Tensor:
     out = values.new_empty(matrices, grid.blocks * area)
     pieces = matrices * grid.blocks * area // 16
     constants = {"NM": grid.code, "SIZE": grid.size, "VALUES": CODES[values.dtype]}
-    kernel(request("nm_expand", constants), values.device.index)(
+    kernel(request("nm_blocks", constants), values.device.index)(
         (-(-pieces // 256),),
         256,
         (

@@ -50,6 +50,15 @@ def aligned(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 else t
 
 
+def ready(x: Tensor, inner: int, outer: int) -> bool:
+    """Whether 16-byte copies can read (F, E, N, D) along dimension ``inner``."""
+    unit = 16 // x.element_size()
+    # A tensor map has no stride 0: nothing may be broadcast.
+    steps = [x.stride(d) for d in (0, 1, outer) if x.shape[d] > 1]
+    whole = x.stride(inner) == 1 or x.shape[inner] == 1
+    return whole and not x.data_ptr() % 16 and not any(s % unit or not s for s in steps)
+
+
 def aligned_values(values: Tensor) -> Tensor:
     """Values (F, slots), contiguous and 16-byte aligned."""
     values = values.contiguous()

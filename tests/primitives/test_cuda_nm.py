@@ -136,7 +136,7 @@ def test_integers_are_exact_in_linear(tokens, shape, ratio, dtype, portable):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 200])
-@pytest.mark.parametrize("cut", ["whole", "cluster", "wide", "short"])
+@pytest.mark.parametrize("cut", ["whole", "cluster", "wide", "short", "thin", "thin, split", "thinnest"])
 def test_every_cut_of_sparse_wgmma_is_exact(cut, tokens):
     if not facts(0).hopper:
         pytest.skip("sm_90a only")
@@ -145,6 +145,9 @@ def test_every_cut_of_sparse_wgmma_is_exact(cut, tokens):
         "cluster": nm_sm90.Cut(2, 256, 2, 4),
         "wide": nm_sm90.Cut(2, 128, 2, 3),
         "short": nm_sm90.Cut(1, 64, 1, 2),
+        "thin": nm_sm90.Thin(1, 64, 1, 3),
+        "thin, split": nm_sm90.Thin(2, 128, 4, 3),
+        "thinnest": nm_sm90.Thin(1, 8, 2, 4),
     }
     shape = (700, 1000)
     layout = layout_of(shape, (2, 4), torch.float16)

@@ -1,0 +1,90 @@
+"""Products with N:M weights that have no use for their zeros: the transpose, and sampled scores.
+
+Neither is sparse along what is summed, so sparse tensor cores cannot take them. A weight is
+expanded, or the scores of all positions are made, by a dense product of torch's, in memory of the
+dense weight's size; a kernel that reads and writes its bytes once does the rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.launch import kernel
+
+from .parts import CODES, THREADS
+
+if TYPE_CHECKING:
+    from .nm import Stored
+
+#: Fewer tokens than this are multiplied on chip.
+TOKENS = 256
+
+
+def expand_request(s: Stored, dtype: torch.dtype) -> Request:
+    """The kernel that expands."""
+    return _request("nm_expand", s.encoding, s.n, s.m, dtype)
+
+
+def sample_request(s: Stored, dtype: torch.dtype) -> Request:
+    """The kernel that picks."""
+    return _request("nm_sample", s.encoding, s.n, s.m, dtype)
+
+
+def _request(name: str, encoding: int, n: int, m: int, dtype: torch.dtype) -> Request:
+    code = CODES[dtype]
+    kept = {"ENCODING": encoding, "N": n, "M": m, "DTYPE": code, "VALUES": code, "KEEP": 0}
+    return request(name, kept, flush=dtype != torch.float32)
+
+
+def product(values: Tensor, s: Stored, x: Tensor) -> Tensor:
+    """Product x S with a weight S of rows × columns.
+
+    Args:
+        values: (1, slots) of x's dtype, contiguous.
+        s: one matrix.
+        x: (T, rows), any strides.
+
+    Returns:
+        (T, columns).
+    """
+    pitch = s.columns + -s.columns % 8
+    whole = values.new_empty(s.rows, pitch)
+    depth = 32 if values.dtype == torch.float32 else 64
+    kernel(expand_request(s, values.dtype), values.device.index)(
+        (-(-s.rows // 64), -(-pitch // depth)),
+        THREADS,
+        (
+            whole.data_ptr(),
+            values.data_ptr(),
+            s.metadata.data_ptr(),
+            *map(np.int32, (s.rows, s.columns, s.lines, s.packed, pitch)),
+        ),
+    )
+    return torch.matmul(x, whole[:, : s.columns])
+
+
+def sddmm(values: Tensor, s: Stored, q: Tensor, k: Tensor) -> None:
+    """Write q kᵀ at the slots, zero at dead ones.
+
+    Args:
+        values: (1, slots) of q's dtype.
+        s: one matrix.
+        q: (rows, T), any strides.
+        k: (columns, T), any strides.
+    """
+    scores = torch.matmul(q, k.transpose(0, 1))
+    kernel(sample_request(s, values.dtype), values.device.index)(
+        (-(-s.lines // 64), -(-(s.packed // s.n * s.m) // 64)),
+        THREADS,
+        (
+            values.data_ptr(),
+            s.metadata.data_ptr(),
+            scores.data_ptr(),
+            *map(np.int32, (s.rows, s.columns, s.lines, s.packed, s.columns)),
+        ),
+    )
