@@ -54,7 +54,7 @@ def _fitting(holds: tuple[int, ...], wanted: int) -> int:
 def run(call: Call, phase: int, part: PartPlan, v: Vectors) -> None:
     """Queue one phase of a part "nm"."""
     grid = grid_of("softmax", part)
-    if not grid.slots or not call.free:
+    if not call.free:
         return
     nq, nk = call.rows, call.columns
     rows, columns = stored((nq, nk))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def step(name: str, length: int) -> Work:
         return made
 
     def whole(t: Tensor) -> Tensor:
-        return t.unflatten(0, q.shape[:2])
+        return t.view(*q.shape[:2], *t.shape[1:])
 
     chosen: dict[str, tuple[Any, ...]] = {
         "sddmm": (
@@ -136,9 +137,9 @@ def step(name: str, length: int) -> Work:
 
 #: What makes each work.
 PRUNED: dict[str, Callable[[], Work]] = {
-    **{f"composed-nm24-L{n}": (lambda n=n: composed(n)) for n in LENGTHS},
+    **{f"composed-nm24-L{n}": partial(composed, n) for n in LENGTHS},
     **{
-        f"nm24-{name}-L{n}": (lambda name=name, n=n: step(name, n))
+        f"nm24-{name}-L{n}": partial(step, name, n)
         for name in ("sddmm", "softmax", "spmm")
         for n in LENGTHS[-2:]
     },
