@@ -67,9 +67,9 @@ def prune(
 
 
 def takes(part: PartPlan, q: Tensor, k: Tensor) -> bool:
-    """Whether sampled scores are computed here; others in ``nm.py``, which takes any n:m."""
-    rows = q.stride(3) == 1 and k.stride(3) == 1
-    return within(part) or (rows and ENCODINGS[part.scalars[2]] in NM_CODES)
+    """Whether sampled scores are computed here: of attention; others in ``nm.py``, for any n:m."""
+    heads = q.shape[3] <= 256 and q.stride(3) == 1 and k.stride(3) == 1
+    return within(part) or (heads and ENCODINGS[part.scalars[2]] in NM_CODES)
 
 
 def sddmm(

@@ -73,9 +73,11 @@ def cut_of(rows: int, width: int, matrices: int, several: int) -> Cut:
         tiles = -(-rows // (64 * groups)) * -(-width // wide) * matrices
         cost[groups, wide] = -(-tiles // several) * each
     groups, wide = min(cost, key=lambda cut: cost[cut])
-    cluster = 2 if wide >= 128 and rows > 64 * groups else 1
+    # Sharing x spares L2, which pays when it is busy for long.
+    tiles = -(-rows // (64 * groups)) * -(-width // wide) * matrices
+    cluster = 2 if wide >= 128 and rows > 64 * groups and tiles >= 6 * several else 1
     stage = Cut(groups, wide, cluster, 1).stage
-    stages = min(8, (MOST - groups * 64 * 128 - 1024) // stage)
+    stages = min(4 if wide == 256 else 8, (MOST - groups * 64 * 128 - 1024) // stage)
     return Cut(groups, wide, cluster, stages)
 
 
@@ -118,16 +120,37 @@ class Thin(NamedTuple):
 
 
 def thin_of(rows: int, width: int, inner: int, matrices: int, several: int) -> Thin:
-    """How a product with at most 64 columns is cut: enough CTAs to keep the memory busy."""
-    wide = next(w for w in (8, 16, 32, 64) if width <= w)
-    tiles = -(-rows // 64) * matrices
+    """How a product with few columns is cut: about two CTAs for each multiprocessor.
+
+    They keep the memory busy; more of them read x, and wait for each other, more than it gains.
+    """
+    wide = next((w for w in (8, 16, 32) if width <= w), 64)
+    groups = 2 if wide == 64 and rows >= 8192 else 1
+    tiles = -(-rows // (64 * groups)) * -(-width // wide) * matrices
     split = 4
-    while split > 1 and (inner < 256 * split or tiles * split > 8 * several):
+    while split > 1 and (inner < 512 * split or tiles * split * groups > 2 * several):
         split //= 2
-    # Bytes under way hide the latency: about 100 KiB on a multiprocessor.
-    resident = max(1, min(4, -(-tiles * split // several)))
-    stage = Thin(1, wide, split, 1).stage
-    return Thin(1, wide, split, max(3, min(12, (MOST // resident - 2048) // stage)))
+    return _staged(groups, wide, split, tiles, several)
+
+
+def _staged(groups: int, wide: int, split: int, tiles: int, several: int) -> Thin:
+    # Bytes under way hide the latency: all shared memory, for the CTAs that are there at once.
+    resident = max(1, min(4 // groups, -(-tiles * split // several)))
+    stage = Thin(groups, wide, split, 1).stage
+    return Thin(groups, wide, split, max(3, min(8, (MOST // resident - 2048) // stage)))
+
+
+def best_of(rows: int, width: int, inner: int, matrices: int, several: int) -> Cut | Thin:
+    """How a linear is cut: along the inner dimension too where there are few tiles."""
+    thin = thin_of(rows, width, inner, matrices, several)
+    if width <= 64:
+        return thin
+    if -(-rows // 64) * -(-width // 64) * matrices <= several and thin.split > 1:
+        return thin
+    tiles = -(-rows // 128) * -(-width // 128) * matrices
+    if 2 * tiles <= several and inner >= 1024:
+        return _staged(2, 128, 2, tiles, several)
+    return cut_of(rows, width, matrices, several)
 
 
 @functools.lru_cache(maxsize=256)
@@ -202,8 +225,8 @@ def spmm(
     """
     width, size, device = x.shape[3], x.element_size(), x.device.index
     matrices, several = out.shape[0] * s.entries, facts(x.device.index).multiprocessors
-    if cut is None and turned and width <= 64 and not major and matrices <= MOST_MATRICES:
-        cut = thin_of(s.rows, width, s.columns, matrices, several)
+    if cut is None and turned and not major and matrices * -(-width // 64) <= MOST_MATRICES:
+        cut = best_of(s.rows, width, s.columns, matrices, several)
     if isinstance(cut, Thin):
         _thin(out, values, s, x, scale, bias, cut)
         return

@@ -21,7 +21,9 @@ from mixgrain.formats.layout import Layout
 from mixgrain.formats.nm import NMLayout, choose
 from mixgrain.formats.nm_metadata import encoding_for
 
+from ..blank import nm_layout
 from ..dispatch import TABLE
+from ..plans import nm
 from ..plans.plan import Plan
 from . import launch_code
 from .calls import describe
@@ -35,6 +37,10 @@ MIXED_DTYPES = ((HALF, FLOAT), (BRAIN, FLOAT), (FLOAT, HALF), (FLOAT, BRAIN))
 WIDTHS = (8, 16, 32, 64, 80, 96, 128, 200, 256, 512)
 #: The common ones among them.
 COMMON = (64, 128)
+#: Tokens of a linear that kernels are cut for differently.
+TOKENS = (1, 16, 32, 64, 128, 512, 8192)
+#: N:M ratios whose weights are common: n, m, encoding of halves, of float32.
+RATIOS = ((2, 4, "2:4", "2:4"), (1, 2, "1:2-half", "1:2-float32"))
 #: Without a run-time mask; with one over columns; over rows.
 MASKS = (0, 1, 2)
 
@@ -113,7 +119,35 @@ def requests(
                         if isinstance(layout, NMLayout) and mask < 2:
                             arguments = _pruning(layout, products, mask, operand, value, width)
                             found |= dict.fromkeys(_asked("prune", arguments))
+        for operand, value in dtypes:
+            if operand == value:
+                for name, arguments in _weight_calls(operand, masks):
+                    found |= dict.fromkeys(_asked(name, arguments))
     return list(found)
+
+
+def _weight_calls(
+    dtype: torch.dtype, masks: Sequence[int]
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments of linear and spmm with N:M weights, and of their derivatives."""
+    for n, m, half, single in RATIOS:
+        encoding = single if dtype == FLOAT else half
+        for size in (512, 4096):
+            layout = nm_layout((size, size), n, m, encoding, (1, 1), None)
+            plan, values = nm.plan_of(layout), _meta(1, layout.slots, dtype=dtype)
+            for tokens in TOKENS:
+                x = _meta(1, tokens, size, dtype=dtype)
+                for transposed in (False, True):
+                    yield "linear", (values, x, None, *plan, transposed)
+                lines = x.mT[:, None]
+                yield "sddmm", (lines, lines, None, False, *plan, 1.0, dtype)
+            for mask in masks:
+                keep = _keep(layout, mask)
+                for width in COMMON:
+                    x = _meta(1, 1, size, width, dtype=dtype)
+                    for name in ("spmm", "spmm_t"):
+                        yield name, (values, x, *keep, *plan, 1.0, dtype)
+                    yield "sddmm", (x, x, *keep, *plan, 1.0, dtype)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

@@ -33,15 +33,21 @@ EVERYWHERE = {
     "spmm_row_merge", "spmm_merge", "spmm_join",
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
+    "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
 }  # fmt: skip
-HOPPER = {"sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90", "sddmm_nm_sm90"}
+# Asked for where there is nothing better.
+ELSEWHERE = {"spmm_nm"}
+HOPPER = {
+    "sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90", "spmm_nm_sm90", "spmm_nm_thin_sm90",
+    "sddmm_nm_sm90",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_file_is_asked_for(arch):
     names = {wanted.name for wanted in requests(arch)}  # the common ones are of every file
-    assert names == EVERYWHERE | (HOPPER if arch == "90a" else set())
-    assert {path.stem for path in service.KERNELS.glob("*.cu")} == EVERYWHERE | HOPPER
+    assert names == EVERYWHERE | (HOPPER if arch == "90a" else ELSEWHERE)
+    assert {path.stem for path in service.KERNELS.glob("*.cu")} == EVERYWHERE | ELSEWHERE | HOPPER
 
 
 def everything(arch: str) -> list[service.Request]:

@@ -8,7 +8,7 @@ import torch
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import build
 from mixgrain.cuda.errors import MissingError
-from mixgrain.primitives.cuda import block_sm90, nm_scores, union_sm90
+from mixgrain.primitives.cuda import block_sm90, nm_scores, nm_sm90, union_sm90
 
 try:
     nvrtc.library()
@@ -34,6 +34,17 @@ def requests():
         # What differs by dtype and by n:m is one instruction, or a few left out.
         dtype, code = HALVES[panels % 2], int(panels == 2)
         yield nm_scores.sm90_request(dtype, code, within, given, keep, first, panels)
+
+    for (groups, wide), major, turned in itertools.product(nm_sm90.STAGE_US, (0, 1), (0, 1)):
+        for cluster, dtype in itertools.product((1, 2) if wide > 64 else (1,), HALVES):
+            cut = nm_sm90.Cut(groups, wide, cluster, 4)
+            yield nm_sm90.spmm_request(dtype, cut, bool(major), bool(turned), False)
+        cut = nm_sm90.Cut(groups, wide, 1, 4)
+        yield nm_sm90.spmm_request(torch.float32, cut, False, bool(turned), False)
+        yield nm_sm90.spmm_request(torch.float16, cut, bool(major), False, True)
+    for wide, split in itertools.product((8, 16, 32, 64, 128), (1, 2, 4)):
+        for dtype in (*HALVES, torch.float32):
+            yield nm_sm90.thin_request(dtype, nm_sm90.Thin(1, wide, split, 4))
 
 
 @pytest.mark.compile
@@ -62,6 +73,20 @@ def test_shared_memory_fits_a_multiprocessor(size, width):
         needed, ctas = nm_scores.sm90_shared(within, panels), nm_scores.CUTS[panels][2]
         assert (needed + 1024) * ctas <= 233_472  # as many as the registers are cut for
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
+
+
+@pytest.mark.parametrize("rows, inner", [(64, 64), (768, 3072), (8192, 8192), (10**6, 32)])
+@pytest.mark.parametrize("width", [1, 9, 64, 65, 128, 500, 16384])
+def test_shared_memory_of_sparse_products_fits(rows, inner, width):
+    for matrices in (1, 700):
+        cut = nm_sm90.cut_of(rows, width, matrices, 132)
+        assert cut.stages >= 3
+        assert cut.shared(True) <= 232_448 - 1024
+        thin = nm_sm90.thin_of(rows, width, inner, matrices, 132)
+        assert thin.stages >= 3
+        assert thin.stages * thin.stage + 1024 <= 232_448 - 1024
+        # The sums of a split product take the ring's place.
+        assert thin.wide // 2 * 128 * thin.groups * 4 <= thin.stages * thin.stage
 
 
 @pytest.mark.parametrize("several", [0, 16, 1000])

@@ -136,7 +136,9 @@ def test_integers_are_exact_in_linear(tokens, shape, ratio, dtype, portable):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 200])
-@pytest.mark.parametrize("cut", ["whole", "cluster", "wide", "short", "thin", "thin, split", "thinnest"])
+@pytest.mark.parametrize(
+    "cut", ["whole", "cluster", "wide", "short", "thin", "thin, split", "thinnest"]
+)
 def test_every_cut_of_sparse_wgmma_is_exact(cut, tokens):
     if not facts(0).hopper:
         pytest.skip("sm_90a only")

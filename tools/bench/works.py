@@ -19,6 +19,7 @@ from . import launching
 from .measure import once_ms
 from .pruned import PRUNED
 from .work import COPY_BYTES, L2_BYTES, TENSOR_FLOPS, TOLERANCE, Work, dots, random
+from .works_nm import linear_nm
 
 
 def _block_weight(n: int, size: int, density: float) -> tuple[mg.SparseTensor, Tensor]:
@@ -207,6 +208,10 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "spmm-block64-d20": lambda: spmm_block(64, 0.20),
     "spmm-block64-d05": lambda: spmm_block(64, 0.05),
     "spmm-block32-d20": lambda: spmm_block(32, 0.20),
+    "spmm-nm24-8192": lambda: linear_nm("spmm-nm24-8192", 8192, 8192),
+    "spmm-nm24-4096": lambda: linear_nm("spmm-nm24-4096", 4096, 4096),
+    "nm24-decode-1": lambda: linear_nm("nm24-decode-1", 8192, 1),
+    "nm24-decode-16": lambda: linear_nm("nm24-decode-16", 8192, 16),
     "spmm-row-n64-fp16": lambda: spmm_row(64, torch.float16, "fp16"),
     "spmm-row-n64-bf16": lambda: spmm_row(64, torch.bfloat16, "bf16"),
     "spmm-row-n64-fp32": lambda: spmm_row(64, torch.float32, "fp32"),
