@@ -43,21 +43,21 @@ Planner = Callable[[Any], Plan]
 # fmt: off
 TABLE: Final[Mapping[str, Mapping[type[Layout], Mapping[str, Planner]]]] = {
     "sddmm": {
-        NMLayout: {"cpu": nm.plan, "cuda": nm.plan},
+        NMLayout: {"cpu": nm.plan, "cuda": nm.cuda},
         BlockLayout: {"cpu": block.cpu, "cuda": cuda_block.cuda},
         RowLayout: {"cpu": row.cpu, "cuda": cuda_row.cuda},
         PanelLayout: {"cpu": panel.cpu, "cuda": cuda_panel.cuda},
         MixedLayout: {"cpu": mixed.cpu, "cuda": cuda_mixed.cuda},
     },
     "softmax": {
-        NMLayout: {"cpu": nm.plan},
+        NMLayout: {"cpu": nm.plan, "cuda": nm.cuda},
         BlockLayout: {"cpu": block.cpu, "cuda": cuda_rowwise.cuda},
         RowLayout: {"cpu": row.cpu, "cuda": cuda_rowwise.cuda},
         PanelLayout: {"cpu": panel.cpu, "cuda": cuda_rowwise.cuda},
         MixedLayout: {"cpu": mixed.cpu, "cuda": cuda_rowwise.cuda},
     },
     "softmax_backward": {
-        NMLayout: {"cpu": nm.plan},
+        NMLayout: {"cpu": nm.plan, "cuda": nm.cuda},
         BlockLayout: {"cpu": block.cpu, "cuda": cuda_rowwise.cuda},
         RowLayout: {"cpu": row.cpu, "cuda": cuda_rowwise.cuda},
         PanelLayout: {"cpu": panel.cpu, "cuda": cuda_rowwise.cuda},
@@ -65,7 +65,7 @@ TABLE: Final[Mapping[str, Mapping[type[Layout], Mapping[str, Planner]]]] = {
     },
     "spmm": {
         TileLayout: {"cpu": tile.cpu},
-        NMLayout: {"cpu": nm.plan, "cuda": nm.plan},
+        NMLayout: {"cpu": nm.plan, "cuda": nm.cuda},
         BlockLayout: {"cpu": block.cpu, "cuda": cuda_block.cuda},
         RowLayout: {"cpu": row.cpu, "cuda": cuda_row.cuda},
         PanelLayout: {"cpu": panel.cpu, "cuda": cuda_panel.cuda},
@@ -73,7 +73,7 @@ TABLE: Final[Mapping[str, Mapping[type[Layout], Mapping[str, Planner]]]] = {
     },
     "linear": {
         TileLayout: {"cpu": tile.cpu},
-        NMLayout: {"cpu": nm.plan, "cuda": nm.plan},
+        NMLayout: {"cpu": nm.plan, "cuda": nm.cuda},
         BlockLayout: {"cpu": block.cpu, "cuda": cuda_block.cuda},
         RowLayout: {"cpu": row.cpu, "cuda": cuda_row.cuda},
         PanelLayout: {"cpu": panel.cpu, "cuda": cuda_panel.cuda},

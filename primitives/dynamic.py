@@ -45,7 +45,7 @@ def sddmm_nm(
 
     Source: Chen et al., Dynamic N:M Fine-grained Structured Sparse Attention Mechanism, PPoPP 2023.
     """
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "cuda"):
         raise UnsupportedError(
             f"sddmm with P.nm: no {q.device.type} kernels in this version; move q and k with "
             '.cpu(), or use mixgrain.primitives.reference (impl="reference" in attend)'

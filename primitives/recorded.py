@@ -177,7 +177,9 @@ def learn_sddmm(
     lead: tuple[int, ...],
 ) -> None:
     """Keep the call that went the long way."""
-    if not learnable(q, k, keep) or type(scale) not in _NUMBERS:
+    if type(layout) not in LAYOUT_TYPES or not learnable(q, k, keep):
+        return
+    if type(scale) not in _NUMBERS:
         return
     wide = float(scale)
     scalars = (wide, q.dtype if out_dtype is None else out_dtype)

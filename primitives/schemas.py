@@ -123,5 +123,4 @@ def _cuda(name: str) -> Callable[..., Any]:
 
 
 for _name in SCHEMAS:
-    if _name != "prune":
-        LIB.impl(_name, _cuda(_name), "CUDA")
+    LIB.impl(_name, _cuda(_name), "CUDA")

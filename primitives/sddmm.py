@@ -43,7 +43,8 @@ def sddmm(
         k: (*leading, nk, D), the dtype of q.
         layout: the positions, or a pattern (made a mixed layout). ``P.nm(n, m)``, alone or joined
             to a pattern by ``&``, keeps the n largest scores of every m neighbouring keys and
-            returns an NMLayout made in this call; gradients flow to the kept scores.
+            returns an NMLayout made in this call; gradients flow to the kept scores. On CUDA n:m
+            is 2:4 or 1:2.
         scale: multiplies scores before they are rounded; 1/sqrt(D) for attention.
         key_mask: bool (B, nk) or (nk,), True = kept. Slots of dropped keys are dead, here and in
             whatever is computed from the result, which carries the mask.
@@ -58,6 +59,7 @@ def sddmm(
         ShapeError: shapes that do not fit each other or the layout.
         DtypeError: dtypes that differ or are no floats.
         LayoutError: a layout this operation does not take; a dense mask (use ``P.from_dense``).
+        UnsupportedError: no kernels for a dtype, n:m or device.
 
     Source: Gale et al., Sparse GPU Kernels for Deep Learning, SC 2020; N:M: Chen et al., Dynamic
     N:M Fine-grained Structured Sparse Attention Mechanism, PPoPP 2023.

@@ -5,6 +5,7 @@
 // affair: it hands over two lists of row numbers (negative: dead) and a Place:
 //     u32 live<kWidth>(int row, int column)   bits of elements column … column + kWidth - 1
 //     out_t *at(int row, int column)          where 16 bytes of results go, or nullptr
+// and a Store, by default one that writes every element.
 //
 // 16-bit operands of D <= 128 (kHold): Q's fragments stay in registers, K comes through a ring of
 // stages of 64 rows x D. Otherwise both come in steps of kDepth columns of D.
@@ -47,44 +48,46 @@ template <int kRows> struct SddmmShared {
 };
 
 // Results of one warp's tile: scaled, dead ones zero, through shared memory to 16-byte stores.
-template <int kRows, class Place>
-__device__ __forceinline__ void sddmm_store(
-    const float (&acc)[Warps<kRows, kGroup>::kM / 16][Warps<kRows, kGroup>::kN / 8][4], u8 *raw,
-    const int *rows, const int *columns, int row0, int column0, float scale, const Place &place) {
-    using Shared = SddmmShared<kRows>;
-    using Split = Warps<kRows, kGroup>;
-    constexpr int kPitch = Shared::kOutPitch, kVec = 16 / int(sizeof(out_t));
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    out_t *stage = reinterpret_cast<out_t *>(raw);
-    const u32 live_columns =
-        __ballot_sync(~0u, lane < Split::kN && columns[column0 + lane % Split::kN] >= 0);
+struct StoreAll {
+    template <int kRows, class Place>
+    __device__ __forceinline__ static void store(
+        const float (&acc)[Warps<kRows, kGroup>::kM / 16][Warps<kRows, kGroup>::kN / 8][4], u8 *raw,
+        const int *rows, const int *columns, int row0, int column0, float scale, const Place &place) {
+        using Shared = SddmmShared<kRows>;
+        using Split = Warps<kRows, kGroup>;
+        constexpr int kPitch = Shared::kOutPitch, kVec = 16 / int(sizeof(out_t));
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        out_t *stage = reinterpret_cast<out_t *>(raw);
+        const u32 live_columns =
+            __ballot_sync(~0u, lane < Split::kN && columns[column0 + lane % Split::kN] >= 0);
 #pragma unroll
-    for (int i = 0; i < Split::kM / 16; ++i)
+        for (int i = 0; i < Split::kM / 16; ++i)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = 16 * i + 8 * h + g;
-            u32 live = rows[row0 + row] < 0 ? 0u : live_columns;
-            if (live) live &= place.template live<Split::kN>(row0 + row, column0);
+            for (int h = 0; h < 2; ++h) {
+                const int row = 16 * i + 8 * h + g;
+                u32 live = rows[row0 + row] < 0 ? 0u : live_columns;
+                if (live) live &= place.template live<Split::kN>(row0 + row, column0);
 #pragma unroll
-            for (int j = 0; j < Split::kN / 8; ++j) {
-                const u32 bits = live >> (8 * j + 2 * t);
-                const float low = bits & 1 ? acc[i][j][2 * h] * scale : 0.0f;
-                const float high = bits & 2 ? acc[i][j][2 * h + 1] * scale : 0.0f;
-                store_pair(stage + row * kPitch + 8 * j + 2 * t, low, high);
+                for (int j = 0; j < Split::kN / 8; ++j) {
+                    const u32 bits = live >> (8 * j + 2 * t);
+                    const float low = bits & 1 ? acc[i][j][2 * h] * scale : 0.0f;
+                    const float high = bits & 2 ? acc[i][j][2 * h + 1] * scale : 0.0f;
+                    store_pair(stage + row * kPitch + 8 * j + 2 * t, low, high);
+                }
             }
-        }
-    __syncwarp();
-    constexpr int kPerRow = Split::kN / kVec, kStores = Split::kM * kPerRow;
+        __syncwarp();
+        constexpr int kPerRow = Split::kN / kVec, kStores = Split::kM * kPerRow;
 #pragma unroll
-    for (int base = 0; base < kStores; base += 32) {
-        const int row = (base + lane) / kPerRow, column = (base + lane) % kPerRow * kVec;
-        out_t *to = place.at(row0 + row, column0 + column);
-        if (to) store16(to, load16(stage + row * kPitch + column));
+        for (int base = 0; base < kStores; base += 32) {
+            const int row = (base + lane) / kPerRow, column = (base + lane) % kPerRow * kVec;
+            out_t *to = place.at(row0 + row, column0 + column);
+            if (to) store16(to, load16(stage + row * kPitch + column));
+        }
+        __syncwarp();
     }
-    __syncwarp();
-}
+};
 
-template <int kRows, class Place>
+template <int kRows, class Store = StoreAll, class Place>
 __device__ __forceinline__ void sddmm_tiles(u8 *shared, int groups, const operand_t *q, i64 q_row,
                                             const operand_t *k, i64 k_row, int width, float scale,
                                             const Place &place) {
@@ -158,7 +161,7 @@ __device__ __forceinline__ void sddmm_tiles(u8 *shared, int groups, const operan
         }
         if (kHold || step % depth == depth - 1) {
             const int column0 = (kHold ? step : step / depth) * kGroup + n0;
-            sddmm_store<kRows>(acc, staging, rows, columns, row0, column0, scale, place);
+            Store::template store<kRows>(acc, staging, rows, columns, row0, column0, scale, place);
             clear(acc);
         }
     }

@@ -67,6 +67,14 @@ __device__ __forceinline__ void tma_load(u32 to, const TensorMap &map, u32 barri
         "r"(c2), "r"(c3)
         : "memory");
 }
+__device__ __forceinline__ void tma_load(u32 to, const TensorMap &map, u32 barrier, int c0, int c1,
+                                         int c2, int c3, int c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to), "l"(&map), "r"(barrier), "r"(c0), "r"(c1),
+        "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
 // Stores clip at the edges of the tensor.
 __device__ __forceinline__ void tma_store(const TensorMap &map, u32 from, int c0, int c1, int c2) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(

@@ -60,8 +60,9 @@ def _prune_alone(
     for begin, stop in part.pieces(q.shape[1]):
         scores = (q[begin:stop] @ k.T).mul_(scale)
         choice = filler.repeat(stop - begin, part.groups, 1)
-        picked = choose(scores[:, :nk], live, part.n, part.m)
-        choice[:, : picked.shape[1]] = picked
+        inside = scores[: max(part.shape[0] - begin, 0), :nk]
+        picked = choose(inside, live, part.n, part.m)
+        choice[: picked.shape[0], : picked.shape[1]] = picked
         if part.encoding == "bytes":
             part.metadata[begin:stop] = choice
         else:

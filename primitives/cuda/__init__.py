@@ -24,6 +24,7 @@ from . import calls
 #: The module of each operator.
 MODULES = {
     "sddmm": "sddmm",
+    "prune": "nm_scores",
     "spmm": "spmm",
     "spmm_t": "spmm",
     "linear": "spmm",

@@ -1,7 +1,8 @@
 """Prepared calls of the operators: each signature is planned once and then only run.
 
 A signature is everything that launch code looks at: the operator, the plan, shapes, strides, dtypes
-and 16-byte alignment of the tensors, the scalars, and torch's TF32 switch.
+and 16-byte alignment of the tensors, the scalars, and torch's TF32 switch. The first tensor of an
+N:M plan, its metadata, is one of the call's: it may have been chosen by score a moment ago.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def of(
         elif isinstance(given, list):
             if not plan:
                 dims, kinds = arguments[at + 1 : at + 3]
-                places = tuple((t.data_ptr(), t.numel()) for t in given)
+                own, fixed = _loose(arguments, at)
+                for t in own:
+                    key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+                places = tuple((t.data_ptr(), t.numel()) for t in fixed)
                 plan = (arguments[0].device, kinds, tuple(dims), places)
         else:
             key.append(given)
@@ -86,17 +90,46 @@ def prepare(
 ) -> Prepared:
     """Record launch code on descriptions of the arguments; see ``of``."""
     recording = Recording(arguments[0].device.index)
-    described = [
-        recording.given(a, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in arguments
-    ]
+    described = describe(recording, arguments)
+    at = next(at for at, a in enumerate(arguments) if isinstance(a, list))
     with recorded(recording):
         result = function(*described)
     if alone and isinstance(result, tuple):
         result = result[0]
-    plan = next(a for a in arguments if isinstance(a, list))
-    return Prepared(recording, result, plan)
+    return Prepared(recording, result, _loose(arguments, at)[1])
+
+
+def describe(recording: Recording, arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments as launch code sees them; the tensors of a call become slots in this order."""
+    described: list[Any] = []
+    for at, a in enumerate(arguments):
+        if isinstance(a, Tensor):
+            described.append(recording.given(a, _residue(a)))
+        elif isinstance(a, list) and a and isinstance(a[0], Tensor):
+            own, fixed = _loose(arguments, at)
+            described.append([*(recording.given(t, _residue(t)) for t in own), *fixed])
+        else:
+            described.append(a)
+    return described
+
+
+def _residue(t: Tensor) -> int:
+    return 0 if t.is_meta else t.data_ptr() & 15
 
 
 def given(arguments: tuple[Any, ...]) -> list[Tensor]:
     """The tensors a prepared call takes, in the order of its slots."""
-    return [a for a in arguments if isinstance(a, Tensor)]
+    found: list[Tensor] = []
+    for at, a in enumerate(arguments):
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, list) and a and isinstance(a[0], Tensor):
+            found += _loose(arguments, at)[0]
+    return found
+
+
+def _loose(arguments: tuple[Any, ...], at: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the plan whose tensors are argument ``at``: those of this call, those that stay."""
+    tensors, kinds = arguments[at], arguments[at + 2]
+    first = 1 if kinds.startswith("nm") else 0
+    return tensors[:first], tensors[first:]

@@ -13,6 +13,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan, Plan, split
+from . import nm_rows
 from .parts import CODES, MOST_MATRICES, aligned_values, at_once, gaps, mask_side, together
 
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
@@ -48,6 +49,7 @@ class Call:
         op: SOFTMAX, BACKWARD, SUM or EXPAND.
         parts: of the layout.
         rows: nq.
+        columns: nk.
         entries: E.
         lines: E · nq.
         free: F.
@@ -68,13 +70,13 @@ class Call:
         grad: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> None:
-        slots, (self.rows, _), entry, self.parts = split(plan)
+        slots, (self.rows, self.columns), entry, self.parts = split(plan)
         self.op, self.free, self.entries = op, like.shape[0], len(entry)
         self.lines = self.entries * self.rows
         self.device, self.like = like.device.index, like
         self.values = None if values is None else aligned_values(values)
         self.grad = None if grad is None else aligned_values(grad)
-        self.keep = None if keep is None else _kept(keep)
+        self.keep = None if keep is None else kept(keep)
         self.side = mask_side(keep, not keep_rows)
         self.out: Tensor | None = None
         if out_dtype is not None:
@@ -148,6 +150,9 @@ class Call:
 
     def run(self, phase: int, part: PartPlan, v: Vectors) -> None:
         """Queue one phase of one part."""
+        if part.kind == "nm":
+            nm_rows.run(self, phase, part, v)
+            return
         for start in range(0, self.free, MOST_MATRICES):
             many = min(MOST_MATRICES, self.free - start)
             if part.kind == "cblock":
@@ -308,7 +313,7 @@ def _pointer(t: Tensor | None, start: int, offset: int = 0) -> int:
     return t.data_ptr() + (start * t.stride(0) + offset) * t.element_size()
 
 
-def _kept(keep: Tensor) -> Tensor:
+def kept(keep: Tensor) -> Tensor:
     """A run-time mask (F, E, n) whose rows are contiguous, aligned, and padded to whole blocks.
 
     Dimensions that are only expanded stay so: the copy is as small as the mask the user gave.

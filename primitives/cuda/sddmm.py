@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm, panel, row
+from . import block, nm, nm_scores, panel, row
 from .parts import aligned, at_once, check_dtypes, gaps
 
-_KINDS = {"cblock": block.sddmm, "cpanel": panel.sddmm, "crow": row.sddmm_row}
+_KINDS = {
+    "cblock": block.sddmm,
+    "cpanel": panel.sddmm,
+    "crow": row.sddmm_row,
+    "nm": nm_scores.sddmm,
+    "nm_t": nm_scores.sddmm,
+}
 
 
 def sddmm(
@@ -34,7 +40,7 @@ def sddmm(
     if q.dtype != k.dtype:
         wide = torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(wide), k.to(wide)
-    if parts and parts[0].kind in nm.KINDS:
+    if parts and parts[0].kind in nm.KINDS and not nm_scores.takes(parts[0], q, k):
         return nm.sddmm(q, k, keep, keep_rows, parts[0], shape, slots, scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()

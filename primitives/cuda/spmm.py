@@ -14,10 +14,17 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm, panel, row
+from . import block, nm, nm_within, panel, row
+from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
 
-_KINDS = {"cblock": block.spmm, "cpanel": panel.spmm, "crow": row.spmm_row}
+_KINDS = {
+    "cblock": block.spmm,
+    "cpanel": panel.spmm,
+    "crow": row.spmm_row,
+    "nm": nm_within.spmm,
+    "nm_t": nm_within.spmm,
+}
 
 
 def spmm(
@@ -90,7 +97,7 @@ def _product(
     size = (x.shape[0], len(entry), lines, width)
     if not parts or 0 in (*size, x.shape[2]):
         return x.new_zeros(size, dtype=dtype)
-    if parts[0].kind in nm.KINDS:
+    if parts[0].kind in nm.KINDS and not within(parts[0]):
         part = parts[0]
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     x, values = aligned(x), aligned_values(values)

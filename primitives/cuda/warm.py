@@ -17,13 +17,17 @@ from mixgrain.cuda.device import pretending
 from mixgrain.cuda.recording import Recording, recorded
 from mixgrain.cuda.steps import Launch
 from mixgrain.formats import patterns
+from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.layout import Layout
+from mixgrain.formats.nm import NMLayout, choose
+from mixgrain.formats.nm_metadata import encoding_for
 
 from ..blank import nm_layout
 from ..dispatch import TABLE
 from ..plans import nm
 from ..plans.plan import Plan
 from . import launch_code
+from .calls import describe
 from .parts import MOST_MATRICES
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -59,7 +63,25 @@ def _layouts() -> tuple[Layout, ...]:
     kinds = [part.kind for part in mixed.parts]
     assert kinds == ["block", "panel", "row"], kinds
     made += [mixed, mixed.parts[1]]
-    return tuple(made)
+    return (*made, *_nm_layouts(n))
+
+
+def _nm_layouts(n: int) -> Iterator[Layout]:
+    """Packed N:M, alone and within blocks: rows of every class of lengths."""
+    band = patterns.window(70)
+    for (kept, of), dtype in (((2, 4), HALF), ((1, 2), HALF), ((1, 2), FLOAT)):
+        for rows, columns in ((n, n), (33, 70), (5, 33_000)):
+            choice = torch.arange(kept, dtype=torch.uint8).expand(1, rows, -(-columns // of), kept)
+            yield NMLayout.from_choice(choice, (rows, columns), kept, of, dtype=dtype)
+        for size in (16, 32, 64):
+            for pattern in (band, patterns.full()):
+                within = pattern.to_layout("block", n, n, size=size)
+                assert isinstance(within, BlockLayout)
+                live = within.live()
+                live = torch.ones(within.slots, dtype=torch.bool) if live is None else live
+                live = live.view(-1, size, size)
+                choice = choose(live.float(), live, kept, of)
+                yield NMLayout.from_choice(choice, (n, n), kept, of, dtype=dtype, within=within)
 
 
 def requests(
@@ -87,6 +109,8 @@ def requests(
             rowwise = TABLE["softmax"][type(layout)]["cuda"](layout)
             for mask in masks:
                 for operand, value in dtypes:
+                    if not _meant_for(layout, value):
+                        continue
                     for name, arguments in _rowwise_calls(layout, rowwise, mask, operand, value):
                         found |= dict.fromkeys(_asked(name, arguments))
                     for width in widths:
@@ -94,6 +118,9 @@ def requests(
                             layout, products, mask, operand, value, width
                         ):
                             found |= dict.fromkeys(_asked(name, arguments))
+                        if isinstance(layout, NMLayout) and mask < 2:
+                            arguments = _pruning(layout, products, mask, operand, value, width)
+                            found |= dict.fromkeys(_asked("prune", arguments))
         for operand, value in dtypes:
             if operand == value:
                 for name, arguments in _weight_calls(operand, masks):
@@ -123,6 +150,13 @@ def _weight_calls(
                     for name in ("spmm", "spmm_t"):
                         yield name, (values, x, *keep, *plan, 1.0, dtype)
                     yield "sddmm", (x, x, *keep, *plan, 1.0, dtype)
+
+
+def _meant_for(layout: Layout, value: torch.dtype) -> bool:
+    """Whether values of this dtype come in this layout: 1:2 has an encoding for each size."""
+    return not isinstance(layout, NMLayout) or layout.encoding == encoding_for(
+        layout.n, layout.m, value
+    )
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -155,6 +189,19 @@ def _products(
             yield name, (values, x, *shared, operand)
 
 
+def _pruning(
+    layout: NMLayout,
+    plan: Plan,
+    mask: int,
+    operand: torch.dtype,
+    value: torch.dtype,
+    width: int,
+) -> tuple[Any, ...]:
+    """Arguments of prune."""
+    q, k = (_meta(1, layout.entries, n, width, dtype=operand) for n in layout.shape)
+    return q, k, _keep(layout, mask)[0], *plan, 1.0, value
+
+
 def _rowwise_calls(
     layout: Layout, plan: Plan, mask: int, first: torch.dtype, second: torch.dtype
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -173,7 +220,7 @@ def _rowwise_calls(
 
 def _asked(name: str, arguments: tuple[Any, ...]) -> list[Request]:
     recording = Recording(0)
-    described = [recording.given(a, 0) if isinstance(a, Tensor) else a for a in arguments]
+    described = describe(recording, arguments)
     with recorded(recording):
         launch_code(name)(*described)
     return [step.kernel.wanted for step in recording.steps if isinstance(step, Launch)]

@@ -32,12 +32,14 @@ EVERYWHERE = {
     "sddmm_block", "sddmm_panel", "sddmm_row", "spmm_block", "spmm_panel", "spmm_row",
     "spmm_row_merge", "spmm_merge", "spmm_join",
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
+    "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
 }  # fmt: skip
 # Asked for where there is nothing better.
 ELSEWHERE = {"spmm_nm"}
 HOPPER = {
     "sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90", "spmm_nm_sm90", "spmm_nm_thin_sm90",
+    "sddmm_nm_sm90",
 }  # fmt: skip
 #: Of the floor above, whose own tests compile them.
 FUSED = {"fused_sm90", "fused_mma", "fused_row", "fused_merge", "gather_rows"}

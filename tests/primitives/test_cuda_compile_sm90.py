@@ -8,7 +8,7 @@ import torch
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import build
 from mixgrain.cuda.errors import MissingError
-from mixgrain.primitives.cuda import block_sm90, nm_sm90, union_sm90
+from mixgrain.primitives.cuda import block_sm90, nm_scores, nm_sm90, union_sm90
 
 try:
     nvrtc.library()
@@ -29,6 +29,11 @@ def requests():
     for size, dtype, wide in itertools.product((16, 32), HALVES, union_sm90.STAGES):
         for transposed, partial in itertools.product((False, True), (False, True)):
             yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
+    flags = itertools.product((False, True), repeat=4)
+    for (within, given, keep, first), panels in itertools.product(flags, nm_scores.CUTS):
+        # What differs by dtype and by n:m is one instruction, or a few left out.
+        dtype, code = HALVES[panels % 2], int(panels == 2)
+        yield nm_scores.sm90_request(dtype, code, within, given, keep, first, panels)
 
     for (groups, wide), major, turned in itertools.product(nm_sm90.STAGE_US, (0, 1), (0, 1)):
         for cluster, dtype in itertools.product((1, 2) if wide > 64 else (1,), HALVES):
@@ -64,6 +69,9 @@ def test_shared_memory_fits_a_multiprocessor(size, width):
     assert cut.shared(size) <= 232_448 - 1024  # the static barriers besides
     assert union_sm90.spmm_shared(union_sm90.wide_of(width)) <= 232_448 - 1024
     panels = -(-min(width, 256) // 64)
+    for within in (False, True):
+        needed, ctas = nm_scores.sm90_shared(within, panels), nm_scores.CUTS[panels][2]
+        assert (needed + 1024) * ctas <= 233_472  # as many as the registers are cut for
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
 
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from cases import BUILDERS, CASES, Case, density, masks_of, operands
+from cases import BUILDERS, CASES, masks_of, operands
 from test_cuda_block import DEVICE, DTYPES, adjoint, close, dead_of, integers, key_mask, zero_bits
 from test_cuda_block import poisoned as poisoned  # a fixture
 from torch import Tensor
 
 from mixgrain.cuda.device import facts
 from mixgrain.formats.cache import clear_caches
-from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.nm import NMLayout, choose
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import reference
@@ -308,14 +307,6 @@ def test_values_of_another_dtype(values, x):
     held, k = integers(layout.slots, seed=3), integers(130, 40, seed=2)
     s = SparseTensor(layout.to(DEVICE), held.to(DEVICE, values))
     assert torch.equal(spmm(s, k.to(DEVICE, x)).cpu(), spmm(SparseTensor(layout, held), k).to(x))
-
-
-def test_within_says_what_to_do():
-    case = Case((64, 64), density(0.5))
-    layout = BUILDERS["nm within"](case, *masks_of(case)).to(DEVICE)
-    x = torch.zeros(64, 8, device=DEVICE)
-    with pytest.raises(UnsupportedError, match="BlockLayout"):
-        spmm(SparseTensor(layout, torch.zeros(layout.slots, device=DEVICE)), x)
 
 
 def test_capture_and_replay(portable):

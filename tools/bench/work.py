@@ -32,6 +32,7 @@ class Work:
         plans: engine to a function that measures its planning, milliseconds.
         flops: operations that the result needs, if `rate` is given.
         rate: whose dense FLOP/s the row's `eta` is a share of, and how many they are.
+        oracles: what a peer should return that computes something else.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Work:
     plans: dict[str, Callable[[], float]] = field(default_factory=dict)
     flops: float = 0.0
     rate: Callable[[], tuple[str, float]] | None = None
+    oracles: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -18,6 +18,7 @@ from mixgrain.primitives.softmax import softmax_backward
 from . import launching
 from .fused import FUSED
 from .measure import once_ms
+from .pruned import PRUNED
 from .work import COPY_BYTES, L2_BYTES, TENSOR_FLOPS, TOLERANCE, Work, dots, random
 from .works_nm import linear_nm
 
@@ -226,6 +227,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "composed-streams": launching.composed_streams,
     "launch": launching.launch,
     **FUSED,
+    **PRUNED,
 }
 
 
