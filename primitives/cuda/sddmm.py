@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, panel, row
+from . import block, panel, row, tile
 from .parts import aligned, at_once, check_dtypes, gaps
 
 _KINDS = {"cblock": block.sddmm, "cpanel": panel.sddmm, "crow": row.sddmm_row}
@@ -34,6 +34,8 @@ def sddmm(
     if q.dtype != k.dtype:
         wide = torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(wide), k.to(wide)
+    if parts and parts[0].kind == "ctile":
+        return tile.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()
     q, k = aligned(q), aligned(k)

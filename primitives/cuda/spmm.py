@@ -14,7 +14,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, panel, row
+from . import block, panel, row, tile
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine
 
 _KINDS = {"cblock": block.spmm, "cpanel": panel.spmm, "crow": row.spmm_row}
@@ -70,6 +70,8 @@ def _product(
     size = (x.shape[0], len(entry), lines, width)
     if not parts or 0 in size:
         return x.new_zeros(size, dtype=dtype)
+    if parts[0].kind == "ctile":
+        return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
     x, values = aligned(x), aligned_values(values)
     size = (*size[:3], x.shape[3])
     if len(parts) == 1:

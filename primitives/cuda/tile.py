@@ -1,0 +1,427 @@
+"""TileLayout on CUDA: mma.sync on every device, x by TMA where there is one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.tma import descriptor
+from mixgrain.formats.tile import SIZE
+
+from ..plans import cuda_tile
+from ..plans.plan import PartPlan
+from . import block
+from .block_sm90 import laid_out, walks
+from .parts import CODES, MOST_MATRICES, aligned, aligned_values
+
+V = TypeVar("V")
+HALVES = (torch.float16, torch.bfloat16)
+# Columns of x that a CTA of spmm_tile takes.
+WIDE = 128
+# Up to this many columns, a line of tiles is a CTA's (spmm_tile_few).
+FEW = 64
+# Beyond it, where spmm_tile has too few CTAs.
+FEW_AT_MOST = 512
+
+# What kernels derive from a plan, by its tensor of bounds: made when a call first needs it.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _derived(bounds: Tensor, key: Any, make: Callable[[], V]) -> V:
+    kept = _made.setdefault(bounds, {})
+    if key not in kept:
+        kept[key] = make()
+    found: V = kept[key]
+    return found
+
+
+class Cut(NamedTuple):
+    """How spmm_tile is cut.
+
+    Attributes:
+        warps: lines of tiles of a CTA, each a warp's.
+        stages: of 64 inner positions of x.
+        ahead: tiles whose values a warp has under way.
+        early: it asks for the next ones before it multiplies.
+        bulk: x comes by TMA.
+    """
+
+    warps: int
+    stages: int
+    ahead: int
+    early: bool
+    bulk: bool
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA: registers are moved between whole warpgroups, so with TMA one of them produces."""
+        return 32 * self.warps + (128 if self.bulk else 32)
+
+    @property
+    def shared(self) -> int:
+        """Dynamic shared memory of a CTA, bytes."""
+        return self.stages * WIDE * 128 + 1024
+
+
+def cut(bulk: bool, tokens: bool, small: bool) -> Cut:
+    """How spmm_tile is cut: one CTA or, when small, two on a multiprocessor."""
+    if bulk:
+        return Cut(8, 6, 2, False, True) if small else Cut(16, 12, 2, True, True)
+    return Cut(7 if small else 15, 5 if not small else 2, 2 if tokens else 1, True, False)
+
+
+def _hopper(index: int) -> bool:
+    return facts(index).hopper
+
+
+def in_tokens(x: Tensor) -> bool:
+    """Whether inner positions of x (F, E, inner, D) are neighbours: rows of tokens, transposed.
+
+    Results are then laid out alike.
+    """
+    return x.stride(2) == 1 and (x.shape[3] == 1 or x.stride(3) != 1)
+
+
+def spmm(
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    part: PartPlan,
+    scale: float,
+    dtype: torch.dtype,
+    transposed: bool,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Scale · S x, or scale · Sᵀ x when transposed, plus the bias of each row.
+
+    Args:
+        values: (F, slots).
+        x: (F, 1, inner, D), any strides.
+        keep: bool (F, 1, n) or None.
+        keep_rows: the mask is over rows of S.
+        part: from ``plans.cuda_tile``.
+        scale: multiplies the product.
+        dtype: of the result.
+        transposed: multiply by the transpose.
+        bias: (rows,) of x's dtype, or None.
+
+    Returns:
+        (F, 1, rows, D), contiguous, or its last two dimensions exchanged where x is so.
+    """
+    tokens = in_tokens(x)
+    rows = part.scalars[1 if transposed else 0]
+    free, _, inner, width = x.shape
+    shape = (free, 1, width, rows) if tokens else (free, 1, rows, width)
+    values = aligned_values(values)
+    if keep is not None or x.dtype not in HALVES or values.dtype != x.dtype or (
+        dtype not in (x.dtype, torch.float32)
+    ):  # fmt: skip
+        out = _as_blocks(values, x, keep, keep_rows, part, scale, dtype, transposed, bias)
+        return out.mT.contiguous().mT if tokens else out
+    tables = part.tensors[3:] if transposed else part.tensors[:3]
+    chosen = _choose(x.device.index, -(-rows // SIZE), width, free, tokens)
+    if chosen is None or (bias is not None and not tokens):
+        out = x.new_empty(shape, dtype=dtype)
+        out = out.mT if tokens else out
+        _few(out, values, x, tables, scale, transposed, bias)
+        return out
+    x = laid_out(aligned(x.mT).mT if tokens else aligned(x))
+    # Aligning pads the last dimension with zeros: inner positions that no tile meets, or columns.
+    if not tokens:
+        shape = (*shape[:3], x.shape[3])
+    out = x.new_empty(shape, dtype=dtype)
+    _wide(out, values, x, inner, tables, chosen, scale, transposed, tokens, bias)
+    return out.mT if tokens else out[..., :width].contiguous()
+
+
+def _choose(index: int, lines: int, width: int, free: int, tokens: bool) -> Cut | None:
+    """How spmm_tile is cut for this work, None where spmm_tile_few does it."""
+    if width <= FEW:
+        return None
+    bulk, several = _hopper(index), facts(index).multiprocessors
+    large, small = cut(bulk, tokens, False), cut(bulk, tokens, True)
+    across = -(-width // WIDE) * free
+    if -(-lines // large.warps) * across >= 0.9 * several:
+        return large
+    if -(-lines // small.warps) * across >= 0.7 * several or width > FEW_AT_MOST:
+        return small
+    return None
+
+
+def _few(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    tables: list[Tensor],
+    scale: float,
+    transposed: bool,
+    bias: Tensor | None,
+) -> None:
+    bounds, cells, heads = tables
+    free, _, rows, width = out.shape
+    inner = x.shape[2]
+    blocks = 1 if width <= 8 else 2 if width <= 16 else 4
+    even = not (x.data_ptr() % 4 or x.stride(3) % 2 or x.stride(0) % 2)
+    pairs = x.stride(2) == 1 and even
+    wanted = few_request(blocks, x.dtype, out.dtype, transposed, pairs)
+    run = kernel(wanted, x.device.index)
+    for start in range(0, free, MOST_MATRICES):
+        to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
+        run(
+            (heads.shape[0], -(-width // (8 * blocks)), to.shape[0]),
+            256,
+            (
+                right.data_ptr(),
+                *(np.int64(right.stride(d)) for d in (0, 2, 3)),
+                weights.data_ptr(),
+                np.int64(weights.shape[1]),
+                heads.data_ptr(),
+                cells.data_ptr(),
+                np.float32(scale),
+                0 if bias is None else bias.data_ptr(),
+                to.data_ptr(),
+                *(np.int64(to.stride(d)) for d in (0, 2, 3)),
+                np.int32(rows),
+                np.int32(inner),
+                np.int32(width),
+            ),
+        )
+
+
+def _wide(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    inner: int,
+    tables: list[Tensor],
+    how: Cut,
+    scale: float,
+    transposed: bool,
+    tokens: bool,
+    bias: Tensor | None,
+) -> None:
+    bounds, cells, _ = tables
+    free, rows, width = out.shape[0], *out.shape[-2:]
+    if tokens:
+        rows, width = width, rows
+    device = x.device.index
+    grain = 4 if tokens else 1
+    links, unions, records = _derived(
+        bounds,
+        (how.warps, grain),
+        lambda: cuda_tile.groups(bounds, cells, how.warps, grain, inner),
+    )
+    across = -(-width // WIDE)
+    partial = out.dtype == torch.float32
+    run = kernel(wide_request(how, x.dtype, transposed, tokens, partial), device)
+    several = facts(device).multiprocessors * (2 if how.warps <= 8 else 1)
+    tiles = walks(records, across, free, several)
+    run(
+        (tiles.shape[0],),
+        how.threads,
+        (
+            *_source(x, how.bulk, tokens),
+            values.data_ptr(),
+            np.int64(values.shape[1]),
+            bounds.data_ptr(),
+            links.data_ptr(),
+            unions.data_ptr(),
+            tiles.data_ptr(),
+            np.int32(tiles.shape[1]),
+            np.int32(bounds.numel() - 1),
+            np.int32(across),
+            np.float32(scale),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            np.int32(rows),
+            np.int32(inner),
+            np.int32(width),
+        ),
+        how.shared,
+    )
+
+
+def _source(x: Tensor, bulk: bool, tokens: bool) -> tuple[Any, ...]:
+    """What spmm_tile asks x by."""
+    if not bulk:
+        return x.data_ptr(), np.int64(x.stride(0)), np.int64(x.stride(3 if tokens else 2))
+    if not tokens:
+        return (_columns_map(x),)
+    free, _, inner, width = x.shape
+    strides = tuple(x.stride(d) * x.element_size() for d in (3, 0))
+    return (descriptor(x.data_ptr(), x.dtype, (inner, width, free), strides, (64, WIDE, 1)),)
+
+
+def _columns_map(x: Tensor) -> np.ndarray:
+    free, _, inner, width = x.shape
+    strides = tuple(x.stride(d) * x.element_size() for d in (2, 0))
+    return descriptor(x.data_ptr(), x.dtype, (width, inner, free), strides, (64, SIZE, 1))
+
+
+def _rows_first(values: Tensor, back: bool) -> Tensor:
+    """Values in the order of rows, or back in that of fragments."""
+    out = values.new_empty(values.shape)
+    wanted = request("tile_order", {"DTYPE": CODES[values.dtype], "BACK": int(back)})
+    count = values.numel()
+    kernel(wanted, values.device.index)(
+        (-(-count // 2048),), 256, (out.data_ptr(), values.data_ptr(), np.int64(count))
+    )
+    return out
+
+
+def _blocks_of(part: PartPlan) -> PartPlan:
+    """The tiles as 16-blocks."""
+    bounds, cells, _, t_bounds, t_cells, _ = part.tensors
+    rows, columns = part.scalars
+    return _derived(
+        bounds,
+        "blocks",
+        lambda: cuda_tile.as_blocks(bounds, cells, t_bounds, t_cells, (rows, columns)),
+    )
+
+
+def _as_blocks(
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    part: PartPlan,
+    scale: float,
+    dtype: torch.dtype,
+    transposed: bool,
+    bias: Tensor | None,
+) -> Tensor:
+    """What there are no kernels for on tiles themselves: float32, mixed dtypes, run-time masks."""
+    rows, width = part.scalars[1 if transposed else 0], x.shape[3]
+    x = aligned(x)
+    wide = dtype if bias is None else torch.float32
+    out = x.new_empty((x.shape[0], 1, rows, x.shape[3]), dtype=wide)
+    turned = _rows_first(values, back=False)
+    block.spmm(out, turned, x, keep, keep_rows, _blocks_of(part), scale, transposed, add=False)
+    out = out[..., :width].contiguous()
+    if bias is None:
+        return out
+    return torch.add(out, bias.view(1, 1, rows, 1)).to(dtype)
+
+
+def sddmm(
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    part: PartPlan,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Scale · q kᵀ at every slot: (F, 1, nq, D), (F, 1, nk, D) -> (F, slots)."""
+    rows, columns = part.scalars
+    free, _, _, width = q.shape
+    values = q.new_empty((free, part.starts[-1]), dtype=dtype)
+    if keep is not None or q.dtype not in HALVES or dtype not in (q.dtype, torch.float32):
+        q, k = aligned(q), aligned(k)
+        block.sddmm(values, q, k, keep, keep_rows, _blocks_of(part), scale)
+        return _rows_first(values, back=True)
+    deep = in_tokens(q) and in_tokens(k)
+    q, k = (laid_out(aligned(t.mT).mT if deep else aligned(t)) for t in (q, k))
+    device = q.device.index
+    large = -(-rows // 256) * -(-columns // 256) * free >= 0.7 * facts(device).multiprocessors
+    side, warps, each, span = sampling(large, facts(device).shared_bytes)
+    bounds, cells = part.tensors[:2]
+    across = -(-columns // SIZE)
+    chunks, listed = _derived(
+        bounds,
+        ("regions", side),
+        lambda: cuda_tile.regions(bounds, cells, side, warps * each, across),
+    )
+    wanted = sddmm_request(side, q.dtype, dtype, deep, warps, each, span)
+    run = kernel(wanted, device)
+    shared = sddmm_shared(side, span, deep)
+    for start in range(0, free, MOST_MATRICES):
+        to, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+        line = 3 if deep else 2
+        run(
+            (chunks.shape[0], to.shape[0]),
+            32 * warps,
+            (
+                to.data_ptr(),
+                np.int64(to.shape[1]),
+                left.data_ptr(),
+                np.int64(left.stride(0)),
+                np.int64(left.stride(line)),
+                right.data_ptr(),
+                np.int64(right.stride(0)),
+                np.int64(right.stride(line)),
+                chunks.data_ptr(),
+                listed.data_ptr(),
+                np.int32(-(-across // side)),
+                np.int32(rows),
+                np.int32(columns),
+                np.int32(q.shape[3]),
+                np.float32(scale),
+            ),
+            shared,
+        )
+    return values
+
+
+def sampling(large: bool, shared_bytes: int) -> tuple[int, int, int, int]:
+    """SIDE, WARPS, EACH and SPAN of sddmm_tile for devices of so much shared memory."""
+    if not large:
+        return 4, 4, 4, 64
+    return 16, 16, 6, 64 if shared_bytes >= 227_000 else 32 if shared_bytes >= 160_000 else 16
+
+
+def sddmm_shared(side: int, span: int, deep: bool) -> int:
+    """Dynamic shared memory of sddmm_tile, bytes."""
+    lines = SIZE * side
+    pitched = span * (lines + 8) if deep else lines * (span + 8)
+    return 3 * 2 * pitched * 2
+
+
+@functools.lru_cache(maxsize=256)
+def sddmm_request(
+    side: int, dtype: torch.dtype, out: torch.dtype, deep: bool, warps: int, each: int, span: int
+) -> Request:
+    """The sddmm kernel; ``deep`` where rows of q and k are neighbours."""
+    constants = {"SIDE": side, "DTYPE": CODES[dtype], "OUT": CODES[out], "DEEP": int(deep)}
+    return request("sddmm_tile", constants | {"WARPS": warps, "EACH": each, "SPAN": span}, flush=True)
+
+
+@functools.lru_cache(maxsize=256)
+def few_request(
+    blocks: int, dtype: torch.dtype, out: torch.dtype, transposed: bool, pairs: bool
+) -> Request:
+    """The kernel for few columns; ``pairs`` of inner positions are read at once."""
+    constants = {"BLOCKS": blocks, "DTYPE": CODES[dtype], "OUT": CODES[out]}
+    constants |= {"TRANSPOSED": int(transposed), "PAIRS": int(pairs)}
+    return request("spmm_tile_few", constants, flush=True)
+
+
+@functools.lru_cache(maxsize=256)
+def wide_request(
+    how: Cut, dtype: torch.dtype, transposed: bool, tokens: bool, partial: bool
+) -> Request:
+    """The kernel for many columns; ``partial`` writes float32."""
+    constants = {
+        "WARPS": how.warps,
+        "WIDE": WIDE,
+        "STAGES": how.stages,
+        "AHEAD": how.ahead,
+        "EARLY": int(how.early),
+        "TMA": int(how.bulk),
+        "DTYPE": CODES[dtype],
+        "TRANSPOSED": int(transposed),
+        "TOKENS": int(tokens),
+        "PARTIAL": int(partial),
+    }
+    return request("spmm_tile", constants, flush=True)
