@@ -149,9 +149,9 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32 + (kBulk ? 128 : 32), k
 
 #if MG_TMA
     if constexpr (kWarps > 8)
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 120;");
-    else
         asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+    else
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
 #endif
     // Lane l gives ldmatrix row l % 16 of a 16 × 16 piece, 16-byte chunk l / 16 of its two, swizzled; piece j
     // of a row of 128 bytes lies at an address whose bits 5 and 6 are turned by j.

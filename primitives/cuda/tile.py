@@ -75,7 +75,7 @@ class Cut(NamedTuple):
 def cut(bulk: bool, tokens: bool, small: bool) -> Cut:
     """How spmm_tile is cut: one CTA or, when small, two on a multiprocessor."""
     if bulk:
-        return Cut(8, 6, 2, False, True) if small else Cut(16, 12, 2, True, True)
+        return Cut(8, 6, 1, True, True) if small else Cut(16, 12, 2, False, True)
     return Cut(7 if small else 15, 5 if not small else 2, 2 if tokens else 1, True, False)
 
 
