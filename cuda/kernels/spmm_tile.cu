@@ -1,7 +1,7 @@
 // spmm_tile: out = scale · S x or scale · Sᵀ x, S in 16 × 16 tiles, by mma.sync with exact skipping.
 //
-// A CTA takes kWarps lines of tiles, 16 rows of the result for each warp, and kWide columns of x. One more
-// warp brings those 64 inner positions of x that any of the lines meets, stage after stage; each warp walks
+// A CTA takes kWarps lines of tiles, 16 rows of the result for each warp, and kWide columns of x. One or
+// a few more bring those 64 inner positions of x that any of the lines meets, stage after stage; each warp walks
 // its own tiles, straight from global memory into fragments, and multiplies by no others. So warps drift
 // apart by as much as the ring is long, and uneven lines even out.
 //
@@ -16,7 +16,7 @@
 //                         repeat is one column tile of one matrix
 //
 //   grid   CTAs that walk their tiles of 16 kWarps rows × kWide columns
-//   block  kWarps warps and one that produces, by TMA (kBulk, sm_90a) or cp.async
+//   block  kWarps warps and those that bring x, by TMA (kBulk, sm_90a: one of a warpgroup) or cp.async
 //   smem   kStages of 64 × kWide elements of x
 //   floor  tensor cores: 2 · 256 · tiles · D FLOPs at the rate of mma.sync (510 TFLOP/s on an H200), and the
 //          same time for x from shared memory, 32 D bytes a tile; L2: x once for each group of lines
@@ -32,6 +32,7 @@
 constexpr int kWarps = MG_WARPS, kWide = MG_WIDE, kStages = MG_STAGES;
 constexpr bool kTransposed = MG_TRANSPOSED, kTokens = MG_TOKENS, kFloat = MG_PARTIAL, kBulk = MG_TMA;
 static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
+constexpr int kProducers = kBulk ? 1 : (kWarps > 8 ? 4 : 2);  // warps that bring x
 constexpr int kPanels = kWide / 64, kQuarters = 4;
 constexpr u32 kPanel = 64 * 128, kStage = kWide * 128;
 constexpr int kAhead = MG_AHEAD;
@@ -51,6 +52,7 @@ struct Source {
 // Brings the unions of one stage: `mine` is what this lane has of unions[n · kQuarters …], kTokens: unions[n].
 __device__ __forceinline__ void produce(const Source &from, u32 to, u32 full, int column, int matrix, int first, int count) {
     const int lane = threadIdx.x % 32;
+    [[maybe_unused]] const int part = threadIdx.x / 32 - kWarps;  // of kProducers
 #if MG_TMA
     if constexpr (kTokens) {
         if (lane == 0) {
@@ -68,7 +70,7 @@ __device__ __forceinline__ void produce(const Source &from, u32 to, u32 full, in
     const operand_t *x = from.x + matrix * from.free;
     if constexpr (kTokens) {
 #pragma unroll 8
-        for (int i = lane; i < kWide * 8; i += 32) {
+        for (int i = part * 32 + lane; i < kWide * 8; i += 32 * kProducers) {
             const int row = i / 8, chunk = i % 8, left = from.inner - first * 64 - chunk * 8;
             const bool live = column + row < from.width && left > 0;
             const operand_t *at = live ? x + (column + row) * from.line + first * 64 + chunk * 8 : x;
@@ -76,7 +78,7 @@ __device__ __forceinline__ void produce(const Source &from, u32 to, u32 full, in
         }
     } else {
 #pragma unroll 4
-        for (int i = 0; i < kPanels * 16; ++i) {
+        for (int i = part; i < kPanels * 16; i += kProducers) {
             const int row = (i / kPanels) * 4 + lane / 8, panel = i % kPanels, chunk = lane % 8;
             const int tile = __shfl_sync(~0u, first, row / 16 * kPanels), position = tile * 16 + row % 16;
             const int at = column + 64 * panel + 8 * chunk;
@@ -90,7 +92,7 @@ __device__ __forceinline__ void produce(const Source &from, u32 to, u32 full, in
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32 + (kBulk ? 128 : 32), kWarps > 8 ? 1 : 2)
+extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers)) * 32, kWarps > 8 ? 1 : 2)
     spmm_tile(
 #if MG_TMA
         const __grid_constant__ TensorMap x_map,
@@ -109,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32 + (kBulk ? 128 : 32), k
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)
-            mbarrier_init(full + 8 * s, kBulk ? 1 : 32), mbarrier_init(empty + 8 * s, kWarps);
+            mbarrier_init(full + 8 * s, kBulk ? 1 : 32 * kProducers), mbarrier_init(empty + 8 * s, kWarps);
 #if MG_TMA
         barrier_init_fence();
 #endif

@@ -63,8 +63,8 @@ class Cut(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Of a CTA: registers are moved between whole warpgroups, so with TMA one of them produces."""
-        return 32 * self.warps + (128 if self.bulk else 32)
+        """Of a CTA; registers move between whole warpgroups, so with TMA one of them produces."""
+        return 32 * (self.warps + (4 if self.bulk or self.warps > 8 else 2))
 
     @property
     def shared(self) -> int:
@@ -75,8 +75,9 @@ class Cut(NamedTuple):
 def cut(bulk: bool, tokens: bool, small: bool) -> Cut:
     """How spmm_tile is cut: one CTA or, when small, two on a multiprocessor."""
     if bulk:
-        return Cut(8, 6, 1, True, True) if small else Cut(16, 12, 2, False, True)
-    return Cut(7 if small else 15, 5 if not small else 2, 2 if tokens else 1, True, False)
+        return Cut(8, 6, 1, True, True) if small else Cut(16, 12, 1, True, True)
+    ahead = 2 if tokens else 1
+    return Cut(6, 2, ahead, True, False) if small else Cut(12, 5, ahead, True, False)
 
 
 def _hopper(index: int) -> bool:
