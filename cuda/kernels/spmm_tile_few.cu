@@ -18,11 +18,11 @@
 #include "types.cuh"
 #include "tile.cuh"
 
-constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = 8;
+constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS;
 constexpr bool kTransposed = MG_TRANSPOSED, kPairs = MG_PAIRS;
 static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2 or 4");
-constexpr int kAtOnce = kBlocks > 1 ? 2 : kPairs ? 4 : 3;  // tiles whose loads are under way together
-constexpr int kPitch = 17;
+constexpr int kAhead = kBlocks == 1 ? (kPairs ? 4 : 3) : kBlocks == 2 ? 3 : 2;  // tiles of a warp that are under way
+constexpr int kPitch = 17, kHead = 31;
 
 // Two inner positions of a column of x from `at` on, zeros from `inner` on.
 __device__ __forceinline__ u32 pair_of(const operand_t *column, i64 step, int at, int inner) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ u32 pair_of(const operand_t *column, i64 step, int at
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32, kBlocks == 4 ? 3 : 4)
+extern "C" __global__ void __launch_bounds__(kWarps * 32, (kBlocks == 4 ? 24 : 32) / kWarps)
     spmm_tile_few(const operand_t *__restrict__ x, i64 x_free, i64 x_inner, i64 x_column,
                   const operand_t *__restrict__ values, i64 slots, const int2 *__restrict__ heads,
                   const int2 *__restrict__ cells, float scale, const operand_t *__restrict__ bias,
@@ -46,9 +46,17 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, kBlocks == 4 ? 3 : 4)
     const int line = blockIdx.x, column = blockIdx.y * kColumns;
     const i64 f = blockIdx.z;
 
-    const int2 head = __ldg(heads + line * 32 + lane);
+    // Small work is all latency: all of it is asked for before anyone knows which of it is his.
+    const int thread = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
+    if (gridDim.z == 1 && slots / 64 <= gridDim.x * gridDim.y * blockDim.x) {
+        if (thread < slots / 64) prefetch_l2(values + thread * 64);
+        const int pieces = (inner + 63) / 64;
+        if (kPairs && thread < pieces * width) prefetch_l2(x + thread / pieces * x_column + thread % pieces * 64);
+    }
+    const u64 policy = once_policy();
+    const int2 head = __ldg(heads + line * (kHead + 1) + lane);
     const int first = __shfl_sync(~0u, head.x, 0), all = __shfl_sync(~0u, head.y, 0);
-    const int begin = all * warp / kWarps, end = all * (warp + 1) / kWarps;
+    const int begin = all * warp / kWarps, count = all * (warp + 1) / kWarps - begin;
     const operand_t *mine = values + f * slots + lane * 8;
     const operand_t *of[kBlocks];
     bool live[kBlocks];
@@ -64,44 +72,51 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, kBlocks == 4 ? 3 : 4)
 #pragma unroll
         for (int c = 0; c < 4; ++c) acc[j][c] = 0.f;
 
-    for (int from = begin; from < end; from += 32) {
-        const int count = min(32, end - from);
-        int2 cell;  // a lane's of these tiles
-        if (all <= 31) {
-            const int at = min(from + lane + 1, 31);
+    int2 cell;  // a lane's of the 32 tiles that are asked for next
+    auto ask = [&](int n) {
+        if (all <= kHead) {
+            const int at = min(begin + n + lane + 1, kHead);
             cell = make_int2(__shfl_sync(~0u, head.x, at), __shfl_sync(~0u, head.y, at));
-        } else if (lane < count) {
-            cell = __ldg(cells + first + from + lane);
+        } else if (n + lane < count) {
+            cell = __ldg(cells + first + begin + n + lane);
         }
-        for (int i = 0; i < count; i += kAtOnce) {
-            uint4 held[kAtOnce];
-            u32 right[kAtOnce][kBlocks][2];
-            int where[kAtOnce];
+    };
+    uint4 held[kAhead];
+    u32 right[kAhead][kBlocks][2];
+    int where[kAhead];
+    auto fetch_values = [&](int u, int n) {
+        if (n >= count) return;
+        const int item = kTransposed ? __shfl_sync(~0u, cell.y, n % 32) : first + begin + n;
+        held[u] = tile_load_once(mine + static_cast<i64>(item) * 256, policy);
+    };
+    auto fetch_right = [&](int u, int n) {
+        if (n >= count) return;
+        where[u] = __shfl_sync(~0u, cell.x, n % 32) * 16;
 #pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
-                where[u] = __shfl_sync(~0u, cell.x, (i + u) % 32);
-                const int item = __shfl_sync(~0u, cell.y, (i + u) % 32);
-                if (i + u < count) held[u] = tile_load(mine + static_cast<i64>(item) * 256);
-            }
+        for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
-            for (int u = 0; u < kAtOnce; ++u)
+            for (int h = 0; h < 2; ++h)
+                right[u][j][h] = live[j] ? pair_of(of[j], x_inner, where[u] + 8 * h + 2 * t, inner) : 0u;
+    };
+    ask(0);
 #pragma unroll
-                for (int j = 0; j < kBlocks; ++j)
+    for (int u = 0; u < kAhead; ++u) fetch_values(u, u);
 #pragma unroll
-                    for (int h = 0; h < 2; ++h)
-                        right[u][j][h] = i + u < count && live[j]
-                                             ? pair_of(of[j], x_inner, where[u] * 16 + 8 * h + 2 * t, inner)
-                                             : 0u;
+    for (int u = 0; u < kAhead; ++u) fetch_right(u, u);
+    for (int n = 0; n < count; n += kAhead) {
 #pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
-                if (i + u >= count) break;
-                u32 w[4];
-                tile_lines<kTransposed>(w, held[u]);
-                if (where[u] * 16 + 16 > inner) tile_cut(w, inner % 16);
-                const u32 a[4] = {w[0], w[2], w[1], w[3]};
+        for (int u = 0; u < kAhead; ++u) {
+            if (n + u >= count) break;
+            u32 w[4];
+            tile_lines<kTransposed>(w, held[u]);
+            if (where[u] + 16 > inner) tile_cut(w, inner % 16);
+            const u32 a[4] = {w[0], w[2], w[1], w[3]};
 #pragma unroll
-                for (int j = 0; j < kBlocks; ++j) mma_16x8x16<operand_t>(acc[j], a, right[u][j][0], right[u][j][1]);
-            }
+            for (int j = 0; j < kBlocks; ++j) mma_16x8x16<operand_t>(acc[j], a, right[u][j][0], right[u][j][1]);
+            const int next = n + u + kAhead;
+            if (next % 32 == 0) ask(next);
+            fetch_values(u, next);
+            fetch_right(u, next);
         }
     }
 #pragma unroll

@@ -174,13 +174,17 @@ def _few(
     blocks = 1 if width <= 8 else 2 if width <= 16 else 4
     even = not (x.data_ptr() % 4 or x.stride(3) % 2 or x.stride(0) % 2)
     pairs = x.stride(2) == 1 and even
-    wanted = few_request(blocks, x.dtype, out.dtype, transposed, pairs)
+    chunks = -(-width // (8 * blocks))
+    # Where a wave has room for them all, more warps share a line.
+    several = heads.shape[0] * chunks * free <= 3 * facts(x.device.index).multiprocessors
+    warps = 8 if several or width <= 16 else 4
+    wanted = few_request(blocks, warps, x.dtype, out.dtype, transposed, pairs)
     run = kernel(wanted, x.device.index)
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
-            (heads.shape[0], -(-width // (8 * blocks)), to.shape[0]),
-            256,
+            (heads.shape[0], chunks, to.shape[0]),
+            32 * warps,
             (
                 right.data_ptr(),
                 *(np.int64(right.stride(d)) for d in (0, 2, 3)),
@@ -400,10 +404,10 @@ def sddmm_request(
 
 @functools.lru_cache(maxsize=256)
 def few_request(
-    blocks: int, dtype: torch.dtype, out: torch.dtype, transposed: bool, pairs: bool
+    blocks: int, warps: int, dtype: torch.dtype, out: torch.dtype, transposed: bool, pairs: bool
 ) -> Request:
     """The kernel for few columns; ``pairs`` of inner positions are read at once."""
-    constants = {"BLOCKS": blocks, "DTYPE": CODES[dtype], "OUT": CODES[out]}
+    constants = {"BLOCKS": blocks, "WARPS": warps, "DTYPE": CODES[dtype], "OUT": CODES[out]}
     constants |= {"TRANSPOSED": int(transposed), "PAIRS": int(pairs)}
     return request("spmm_tile_few", constants, flush=True)
 
