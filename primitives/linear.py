@@ -10,7 +10,8 @@ from mixgrain.formats.errors import ShapeError
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops
-from .checks import accumulation, autocast, check_floats, check_same_dtype, check_sparse
+from .affine import affine
+from .checks import autocast, check_floats, check_same_dtype, check_sparse
 from .dispatch import plan_for
 from .fold import fold_mask
 
@@ -57,17 +58,11 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
     plan = plan_for("linear", layout, values, x, bias, w.keep)
     tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
-    # A bias joins the sums before they are rounded.
-    dtype = x.dtype if bias is None else accumulation(x.dtype)
-    out = ops.spmm(
-        values[None],
-        tokens.T[None, None],
-        fold_mask(w.keep, layout.lead, ()),
-        w.keep_rows,
-        plan,
-        1.0,
-        dtype,
-    )
-    y = out[0, 0].T
-    y = y.contiguous() if bias is None else (y + bias.to(dtype)).to(x.dtype)
-    return y.reshape(*x.shape[:-1], n_out)
+    given = (values[None], tokens.T[None, None])
+    shared = (fold_mask(w.keep, layout.lead, ()), w.keep_rows, plan)
+    if bias is None:
+        out = ops.spmm(*given, *shared, 1.0, x.dtype)
+    else:
+        out = affine(*given, bias, *shared, x.dtype)
+    # Kernels that write rows of tokens leave nothing to copy.
+    return out[0, 0].T.contiguous().reshape(*x.shape[:-1], n_out)

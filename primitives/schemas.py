@@ -29,6 +29,8 @@ SCHEMAS = {
     "spmm": f"(Tensor values, Tensor x, {_MASK}, {_PLAN}, float scale, ScalarType dtype) -> Tensor",
     "spmm_t": f"(Tensor values, Tensor x, {_MASK}, {_PLAN}, float scale, ScalarType dtype)"
     " -> Tensor",
+    "affine": f"(Tensor values, Tensor x, Tensor bias, {_MASK}, {_PLAN}, ScalarType dtype)"
+    " -> Tensor",
     "softmax": f"(Tensor values, {_MASK}, {_PLAN}, ScalarType dtype, bool want_lse)"
     " -> (Tensor, Tensor)",
     "softmax_backward": f"(Tensor p, Tensor grad, Tensor? grad_lse, {_MASK}, {_PLAN},"
@@ -58,14 +60,26 @@ def _(q, k, keep, keep_rows, tensors, dims, name, scale, dtype):  # type: ignore
     return _fake_values(q, dims, dtype)
 
 
+def _fake_product(x: Tensor, rows: int, name: str, dtype: torch.dtype) -> Tensor:
+    free, entries, _, width = x.shape
+    if name == "ctile" and width > 1 and x.stride(2) == 1 and x.stride(3) != 1:
+        return x.new_empty(free, entries, width, rows, dtype=dtype).mT  # laid out as x is
+    return x.new_empty(free, entries, rows, width, dtype=dtype)
+
+
 @torch.library.register_fake("mixgrain::spmm", lib=LIB)
 def _(values, x, keep, keep_rows, tensors, dims, name, scale, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:2], dims[1], x.shape[3], dtype=dtype)
+    return _fake_product(x, dims[1], name, dtype)
+
+
+@torch.library.register_fake("mixgrain::affine", lib=LIB)
+def _(values, x, bias, keep, keep_rows, tensors, dims, name, dtype):  # type: ignore[no-untyped-def]
+    return _fake_product(x, dims[1], name, dtype)
 
 
 @torch.library.register_fake("mixgrain::spmm_t", lib=LIB)
 def _(values, x, keep, keep_rows, tensors, dims, name, scale, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:2], dims[2], x.shape[3], dtype=dtype)
+    return _fake_product(x, dims[2], name, dtype)
 
 
 @torch.library.register_fake("mixgrain::softmax", lib=LIB)
@@ -99,6 +113,7 @@ def _(q, k, keep, tensors, dims, name, scale, dtype):  # type: ignore[no-untyped
 LIB.impl("sddmm", cpu_sddmm.sddmm, "CPU")
 LIB.impl("spmm", cpu_spmm.spmm, "CPU")
 LIB.impl("spmm_t", cpu_spmm.spmm_t, "CPU")
+LIB.impl("affine", cpu_spmm.affine, "CPU")
 LIB.impl("softmax", cpu_softmax.softmax, "CPU")
 LIB.impl("softmax_backward", cpu_softmax.softmax_backward, "CPU")
 LIB.impl("prune", cpu_prune.prune, "CPU")

@@ -26,6 +26,7 @@ MODULES = {
     "sddmm": "sddmm",
     "spmm": "spmm",
     "spmm_t": "spmm",
+    "affine": "spmm",
     "softmax": "softmax",
     "softmax_backward": "softmax",
     "row_sum": "softmax",

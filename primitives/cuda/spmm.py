@@ -1,4 +1,4 @@
-"""The operators spmm and spmm_t on CUDA: one kernel or two per part.
+"""The operators spmm, spmm_t and affine on CUDA: one kernel or two per part.
 
 Coarse parts (blocks, panels) and fine ones (rows) leave float32 sums of their own, so that they can
 run at once; a last kernel adds the two and rounds.
@@ -50,6 +50,29 @@ def spmm_t(
     """Scale · the transpose of (F, slots) times (F, E, nq, D) -> (F, E, nk, D)."""
     plan = Plan(tensors, dims, name)
     return _product("spmm_t", values, x, keep, keep_rows, plan, scale, dtype, transposed=True)
+
+
+def affine(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(F, slots) times (F, E, nk, D) plus (nq,) -> (F, E, nq, D); the bias joins the sums."""
+    plan = Plan(tensors, dims, name)
+    _, (rows, _), _, parts = split(plan)
+    if parts and parts[0].kind == "ctile" and 0 not in (x.shape[0], rows, x.shape[3]):
+        check_dtypes("linear", values.dtype, x.dtype, dtype)
+        bias = bias.contiguous()
+        return tile.spmm(values, x, keep, keep_rows, parts[0], 1.0, dtype, False, bias)
+    wide = torch.float32
+    out = _product("linear", values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
+    return torch.add(out, bias.contiguous().view(1, 1, rows, 1)).to(dtype)
 
 
 def _product(

@@ -89,7 +89,7 @@ def in_tokens(x: Tensor) -> bool:
 
     Results are then laid out alike.
     """
-    return x.stride(2) == 1 and (x.shape[3] == 1 or x.stride(3) != 1)
+    return x.stride(2) == 1 and (x.shape[3] == 1 or x.shape[2] == 1 or x.stride(3) != 1)
 
 
 def spmm(
@@ -120,6 +120,9 @@ def spmm(
         (F, 1, rows, D), contiguous, or its last two dimensions exchanged where x is so.
     """
     tokens = in_tokens(x)
+    if bias is not None and not tokens:  # biases join where rows of tokens are written
+        shared = (keep, keep_rows, part, scale, dtype, transposed, bias)
+        return spmm(values, x.mT.contiguous().mT, *shared).contiguous()
     rows = part.scalars[1 if transposed else 0]
     free, _, inner, width = x.shape
     shape = (free, 1, width, rows) if tokens else (free, 1, rows, width)
@@ -131,7 +134,7 @@ def spmm(
         return out.mT.contiguous().mT if tokens else out
     tables = part.tensors[3:] if transposed else part.tensors[:3]
     chosen = _choose(x.device.index, -(-rows // SIZE), width, free, tokens)
-    if chosen is None or (bias is not None and not tokens):
+    if chosen is None:
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
         _few(out, values, x, tables, scale, transposed, bias)
