@@ -17,6 +17,7 @@ from mixgrain.cuda.device import pretending
 from mixgrain.cuda.recording import Launch, Recording, recorded
 from mixgrain.formats import patterns
 from mixgrain.formats.layout import Layout
+from mixgrain.formats.tile import TileLayout
 
 from ..dispatch import TABLE
 from ..plans.plan import Plan
@@ -51,6 +52,8 @@ def _layouts() -> tuple[Layout, ...]:
     kinds = [part.kind for part in mixed.parts]
     assert kinds == ["block", "panel", "row"], kinds
     made += [mixed, mixed.parts[1]]
+    generator = torch.Generator().manual_seed(0)
+    made.append(TileLayout.from_tile_mask(torch.rand(n // 16, n // 16, generator=generator) < 0.3, (n, n)))
     return tuple(made)
 
 

@@ -32,6 +32,7 @@ EVERYWHERE = {
     "sddmm_block", "sddmm_panel", "sddmm_row", "spmm_block", "spmm_panel", "spmm_row",
     "spmm_row_merge", "spmm_merge", "spmm_join",
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
+    "spmm_tile", "spmm_tile_few", "sddmm_tile", "tile_order",
 }  # fmt: skip
 HOPPER = {"sddmm_block_sm90", "spmm_block_sm90", "spmm_union_sm90"}
 
