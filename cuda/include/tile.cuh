@@ -17,18 +17,16 @@ __device__ __forceinline__ uint4 tile_load(const operand_t *from) {
 }
 
 __device__ __forceinline__ void prefetch_l2(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-// The same where nothing reads the tile again soon: its place in L2 is the first to be given away.
+// For tiles that nothing reads again soon: their places in L2 are the first to be given away.
 __device__ __forceinline__ u64 once_policy() {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-__device__ __forceinline__ uint4 tile_load_once(const operand_t *from, u64 policy) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from), "l"(policy));
-    return v;
+__device__ __forceinline__ void tile_copy_once(void *to, const operand_t *from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address_in_shared(to)), "l"(from),
+                 "l"(policy)
+                 : "memory");
 }
 
 // An 8 x 8 matrix, (row g, columns 2t, 2t + 1) in each lane, transposed.

@@ -32,7 +32,7 @@
 constexpr int kWarps = MG_WARPS, kWide = MG_WIDE, kStages = MG_STAGES;
 constexpr bool kTransposed = MG_TRANSPOSED, kTokens = MG_TOKENS, kFloat = MG_PARTIAL, kBulk = MG_TMA;
 static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
-constexpr int kProducers = kBulk ? 1 : (kWarps > 8 ? 4 : 2);  // warps that bring x
+constexpr int kProducers = kBulk ? 1 : kWarps > 8 ? 4 : kWarps > 4 ? 2 : 1;  // warps that bring x
 constexpr int kPanels = kWide / 64, kQuarters = 4;
 constexpr u32 kPanel = 64 * 128, kStage = kWide * 128;
 constexpr int kAhead = MG_AHEAD;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void produce(const Source &from, u32 to, u32 full, in
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers)) * 32, kWarps > 8 ? 1 : 2)
+extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers)) * 32, kWarps > 8 ? 1 : kWarps > 4 ? 2 : 4)
     spmm_tile(
 #if MG_TMA
         const __grid_constant__ TensorMap x_map,
@@ -152,8 +152,10 @@ extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers))
 #if MG_TMA
     if constexpr (kWarps > 8)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
-    else
+    else if constexpr (kWarps > 4)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+    else
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
 #endif
     // Lane l gives ldmatrix row l % 16 of a 16 × 16 piece, 16-byte chunk l / 16 of its two, swizzled; piece j
     // of a row of 128 bytes lies at an address whose bits 5 and 6 are turned by j.

@@ -25,12 +25,10 @@ from .parts import CODES, MOST_MATRICES, aligned, aligned_values
 
 V = TypeVar("V")
 HALVES = (torch.float16, torch.bfloat16)
-# Columns of x that a CTA of spmm_tile takes.
-WIDE = 128
 # Up to this many columns, a line of tiles is a CTA's (spmm_tile_few).
-FEW = 64
-# Beyond it, where spmm_tile has too few CTAs.
-FEW_AT_MOST = 512
+FEW = 16
+# And up to so many where lines are of few tiles, or spmm_tile has too few CTAs.
+FEW_AT_MOST, SHORT = 256, 40
 
 # What kernels derive from a plan, by its tensor of bounds: made when a call first needs it.
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -49,6 +47,8 @@ class Cut(NamedTuple):
 
     Attributes:
         warps: lines of tiles of a CTA, each a warp's.
+        wide: columns of x of a CTA.
+        each: CTAs that a multiprocessor holds.
         stages: of 64 inner positions of x.
         ahead: tiles whose values a warp has under way.
         early: it asks for the next ones before it multiplies.
@@ -56,6 +56,8 @@ class Cut(NamedTuple):
     """
 
     warps: int
+    wide: int
+    each: int
     stages: int
     ahead: int
     early: bool
@@ -64,20 +66,28 @@ class Cut(NamedTuple):
     @property
     def threads(self) -> int:
         """Of a CTA; registers move between whole warpgroups, so with TMA one of them produces."""
-        return 32 * (self.warps + (4 if self.bulk or self.warps > 8 else 2))
+        return 32 * (self.warps + (4 if self.bulk else {1: 4, 2: 2, 4: 1}[self.each]))
 
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        return self.stages * WIDE * 128 + 1024
+        return self.stages * self.wide * 128 + 1024
 
 
-def cut(bulk: bool, tokens: bool, small: bool) -> Cut:
-    """How spmm_tile is cut: one CTA or, when small, two on a multiprocessor."""
+def cuts(bulk: bool, tokens: bool) -> tuple[Cut, Cut, Cut]:
+    """The ways to cut spmm_tile, the largest first, which moves the least."""
     if bulk:
-        return Cut(8, 6, 1, True, True) if small else Cut(16, 12, 1, True, True)
+        return (
+            Cut(16, 128, 1, 12, 1, True, True),
+            Cut(8, 128, 2, 6, 1, True, True),
+            Cut(4, 64, 4, 6, 1, True, True),
+        )
     ahead = 2 if tokens else 1
-    return Cut(6, 2, ahead, True, False) if small else Cut(12, 5, ahead, True, False)
+    return (
+        Cut(12, 128, 1, 5, ahead, True, False),
+        Cut(6, 128, 2, 2, ahead, True, False),
+        Cut(3, 64, 4, 2, ahead, True, False),
+    )
 
 
 def _hopper(index: int) -> bool:
@@ -132,8 +142,8 @@ def spmm(
     ):  # fmt: skip
         out = _as_blocks(values, x, keep, keep_rows, part, scale, dtype, transposed, bias)
         return out.mT.contiguous().mT if tokens else out
-    tables = part.tensors[3:] if transposed else part.tensors[:3]
-    chosen = _choose(x.device.index, -(-rows // SIZE), width, free, tokens)
+    tables = part.tensors[2:] if transposed else part.tensors[:2]
+    chosen = _choose(x.device.index, tables, width, free, tokens)
     if chosen is None:
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
@@ -148,18 +158,20 @@ def spmm(
     return out.mT if tokens else out[..., :width].contiguous()
 
 
-def _choose(index: int, lines: int, width: int, free: int, tokens: bool) -> Cut | None:
+def _choose(
+    index: int, tables: list[Tensor], width: int, free: int, tokens: bool
+) -> Cut | None:
     """How spmm_tile is cut for this work, None where spmm_tile_few does it."""
-    if width <= FEW:
+    bounds, cells = tables
+    lines, several = bounds.numel() - 1, facts(index).multiprocessors
+    if width <= FEW or (width <= FEW_AT_MOST and len(cells) <= SHORT * lines and lines <= 256):
         return None
-    bulk, several = _hopper(index), facts(index).multiprocessors
-    large, small = cut(bulk, tokens, False), cut(bulk, tokens, True)
-    across = -(-width // WIDE) * free
-    if -(-lines // large.warps) * across >= 0.9 * several:
-        return large
-    if -(-lines // small.warps) * across >= 0.7 * several or width > FEW_AT_MOST:
-        return small
-    return None
+    ways = cuts(_hopper(index), tokens)
+    for how in ways:
+        ctas = -(-lines // how.warps) * -(-width // how.wide) * free
+        if ctas >= 0.7 * several:
+            return how
+    return None if width <= FEW_AT_MOST else ways[-1]
 
 
 def _few(
@@ -171,29 +183,34 @@ def _few(
     transposed: bool,
     bias: Tensor | None,
 ) -> None:
-    bounds, cells, heads = tables
+    bounds, cells = tables
     free, _, rows, width = out.shape
     inner = x.shape[2]
     blocks = 1 if width <= 8 else 2 if width <= 16 else 4
     even = not (x.data_ptr() % 4 or x.stride(3) % 2 or x.stride(0) % 2)
     pairs = x.stride(2) == 1 and even
     chunks = -(-width // (8 * blocks))
+    lines, there = bounds.numel() - 1, facts(x.device.index)
     # Where a wave has room for them all, more warps share a line.
-    several = heads.shape[0] * chunks * free <= 3 * facts(x.device.index).multiprocessors
-    warps = 8 if several or width <= 16 else 4
-    wanted = few_request(blocks, warps, x.dtype, out.dtype, transposed, pairs)
+    warps = 8 if width <= 16 or lines * chunks * free <= 3 * there.multiprocessors else 4
+    shares, most = _derived(
+        bounds, ("shares", warps), lambda: cuda_tile.shares(bounds, cells, warps)
+    )
+    ring = 12 if most > 6 and there.shared_bytes > 160_000 else 6
+    wanted = few_request(blocks, warps, ring, x.dtype, out.dtype, transposed, pairs)
     run = kernel(wanted, x.device.index)
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
-            (heads.shape[0], chunks, to.shape[0]),
+            (lines, chunks, to.shape[0]),
             32 * warps,
             (
                 right.data_ptr(),
                 *(np.int64(right.stride(d)) for d in (0, 2, 3)),
                 weights.data_ptr(),
                 np.int64(weights.shape[1]),
-                heads.data_ptr(),
+                shares.data_ptr(),
+                np.int32(shares.shape[2]),
                 cells.data_ptr(),
                 np.float32(scale),
                 0 if bias is None else bias.data_ptr(),
@@ -203,7 +220,13 @@ def _few(
                 np.int32(inner),
                 np.int32(width),
             ),
+            few_shared(blocks, warps, ring),
         )
+
+
+def few_shared(blocks: int, warps: int, ring: int) -> int:
+    """Dynamic shared memory of spmm_tile_few, bytes: tiles on their way, then sums."""
+    return max(warps * ring * 512, warps * blocks * 8 * 17 * 4)
 
 
 def _wide(
@@ -218,7 +241,7 @@ def _wide(
     tokens: bool,
     bias: Tensor | None,
 ) -> None:
-    bounds, cells, _ = tables
+    bounds, cells = tables
     free, rows, width = out.shape[0], *out.shape[-2:]
     if tokens:
         rows, width = width, rows
@@ -229,16 +252,16 @@ def _wide(
         (how.warps, grain),
         lambda: cuda_tile.groups(bounds, cells, how.warps, grain, inner),
     )
-    across = -(-width // WIDE)
+    across = -(-width // how.wide)
     partial = out.dtype == torch.float32
     run = kernel(wide_request(how, x.dtype, transposed, tokens, partial), device)
-    several = facts(device).multiprocessors * (2 if how.warps <= 8 else 1)
+    several = facts(device).multiprocessors * how.each
     tiles = walks(records, across, free, several)
     run(
         (tiles.shape[0],),
         how.threads,
         (
-            *_source(x, how.bulk, tokens),
+            *_source(x, how, tokens),
             values.data_ptr(),
             np.int64(values.shape[1]),
             bounds.data_ptr(),
@@ -259,15 +282,15 @@ def _wide(
     )
 
 
-def _source(x: Tensor, bulk: bool, tokens: bool) -> tuple[Any, ...]:
+def _source(x: Tensor, how: Cut, tokens: bool) -> tuple[Any, ...]:
     """What spmm_tile asks x by."""
-    if not bulk:
+    if not how.bulk:
         return x.data_ptr(), np.int64(x.stride(0)), np.int64(x.stride(3 if tokens else 2))
     if not tokens:
         return (_columns_map(x),)
     free, _, inner, width = x.shape
     strides = tuple(x.stride(d) * x.element_size() for d in (3, 0))
-    return (descriptor(x.data_ptr(), x.dtype, (inner, width, free), strides, (64, WIDE, 1)),)
+    return (descriptor(x.data_ptr(), x.dtype, (inner, width, free), strides, (64, how.wide, 1)),)
 
 
 def _columns_map(x: Tensor) -> np.ndarray:
@@ -289,7 +312,7 @@ def _rows_first(values: Tensor, back: bool) -> Tensor:
 
 def _blocks_of(part: PartPlan) -> PartPlan:
     """The tiles as 16-blocks."""
-    bounds, cells, _, t_bounds, t_cells, _ = part.tensors
+    bounds, cells, t_bounds, t_cells = part.tensors
     rows, columns = part.scalars
     return _derived(
         bounds,
@@ -407,10 +430,16 @@ def sddmm_request(
 
 @functools.lru_cache(maxsize=256)
 def few_request(
-    blocks: int, warps: int, dtype: torch.dtype, out: torch.dtype, transposed: bool, pairs: bool
+    blocks: int,
+    warps: int,
+    ring: int,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    transposed: bool,
+    pairs: bool,
 ) -> Request:
     """The kernel for few columns; ``pairs`` of inner positions are read at once."""
-    constants = {"BLOCKS": blocks, "WARPS": warps, "DTYPE": CODES[dtype], "OUT": CODES[out]}
+    constants = {"BLOCKS": blocks, "WARPS": warps, "RING": ring, "DTYPE": CODES[dtype], "OUT": CODES[out]}
     constants |= {"TRANSPOSED": int(transposed), "PAIRS": int(pairs)}
     return request("spmm_tile_few", constants, flush=True)
 
@@ -422,7 +451,7 @@ def wide_request(
     """The kernel for many columns; ``partial`` writes float32."""
     constants = {
         "WARPS": how.warps,
-        "WIDE": WIDE,
+        "WIDE": how.wide,
         "STAGES": how.stages,
         "AHEAD": how.ahead,
         "EARLY": int(how.early),

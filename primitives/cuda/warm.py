@@ -52,8 +52,8 @@ def _layouts() -> tuple[Layout, ...]:
     kinds = [part.kind for part in mixed.parts]
     assert kinds == ["block", "panel", "row"], kinds
     made += [mixed, mixed.parts[1]]
-    generator = torch.Generator().manual_seed(0)
-    made.append(TileLayout.from_tile_mask(torch.rand(n // 16, n // 16, generator=generator) < 0.3, (n, n)))
+    # Tiles of few lines, and of many.
+    made += [TileLayout.from_tile_mask(torch.eye(i, 8) > 0, (16 * i, 128)) for i in (8, 300)]
     return tuple(made)
 
 
@@ -79,11 +79,15 @@ def requests(
     with pretending(arch):
         for layout in _layouts():
             products = TABLE["spmm"][type(layout)]["cuda"](layout)
-            rowwise = TABLE["softmax"][type(layout)]["cuda"](layout)
+            softmax = TABLE["softmax"].get(type(layout))
+            rowwise = softmax["cuda"](layout) if softmax else None
             for mask in masks:
                 for operand, value in dtypes:
-                    for name, arguments in _rowwise_calls(layout, rowwise, mask, operand, value):
-                        found |= dict.fromkeys(_asked(name, arguments))
+                    if rowwise:
+                        for name, arguments in _rowwise_calls(
+                            layout, rowwise, mask, operand, value
+                        ):
+                            found |= dict.fromkeys(_asked(name, arguments))
                     for width in widths:
                         for name, arguments in _products(
                             layout, products, mask, operand, value, width
@@ -118,6 +122,11 @@ def _products(
     yield "sddmm", (q, k, *shared, value)
     for name, x in (("spmm", k), ("spmm_t", q)):
         yield name, (values, x, *shared, operand)
+    if isinstance(layout, TileLayout):  # of linear: rows of tokens, transposed
+        q, k = (_meta(1, 1, width, n, dtype=operand).mT for n in layout.shape)
+        yield "sddmm", (q, k, *shared, value)
+        for name, x in (("spmm", k), ("spmm_t", q)):
+            yield name, (values, x, *shared, operand)
 
 
 def _rowwise_calls(

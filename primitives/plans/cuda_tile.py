@@ -15,8 +15,8 @@ from mixgrain.formats.tile import SIZE, TileLayout
 from .cuda_block import COLUMNS, chunks_of, longest_first, records, running
 from .plan import PartPlan, Plan, cached, join
 
-# Cells of a line that its head holds.
-HEAD = 31
+# Cells of a warp that a lane each can hold, besides what says how many there are.
+MOST = 31
 
 
 def part(layout: TileLayout) -> PartPlan:
@@ -24,10 +24,9 @@ def part(layout: TileLayout) -> PartPlan:
 
     Tensors:
 
-        bounds, cells, heads        int32 (tile rows + 1,), (tiles, 2) and (tile rows, 32, 2): the
-                                    cells of row r are bounds[r] … bounds[r + 1] − 1; a head holds
-                                    the first of them, their number, and up to 31 cells
-        t_bounds, t_cells, t_heads  the same of columns
+        bounds, cells      int32 (tile rows + 1,) and (tiles, 2): the cells of row r are bounds[r]
+                           … bounds[r + 1] − 1
+        t_bounds, t_cells  the same of columns
 
     Scalars: rows, columns of the matrix.
     """
@@ -35,7 +34,7 @@ def part(layout: TileLayout) -> PartPlan:
     cells = torch.stack([layout.tile_columns, order], 1)
     t_cells = torch.stack([layout.t_rows, layout.t_order], 1)
     bounds, t_bounds = layout.tile_offsets.contiguous(), layout.t_offsets.contiguous()
-    tensors = [bounds, cells, heads(bounds, cells), t_bounds, t_cells, heads(t_bounds, t_cells)]
+    tensors = [bounds, cells, t_bounds, t_cells]
     return PartPlan("ctile", tensors, list(layout.shape), list(layout.entry_slots))
 
 
@@ -44,16 +43,33 @@ def cuda(layout: TileLayout) -> Plan:
     return cached(layout, lambda: join(layout, [part(layout)]))
 
 
-def heads(bounds: Tensor, cells: Tensor) -> Tensor:
-    """int32 (lines, 32, 2): the first cell of each line and their number, then the cells."""
-    lines = bounds.numel() - 1
-    made = torch.zeros(lines, 1 + HEAD, 2, dtype=torch.int32, device=bounds.device)
-    made[:, 0, 0], made[:, 0, 1] = bounds[:-1], bounds.diff()
-    line = lines_of(bounds)
-    place = torch.arange(len(cells), device=bounds.device) - bounds.long()[line]
-    some = place < HEAD
-    made[line[some], 1 + place[some]] = cells[some]
-    return made
+def shares(bounds: Tensor, cells: Tensor, warps: int) -> tuple[Tensor, int]:
+    """What each of the warps that share a line has to do.
+
+    Args:
+        bounds: int32 (lines + 1,), of ``part``.
+        cells: int32 (tiles, 2), of ``part``.
+        warps: of a line.
+
+    Returns:
+        int32 (lines, warps, span, 2): a warp's first cell and the number of its cells, then the
+        cells themselves as far as they fit. The largest number of them.
+    """
+    first, counts = bounds[:-1].long()[:, None], bounds.diff().long()[:, None]
+    cut = counts * torch.arange(warps + 1, device=bounds.device) // warps
+    begin, size = (first + cut[:, :-1]).flatten(), cut.diff().flatten()
+    most = int(size.max()) if size.numel() else 0
+    span = 4
+    while span <= min(most, MOST):
+        span *= 2
+    made = torch.zeros(len(begin), span, 2, dtype=torch.int32, device=bounds.device)
+    made[:, 0, 0], made[:, 0, 1] = begin.int(), size.int()
+    place = torch.arange(span - 1, device=bounds.device)
+    which = (begin[:, None] + place).clamp(max=max(len(cells) - 1, 0))
+    if len(cells):
+        some = (place < size[:, None])[..., None]
+        made[:, 1:] = torch.where(some, cells[which], 0)
+    return made.view(-1, warps, span, 2), most
 
 
 def lines_of(bounds: Tensor) -> Tensor:

@@ -23,14 +23,12 @@ DEVICE = "cuda"
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
-# What is chosen, then each kernel for whatever there is: (by TMA, one CTA or two a multiprocessor).
+# What is chosen, then each kernel for whatever there is: (by TMA, which of the ways to cut it).
 KERNELS = {
     "best": None,
     "few": "few",
-    "many, TMA": (True, False),
-    "many, TMA, two": (True, True),
-    "many": (False, False),
-    "many, two": (False, True),
+    **{f"many, TMA, {n}": (True, n) for n in range(3)},
+    **{f"many, {n}": (False, n) for n in range(3)},
 }
 
 
@@ -58,8 +56,8 @@ def kernel(request, monkeypatch):
     if chosen == "few":
         monkeypatch.setattr(tile, "_choose", lambda *_: None)
     elif chosen is not None:
-        bulk, small = chosen
-        monkeypatch.setattr(tile, "_choose", lambda i, lines, w, f, tokens: tile.cut(bulk, tokens, small))
+        bulk, way = chosen
+        monkeypatch.setattr(tile, "_choose", lambda *given: tile.cuts(bulk, given[-1])[way])
         monkeypatch.setattr(tile, "_hopper", lambda _: bulk)
     yield request.param
     clear_caches()
