@@ -65,7 +65,12 @@ class _Affine(_SingleLevelFunction):
     @staticmethod
     @forward_rule
     def jvp(
-        ctx: _Context, saved: Saved, dv: Tensor | None, dx: Tensor | None, db: Tensor | None, *_: Any
+        ctx: _Context,
+        saved: Saved,
+        dv: Tensor | None,
+        dx: Tensor | None,
+        db: Tensor | None,
+        *_: Any,
     ) -> Tensor:
         values, x = saved
         rest = (ctx.keep, ctx.rows, ctx.plan, 1.0, ctx.dtypes[1])

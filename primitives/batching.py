@@ -18,8 +18,8 @@ from .schemas import LIB, SCHEMAS
 
 # How many leading arguments are tensors with a free dimension; the run-time mask is the last.
 _FOLDED = {
-    "sddmm": 3, "spmm": 3, "spmm_t": 3, "affine": 4, "softmax": 2, "softmax_backward": 4, "row_sum": 2,
-    "row_expand": 2,
+    "sddmm": 3, "spmm": 3, "spmm_t": 3, "affine": 4, "softmax": 2, "softmax_backward": 4,
+    "row_sum": 2, "row_expand": 2,
 }  # fmt: skip
 
 # An argument among them without a free dimension.

@@ -58,11 +58,10 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
     plan = plan_for("linear", layout, values, x, bias, w.keep)
     tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
-    given = (values[None], tokens.T[None, None])
-    shared = (fold_mask(w.keep, layout.lead, ()), w.keep_rows, plan)
+    columns, keep = tokens.T[None, None], fold_mask(w.keep, layout.lead, ())
     if bias is None:
-        out = ops.spmm(*given, *shared, 1.0, x.dtype)
+        out = ops.spmm(values[None], columns, keep, w.keep_rows, plan, 1.0, x.dtype)
     else:
-        out = affine(*given, bias, *shared, x.dtype)
+        out = affine(values[None], columns, bias, keep, w.keep_rows, plan, x.dtype)
     # Kernels that write rows of tokens leave nothing to copy.
     return out[0, 0].T.contiguous().reshape(*x.shape[:-1], n_out)

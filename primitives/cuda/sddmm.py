@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, panel, row, tile
+from . import block, panel, row, tile_sddmm
 from .parts import aligned, at_once, check_dtypes, gaps
 
 _KINDS = {"cblock": block.sddmm, "cpanel": panel.sddmm, "crow": row.sddmm_row}
@@ -35,7 +35,7 @@ def sddmm(
         wide = torch.promote_types(q.dtype, k.dtype)
         q, k = q.to(wide), k.to(wide)
     if parts and parts[0].kind == "ctile":
-        return tile.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
+        return tile_sddmm.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()
     q, k = aligned(q), aligned(k)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
@@ -22,24 +20,12 @@ from ..plans.plan import PartPlan
 from . import block
 from .block_sm90 import laid_out, walks
 from .parts import CODES, MOST_MATRICES, aligned, aligned_values
+from .tile_tables import HALVES, blocks_of, derived, in_tokens, rows_first
 
-V = TypeVar("V")
-HALVES = (torch.float16, torch.bfloat16)
 # Up to this many columns, a line of tiles is a CTA's (spmm_tile_few).
 FEW = 16
 # And up to so many where lines are of few tiles, or spmm_tile has too few CTAs.
 FEW_AT_MOST, SHORT = 256, 40
-
-# What kernels derive from a plan, by its tensor of bounds: made when a call first needs it.
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _derived(bounds: Tensor, key: Any, make: Callable[[], V]) -> V:
-    kept = _made.setdefault(bounds, {})
-    if key not in kept:
-        kept[key] = make()
-    found: V = kept[key]
-    return found
 
 
 class Cut(NamedTuple):
@@ -92,14 +78,6 @@ def cuts(bulk: bool, tokens: bool) -> tuple[Cut, Cut, Cut]:
 
 def _hopper(index: int) -> bool:
     return facts(index).hopper
-
-
-def in_tokens(x: Tensor) -> bool:
-    """Whether inner positions of x (F, E, inner, D) are neighbours: rows of tokens, transposed.
-
-    Results are then laid out alike.
-    """
-    return x.stride(2) == 1 and (x.shape[3] == 1 or x.shape[2] == 1 or x.stride(3) != 1)
 
 
 def spmm(
@@ -158,9 +136,7 @@ def spmm(
     return out.mT if tokens else out[..., :width].contiguous()
 
 
-def _choose(
-    index: int, tables: list[Tensor], width: int, free: int, tokens: bool
-) -> Cut | None:
+def _choose(index: int, tables: list[Tensor], width: int, free: int, tokens: bool) -> Cut | None:
     """How spmm_tile is cut for this work, None where spmm_tile_few does it."""
     bounds, cells = tables
     lines, several = bounds.numel() - 1, facts(index).multiprocessors
@@ -193,7 +169,7 @@ def _few(
     lines, there = bounds.numel() - 1, facts(x.device.index)
     # Where a wave has room for them all, more warps share a line.
     warps = 8 if width <= 16 or lines * chunks * free <= 3 * there.multiprocessors else 4
-    shares, most = _derived(
+    shares, most = derived(
         bounds, ("shares", warps), lambda: cuda_tile.shares(bounds, cells, warps)
     )
     ring = 12 if most > 6 and there.shared_bytes > 160_000 else 6
@@ -247,7 +223,7 @@ def _wide(
         rows, width = width, rows
     device = x.device.index
     grain = 4 if tokens else 1
-    links, unions, records = _derived(
+    links, unions, records = derived(
         bounds,
         (how.warps, grain),
         lambda: cuda_tile.groups(bounds, cells, how.warps, grain, inner),
@@ -299,28 +275,6 @@ def _columns_map(x: Tensor) -> np.ndarray:
     return descriptor(x.data_ptr(), x.dtype, (width, inner, free), strides, (64, SIZE, 1))
 
 
-def _rows_first(values: Tensor, back: bool) -> Tensor:
-    """Values in the order of rows, or back in that of fragments."""
-    out = values.new_empty(values.shape)
-    wanted = request("tile_order", {"DTYPE": CODES[values.dtype], "BACK": int(back)})
-    count = values.numel()
-    kernel(wanted, values.device.index)(
-        (-(-count // 2048),), 256, (out.data_ptr(), values.data_ptr(), np.int64(count))
-    )
-    return out
-
-
-def _blocks_of(part: PartPlan) -> PartPlan:
-    """The tiles as 16-blocks."""
-    bounds, cells, t_bounds, t_cells = part.tensors
-    rows, columns = part.scalars
-    return _derived(
-        bounds,
-        "blocks",
-        lambda: cuda_tile.as_blocks(bounds, cells, t_bounds, t_cells, (rows, columns)),
-    )
-
-
 def _as_blocks(
     values: Tensor,
     x: Tensor,
@@ -337,95 +291,12 @@ def _as_blocks(
     x = aligned(x)
     wide = dtype if bias is None else torch.float32
     out = x.new_empty((x.shape[0], 1, rows, x.shape[3]), dtype=wide)
-    turned = _rows_first(values, back=False)
-    block.spmm(out, turned, x, keep, keep_rows, _blocks_of(part), scale, transposed, add=False)
+    turned = rows_first(values, back=False)
+    block.spmm(out, turned, x, keep, keep_rows, blocks_of(part), scale, transposed, add=False)
     out = out[..., :width].contiguous()
     if bias is None:
         return out
     return torch.add(out, bias.view(1, 1, rows, 1)).to(dtype)
-
-
-def sddmm(
-    q: Tensor,
-    k: Tensor,
-    keep: Tensor | None,
-    keep_rows: bool,
-    part: PartPlan,
-    scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Scale · q kᵀ at every slot: (F, 1, nq, D), (F, 1, nk, D) -> (F, slots)."""
-    rows, columns = part.scalars
-    free, _, _, width = q.shape
-    values = q.new_empty((free, part.starts[-1]), dtype=dtype)
-    if keep is not None or q.dtype not in HALVES or dtype not in (q.dtype, torch.float32):
-        q, k = aligned(q), aligned(k)
-        block.sddmm(values, q, k, keep, keep_rows, _blocks_of(part), scale)
-        return _rows_first(values, back=True)
-    deep = in_tokens(q) and in_tokens(k)
-    q, k = (laid_out(aligned(t.mT).mT if deep else aligned(t)) for t in (q, k))
-    device = q.device.index
-    large = -(-rows // 256) * -(-columns // 256) * free >= 0.7 * facts(device).multiprocessors
-    side, warps, each, span = sampling(large, facts(device).shared_bytes)
-    bounds, cells = part.tensors[:2]
-    across = -(-columns // SIZE)
-    chunks, listed = _derived(
-        bounds,
-        ("regions", side),
-        lambda: cuda_tile.regions(bounds, cells, side, warps * each, across),
-    )
-    wanted = sddmm_request(side, q.dtype, dtype, deep, warps, each, span)
-    run = kernel(wanted, device)
-    shared = sddmm_shared(side, span, deep)
-    for start in range(0, free, MOST_MATRICES):
-        to, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
-        line = 3 if deep else 2
-        run(
-            (chunks.shape[0], to.shape[0]),
-            32 * warps,
-            (
-                to.data_ptr(),
-                np.int64(to.shape[1]),
-                left.data_ptr(),
-                np.int64(left.stride(0)),
-                np.int64(left.stride(line)),
-                right.data_ptr(),
-                np.int64(right.stride(0)),
-                np.int64(right.stride(line)),
-                chunks.data_ptr(),
-                listed.data_ptr(),
-                np.int32(-(-across // side)),
-                np.int32(rows),
-                np.int32(columns),
-                np.int32(q.shape[3]),
-                np.float32(scale),
-            ),
-            shared,
-        )
-    return values
-
-
-def sampling(large: bool, shared_bytes: int) -> tuple[int, int, int, int]:
-    """SIDE, WARPS, EACH and SPAN of sddmm_tile for devices of so much shared memory."""
-    if not large:
-        return 4, 4, 4, 64
-    return 16, 16, 6, 64 if shared_bytes >= 227_000 else 32 if shared_bytes >= 160_000 else 16
-
-
-def sddmm_shared(side: int, span: int, deep: bool) -> int:
-    """Dynamic shared memory of sddmm_tile, bytes."""
-    lines = SIZE * side
-    pitched = span * (lines + 8) if deep else lines * (span + 8)
-    return 3 * 2 * pitched * 2
-
-
-@functools.lru_cache(maxsize=256)
-def sddmm_request(
-    side: int, dtype: torch.dtype, out: torch.dtype, deep: bool, warps: int, each: int, span: int
-) -> Request:
-    """The sddmm kernel; ``deep`` where rows of q and k are neighbours."""
-    constants = {"SIDE": side, "DTYPE": CODES[dtype], "OUT": CODES[out], "DEEP": int(deep)}
-    return request("sddmm_tile", constants | {"WARPS": warps, "EACH": each, "SPAN": span}, flush=True)
 
 
 @functools.lru_cache(maxsize=256)
@@ -439,7 +310,13 @@ def few_request(
     pairs: bool,
 ) -> Request:
     """The kernel for few columns; ``pairs`` of inner positions are read at once."""
-    constants = {"BLOCKS": blocks, "WARPS": warps, "RING": ring, "DTYPE": CODES[dtype], "OUT": CODES[out]}
+    constants = {
+        "BLOCKS": blocks,
+        "WARPS": warps,
+        "RING": ring,
+        "DTYPE": CODES[dtype],
+        "OUT": CODES[out],
+    }
     constants |= {"TRANSPOSED": int(transposed), "PAIRS": int(pairs)}
     return request("spmm_tile_few", constants, flush=True)
 

@@ -9,7 +9,7 @@ import torch
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.errors import CompileError, MissingError
-from mixgrain.primitives.cuda import block, panel, tile
+from mixgrain.primitives.cuda import block, panel, tile, tile_sddmm
 from mixgrain.primitives.cuda.warm import (
     BRAIN,
     DTYPES,
@@ -81,10 +81,13 @@ def tiles(arch: str) -> list[service.Request]:
         for dtype, transposed, partial in ((HALF, False, False), (BRAIN, True, True))
     ]
     for shared in (101_376, 166_912, 232_448):
-        side, warps, each, span = tile.sampling(True, shared)
-        made += [tile.sddmm_request(side, HALF, FLOAT, deep, warps, each, span) for deep in (False, True)]
-        assert all(tile.sddmm_shared(side, span, deep) <= shared for deep in (False, True))
-    made += [tile.sddmm_request(4, BRAIN, BRAIN, True, *tile.sampling(False, 0)[1:])]
+        side, warps, each, span = tile_sddmm.sampling(True, shared)
+        made += [
+            tile_sddmm.sddmm_request(side, HALF, FLOAT, deep, warps, each, span)
+            for deep in (False, True)
+        ]
+        assert all(tile_sddmm.sddmm_shared(side, span, deep) <= shared for deep in (False, True))
+    made += [tile_sddmm.sddmm_request(4, BRAIN, BRAIN, True, *tile_sddmm.sampling(False, 0)[1:])]
     pairs = ((8, 6), (8, 12), (4, 6))
     made += [
         tile.few_request(blocks, warps, ring, HALF, HALF, transposed, transposed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BUILDERS, CASES, Case, applies, density, masks_of
+from cases import BUILDERS, CASES, Case, applies, masks_of
 from torch import Tensor
 
 from mixgrain.cuda import prepared
@@ -361,7 +361,7 @@ def test_capture_and_replay(tokens, kernel):
 
 
 def test_a_compiled_layer():
-    layout, there = weight(160, 320, 0.4)
+    _, there = weight(160, 320, 0.4)
     layer = SparseLinear(320, 160, there, device=DEVICE, dtype=torch.half)
     x = torch.randn(130, 320, device=DEVICE).half().requires_grad_()
     expected = layer(x)

@@ -89,7 +89,10 @@ def operators(kind: str) -> dict:
         "sddmm": (lambda q, k: ops.sddmm(q, k, *mask, 0.5, DOUBLE), (q, x)),
         "spmm": (lambda v, x: ops.spmm(v * live, x, *mask, 0.5, DOUBLE), (v, x)),
         "spmm_t": (lambda v, x: ops.spmm_t(v * live, x, *mask, 0.5, DOUBLE), (v, x)),
-        "affine": (lambda v, x, b: affine(v * live, x, b, *mask, DOUBLE), (v, x, tensor(N, seed=5))),
+        "affine": (
+            lambda v, x, b: affine(v * live, x, b, *mask, DOUBLE),
+            (v, x, tensor(N, seed=5)),
+        ),
         "softmax": (lambda v: (softmax(v * live)[0], finite(softmax(v * live)[1])), (v,)),
         "softmax_backward": (
             lambda p, g, dl: ops.softmax_backward(p * live, g * live, dl, *mask, DOUBLE),

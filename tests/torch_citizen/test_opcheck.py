@@ -57,7 +57,9 @@ def arguments(op: str, kind: str) -> tuple:
 
 KINDS = ("row", "block", "mixed", "nm", "nm within")
 CASES = [(op, kind) for op in SCHEMAS if op != "prune" for kind in KINDS]
-CASES += [(op, "tile") for op in ("spmm", "spmm_t", "sddmm", "affine")]  # a weight and its gradients
+CASES += [
+    (op, "tile") for op in ("spmm", "spmm_t", "sddmm", "affine")
+]  # a weight and its gradients
 
 
 @pytest.mark.parametrize("op, kind", CASES)
