@@ -127,7 +127,7 @@ def spmm(
         out = out.mT if tokens else out
         _few(out, values, x, tables, scale, transposed, bias)
         return out
-    x = laid_out(aligned(x.mT).mT if tokens else aligned(x))
+    x = laid_out(aligned(x.mT)).mT if tokens else laid_out(aligned(x))
     # Aligning pads the last dimension with zeros: inner positions that no tile meets, or columns.
     if not tokens:
         shape = (*shape[:3], x.shape[3])
@@ -163,8 +163,8 @@ def _few(
     free, _, rows, width = out.shape
     inner = x.shape[2]
     blocks = 1 if width <= 8 else 2 if width <= 16 else 4
-    even = not (x.data_ptr() % 4 or x.stride(3) % 2 or x.stride(0) % 2)
-    pairs = x.stride(2) == 1 and even
+    steps = [x.stride(d) for d in (0, 3) if x.shape[d] > 1]
+    pairs = x.stride(2) == 1 and not (x.data_ptr() % 4 or any(step % 2 for step in steps))
     chunks = -(-width // (8 * blocks))
     lines, there = bounds.numel() - 1, facts(x.device.index)
     # Where a wave has room for them all, more warps share a line.

@@ -39,7 +39,7 @@ def sddmm(
         block.sddmm(values, q, k, keep, keep_rows, blocks_of(part), scale)
         return rows_first(values, back=True)
     deep = in_tokens(q) and in_tokens(k)
-    q, k = (laid_out(aligned(t.mT).mT if deep else aligned(t)) for t in (q, k))
+    q, k = (laid_out(aligned(t.mT)).mT if deep else laid_out(aligned(t)) for t in (q, k))
     device = q.device.index
     large = -(-rows // 256) * -(-columns // 256) * free >= 0.7 * facts(device).multiprocessors
     side, warps, each, span = sampling(large, facts(device).shared_bytes)
