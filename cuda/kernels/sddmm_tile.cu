@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 1)
             if (mine[e].x < 0) break;
             const int m = mine[e].x / 256 * 16, n = mine[e].x % 256 * 16;
             const u32 a_at = left + 2 * (m * (kDeep ? 1 : kPitch) + a_lane), b_at = right + 2 * (n * (kDeep ? 1 : kPitch) + b_lane);
-#pragma unroll
+#pragma unroll 2
             for (int d = 0; d < kSpan; d += 16) {
                 u32 a[4], b[4];
                 matrices<kDeep>(a, a_at + 2 * d * (kDeep ? kPitch : 1));

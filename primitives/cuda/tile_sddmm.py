@@ -85,7 +85,7 @@ def sampling(large: bool, shared_bytes: int) -> tuple[int, int, int, int]:
     """SIDE, WARPS, EACH and SPAN of sddmm_tile for devices of so much shared memory."""
     if not large:
         return 4, 4, 4, 64
-    return 16, 16, 6, 64 if shared_bytes >= 227_000 else 32 if shared_bytes >= 160_000 else 16
+    return 16, 16, 5, 64 if shared_bytes >= 227_000 else 32 if shared_bytes >= 160_000 else 16
 
 
 def sddmm_shared(side: int, span: int, deep: bool) -> int:
