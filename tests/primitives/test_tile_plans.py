@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixgrain.cuda.device import pretending
+from mixgrain.cuda.recording import Launch, Operand, Recording, recorded
 from mixgrain.formats.tile import TileLayout
+from mixgrain.primitives.cuda import launch_code
 from mixgrain.primitives.plans import cuda_tile
 
 SHAPES = [(203, 331), (16, 16), (700, 5), (1040, 264), (0, 40), (40, 0)]
@@ -110,3 +113,45 @@ def test_as_blocks_masks_what_hangs_over(shape):
         if mask >= 0:
             bits = masks[mask][:, :, None].int() >> torch.arange(8) & 1
             assert torch.equal(bits.flatten(1).bool(), inside)
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 300])
+@pytest.mark.parametrize("shape", [(208, 336), (5120, 336)])
+def test_a_layer_with_a_bias_is_one_kernel(shape, tokens, arch):
+    """Rows of tokens in, rows of tokens out: nothing is copied, turned or added by torch."""
+    layout = layout_of(shape)
+    with pretending(arch):
+        plan = cuda_tile.cuda(layout)
+        for name in ("affine", "spmm"):
+            recording = Recording(0)
+
+            def given(*n: int, into: Recording = recording) -> Operand:
+                return into.given(torch.empty(*n, dtype=torch.half, device="meta"), 0)
+
+            values, x, bias = (
+                given(1, layout.slots),
+                given(1, 1, tokens, shape[1]).mT,
+                given(shape[0]),
+            )
+            with recorded(recording):
+                if name == "affine":
+                    out = launch_code(name)(values, x, bias, None, False, *plan, torch.half)
+                else:
+                    out = launch_code(name)(values, x, None, False, *plan, 1.0, torch.half)
+            assert [type(step) for step in recording.steps] == [Launch]
+            assert out.shape == (1, 1, shape[0], tokens) and out.mT.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.float32])
+def test_columns_with_a_bias_are_turned_first(dtype):
+    layout = layout_of((208, 336))
+    with pretending("90a"):
+        recording, plan = Recording(0), cuda_tile.cuda(layout)
+        values, x, bias = (
+            recording.given(torch.empty(*n, dtype=dtype, device="meta"), 0)
+            for n in ((1, layout.slots), (1, 1, 336, 24), (208,))
+        )
+        with recorded(recording):
+            out = launch_code("affine")(values, x, bias, None, False, *plan, dtype)
+    assert out.shape == (1, 1, 208, 24) and out.is_contiguous()
