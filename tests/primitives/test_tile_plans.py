@@ -7,7 +7,7 @@ from torch import Tensor
 from mixgrain.cuda.device import pretending
 from mixgrain.cuda.recording import Launch, Operand, Recording, recorded
 from mixgrain.formats.tile import TileLayout
-from mixgrain.primitives.cuda import launch_code
+from mixgrain.primitives.cuda import launch_code, tile
 from mixgrain.primitives.plans import cuda_tile
 
 SHAPES = [(203, 331), (16, 16), (700, 5), (1040, 264), (0, 40), (40, 0)]
@@ -155,3 +155,13 @@ def test_columns_with_a_bias_are_turned_first(dtype):
         with recorded(recording):
             out = launch_code("affine")(values, x, bias, None, False, *plan, dtype)
     assert out.shape == (1, 1, 208, 24) and out.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("bulk, room", [(True, 228 * 1024), (False, 100 * 1024)])
+def test_as_many_ctas_fit_a_multiprocessor_as_are_counted_on(bulk, room, tokens):
+    for how in tile.cuts(bulk, tokens):
+        # Barriers besides, and what the driver keeps for each.
+        assert how.each * (how.shared + 16 * how.stages + 1024) <= room
+        assert how.threads * how.each <= 1024
+    assert 4 * (tile.few_shared(2, 8, 12 if bulk else 6) + 1024) <= (1 if bulk else 2) * room
