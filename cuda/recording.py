@@ -249,6 +249,15 @@ class Operand:
         pairs = zip(self.shape, self._strides, plain, strict=True)
         return 0 in self.shape or all(s == p for n, s, p in pairs if n != 1)
 
+    @property
+    def mT(self) -> Operand:
+        """The last two dimensions exchanged."""
+        return self._part(
+            0,
+            (*self.shape[:-2], self.shape[-1], self.shape[-2]),
+            (*self._strides[:-2], self._strides[-1], self._strides[-2]),
+        )
+
     def new_empty(self, *shape: Any, dtype: torch.dtype | None = None) -> Operand:
         """A tensor that the call allocates."""
         sizes = tuple(shape[0]) if shape and not isinstance(shape[0], int) else tuple(shape)

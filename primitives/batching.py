@@ -18,9 +18,12 @@ from .schemas import LIB, SCHEMAS
 
 # How many leading arguments are tensors with a free dimension; the run-time mask is the last.
 _FOLDED = {
-    "sddmm": 3, "spmm": 3, "spmm_t": 3, "softmax": 2, "softmax_backward": 4, "row_sum": 2,
-    "row_expand": 2, "linear": 2,
+    "sddmm": 3, "spmm": 3, "spmm_t": 3, "affine": 4, "softmax": 2, "softmax_backward": 4,
+    "row_sum": 2, "row_expand": 2, "linear": 2,
 }  # fmt: skip
+
+# An argument among them without a free dimension.
+_PLAIN = {"affine": 2}
 
 
 def front(t: Tensor, dim: int | None, size: int) -> Tensor:
@@ -59,14 +62,15 @@ def mapped(dims: Any) -> bool:
 
 def _rule(name: str) -> Callable[..., Any]:
     op, folded = getattr(torch.ops.mixgrain, name).default, _FOLDED.get(name, 0)
+    plain = _PLAIN.get(name, -1)
 
     def run(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        if mapped(in_dims[folded:]) or not size:
+        if mapped(in_dims[folded:]) or (plain >= 0 and mapped(in_dims[plain])) or not size:
             return one_by_one(op, size, in_dims, arguments)
         joined = [
-            None if t is None else front(t, dim, size).flatten(0, 1)
-            for t, dim in zip(arguments[:folded], in_dims[:folded], strict=True)
+            t if t is None or at == plain else front(t, dim, size).flatten(0, 1)
+            for at, (t, dim) in enumerate(zip(arguments[:folded], in_dims[:folded], strict=True))
         ]
         made = op(*joined, *arguments[folded:])
         if isinstance(made, Tensor):

@@ -30,6 +30,7 @@ from .plans import (
     cuda_panel,
     cuda_row,
     cuda_rowwise,
+    cuda_tile,
     mixed,
     nm,
     panel,
@@ -64,7 +65,7 @@ TABLE: Final[Mapping[str, Mapping[type[Layout], Mapping[str, Planner]]]] = {
         MixedLayout: {"cpu": mixed.cpu, "cuda": cuda_rowwise.cuda},
     },
     "spmm": {
-        TileLayout: {"cpu": tile.cpu},
+        TileLayout: {"cpu": tile.cpu, "cuda": cuda_tile.cuda},
         NMLayout: {"cpu": nm.plan, "cuda": nm.cuda},
         BlockLayout: {"cpu": block.cpu, "cuda": cuda_block.cuda},
         RowLayout: {"cpu": row.cpu, "cuda": cuda_row.cuda},
@@ -72,7 +73,7 @@ TABLE: Final[Mapping[str, Mapping[type[Layout], Mapping[str, Planner]]]] = {
         MixedLayout: {"cpu": mixed.cpu, "cuda": cuda_mixed.cuda},
     },
     "linear": {
-        TileLayout: {"cpu": tile.cpu},
+        TileLayout: {"cpu": tile.cpu, "cuda": cuda_tile.cuda},
         NMLayout: {"cpu": nm.plan, "cuda": nm.cuda},
         BlockLayout: {"cpu": block.cpu, "cuda": cuda_block.cuda},
         RowLayout: {"cpu": row.cpu, "cuda": cuda_row.cuda},

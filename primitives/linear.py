@@ -11,7 +11,8 @@ from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops, ops_linear
-from .checks import accumulation, autocast, check_floats, check_same_dtype, check_sparse
+from .affine import affine
+from .checks import autocast, check_floats, check_same_dtype, check_sparse
 from .dispatch import plan_for
 from .fold import fold_mask
 
@@ -61,17 +62,10 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(layout, NMLayout) and w.keep is None:
         made = ops_linear.linear(values[None], tokens[None], bias, plan, False)
         return made.reshape(*x.shape[:-1], n_out)
-    # A bias joins the sums before they are rounded.
-    dtype = x.dtype if bias is None else accumulation(x.dtype)
-    out = ops.spmm(
-        values[None],
-        tokens.T[None, None],
-        fold_mask(w.keep, layout.lead, ()),
-        w.keep_rows,
-        plan,
-        1.0,
-        dtype,
-    )
-    y = out[0, 0].T
-    y = y.contiguous() if bias is None else (y + bias.to(dtype)).to(x.dtype)
-    return y.reshape(*x.shape[:-1], n_out)
+    columns, keep = tokens.T[None, None], fold_mask(w.keep, layout.lead, ())
+    if bias is None:
+        out = ops.spmm(values[None], columns, keep, w.keep_rows, plan, 1.0, x.dtype)
+    else:
+        out = affine(values[None], columns, bias, keep, w.keep_rows, plan, x.dtype)
+    # Kernels that write rows of tokens leave nothing to copy.
+    return out[0, 0].T.contiguous().reshape(*x.shape[:-1], n_out)

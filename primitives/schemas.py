@@ -30,6 +30,8 @@ SCHEMAS = {
     "spmm_t": f"(Tensor values, Tensor x, {_MASK}, {_PLAN}, float scale, ScalarType dtype)"
     " -> Tensor",
     "linear": f"(Tensor values, Tensor x, Tensor? bias, {_PLAN}, bool transposed) -> Tensor",
+    "affine": f"(Tensor values, Tensor x, Tensor bias, {_MASK}, {_PLAN}, ScalarType dtype)"
+    " -> Tensor",
     "softmax": f"(Tensor values, {_MASK}, {_PLAN}, ScalarType dtype, bool want_lse)"
     " -> (Tensor, Tensor)",
     "softmax_backward": f"(Tensor p, Tensor grad, Tensor? grad_lse, {_MASK}, {_PLAN},"
@@ -59,14 +61,26 @@ def _(q, k, keep, keep_rows, tensors, dims, name, scale, dtype):  # type: ignore
     return _fake_values(q, dims, dtype)
 
 
+def _fake_product(x: Tensor, rows: int, name: str, dtype: torch.dtype) -> Tensor:
+    free, entries, _, width = x.shape
+    if name == "ctile" and width > 1 and x.stride(2) == 1 and x.stride(3) != 1:
+        return x.new_empty(free, entries, width, rows, dtype=dtype).mT  # laid out as x is
+    return x.new_empty(free, entries, rows, width, dtype=dtype)
+
+
 @torch.library.register_fake("mixgrain::spmm", lib=LIB)
 def _(values, x, keep, keep_rows, tensors, dims, name, scale, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:2], dims[1], x.shape[3], dtype=dtype)
+    return _fake_product(x, dims[1], name, dtype)
+
+
+@torch.library.register_fake("mixgrain::affine", lib=LIB)
+def _(values, x, bias, keep, keep_rows, tensors, dims, name, dtype):  # type: ignore[no-untyped-def]
+    return _fake_product(x, dims[1], name, dtype)
 
 
 @torch.library.register_fake("mixgrain::spmm_t", lib=LIB)
 def _(values, x, keep, keep_rows, tensors, dims, name, scale, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:2], dims[2], x.shape[3], dtype=dtype)
+    return _fake_product(x, dims[2], name, dtype)
 
 
 @torch.library.register_fake("mixgrain::linear", lib=LIB)
@@ -106,6 +120,7 @@ LIB.impl("sddmm", cpu_sddmm.sddmm, "CPU")
 LIB.impl("spmm", cpu_spmm.spmm, "CPU")
 LIB.impl("spmm_t", cpu_spmm.spmm_t, "CPU")
 LIB.impl("linear", cpu_spmm.linear, "CPU")
+LIB.impl("affine", cpu_spmm.affine, "CPU")
 LIB.impl("softmax", cpu_softmax.softmax, "CPU")
 LIB.impl("softmax_backward", cpu_softmax.softmax_backward, "CPU")
 LIB.impl("prune", cpu_prune.prune, "CPU")

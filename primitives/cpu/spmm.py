@@ -65,6 +65,24 @@ def linear(
     return out.contiguous() if bias is None else (out + bias.to(dtype)).to(x.dtype).contiguous()
 
 
+def affine(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(F, slots) times (F, E, nk, D) plus (nq,) -> (F, E, nq, D); the bias joins the sums."""
+    wide = accumulation(values.dtype, x.dtype)
+    plan = Plan(tensors, dims, name)
+    out = _product(values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
+    return out.add_(bias[:, None].to(wide)).to(dtype)
+
+
 def _product(
     values: Tensor,
     x: Tensor,

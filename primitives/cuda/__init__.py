@@ -28,6 +28,7 @@ MODULES = {
     "spmm": "spmm",
     "spmm_t": "spmm",
     "linear": "spmm",
+    "affine": "spmm",
     "softmax": "softmax",
     "softmax_backward": "softmax",
     "row_sum": "softmax",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm, nm_scores, panel, row
+from . import block, nm, nm_scores, panel, row, tile_sddmm
 from .parts import aligned, at_once, check_dtypes, gaps
 
 _KINDS = {
@@ -42,6 +42,8 @@ def sddmm(
         q, k = q.to(wide), k.to(wide)
     if parts and parts[0].kind in nm.KINDS and not nm_scores.takes(parts[0], q, k):
         return nm.sddmm(q, k, keep, keep_rows, parts[0], shape, slots, scale, dtype)
+    if parts and parts[0].kind == "ctile":
+        return tile_sddmm.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()
     q, k = aligned(q), aligned(k)

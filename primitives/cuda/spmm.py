@@ -1,4 +1,4 @@
-"""The operators spmm and spmm_t on CUDA: one kernel or two per part.
+"""The operators spmm, spmm_t and affine on CUDA: one kernel or two per part.
 
 Coarse parts (blocks, panels) and fine ones (rows) leave float32 sums of their own, so that they can
 run at once; a last kernel adds the two and rounds.
@@ -14,7 +14,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm, nm_within, panel, row
+from . import block, nm, nm_within, panel, row, tile
 from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
 
@@ -79,6 +79,29 @@ def linear(
     return nm.linear(values, x, bias, part, shape, transposed)
 
 
+def affine(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(F, slots) times (F, E, nk, D) plus (nq,) -> (F, E, nq, D); the bias joins the sums."""
+    plan = Plan(tensors, dims, name)
+    _, (rows, _), _, parts = split(plan)
+    if parts and parts[0].kind == "ctile" and 0 not in (x.shape[0], rows, x.shape[3]):
+        check_dtypes("linear", values.dtype, x.dtype, dtype)
+        bias = bias.contiguous()
+        return tile.spmm(values, x, keep, keep_rows, parts[0], 1.0, dtype, False, bias)
+    wide = torch.float32
+    out = _product("linear", values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
+    return torch.add(out, bias.contiguous().view(1, 1, rows, 1)).to(dtype)
+
+
 def _product(
     op: str,
     values: Tensor,
@@ -100,6 +123,8 @@ def _product(
     if parts[0].kind in nm.KINDS and not within(parts[0]):
         part = parts[0]
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
+    if parts[0].kind == "ctile":
+        return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
     x, values = aligned(x), aligned_values(values)
     size = (*size[:3], x.shape[3])
     if len(parts) == 1:

@@ -21,6 +21,7 @@ from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.nm import NMLayout, choose
 from mixgrain.formats.nm_metadata import encoding_for
+from mixgrain.formats.tile import TileLayout
 
 from ..blank import nm_layout
 from ..dispatch import TABLE
@@ -63,6 +64,8 @@ def _layouts() -> tuple[Layout, ...]:
     kinds = [part.kind for part in mixed.parts]
     assert kinds == ["block", "panel", "row"], kinds
     made += [mixed, mixed.parts[1]]
+    # Tiles of few lines, and of many.
+    made += [TileLayout.from_tile_mask(torch.eye(i, 8) > 0, (16 * i, 128)) for i in (8, 300)]
     return (*made, *_nm_layouts(n))
 
 
@@ -106,13 +109,17 @@ def requests(
     with pretending(arch):
         for layout in _layouts():
             products = TABLE["spmm"][type(layout)]["cuda"](layout)
-            rowwise = TABLE["softmax"][type(layout)]["cuda"](layout)
+            softmax = TABLE["softmax"].get(type(layout))
+            rowwise = softmax["cuda"](layout) if softmax else None
             for mask in masks:
                 for operand, value in dtypes:
                     if not _meant_for(layout, value):
                         continue
-                    for name, arguments in _rowwise_calls(layout, rowwise, mask, operand, value):
-                        found |= dict.fromkeys(_asked(name, arguments))
+                    if rowwise:
+                        for name, arguments in _rowwise_calls(
+                            layout, rowwise, mask, operand, value
+                        ):
+                            found |= dict.fromkeys(_asked(name, arguments))
                     for width in widths:
                         for name, arguments in _products(
                             layout, products, mask, operand, value, width
@@ -184,6 +191,12 @@ def _products(
     for free in (1, MOST_MATRICES) if len(layout.parts) > 1 else (1,):
         q, k = (_meta(free, layout.entries, n, width, dtype=operand) for n in layout.shape)
         values = _meta(free, layout.slots, dtype=value)
+        yield "sddmm", (q, k, *shared, value)
+        for name, x in (("spmm", k), ("spmm_t", q)):
+            yield name, (values, x, *shared, operand)
+    if isinstance(layout, TileLayout):  # of linear: rows of tokens, transposed
+        values = _meta(1, layout.slots, dtype=value)
+        q, k = (_meta(1, 1, width, n, dtype=operand).mT for n in layout.shape)
         yield "sddmm", (q, k, *shared, value)
         for name, x in (("spmm", k), ("spmm_t", q)):
             yield name, (values, x, *shared, operand)

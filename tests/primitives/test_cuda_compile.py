@@ -9,7 +9,7 @@ import torch
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.errors import CompileError, MissingError
-from mixgrain.primitives.cuda import block, panel
+from mixgrain.primitives.cuda import block, panel, tile, tile_sddmm
 from mixgrain.primitives.cuda.warm import (
     BRAIN,
     DTYPES,
@@ -34,6 +34,7 @@ EVERYWHERE = {
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
+    "spmm_tile", "spmm_tile_few", "sddmm_tile", "tile_order",
 }  # fmt: skip
 # Asked for where there is nothing better.
 ELSEWHERE = {"spmm_nm"}
@@ -80,6 +81,33 @@ def rounded() -> list[service.Request]:
     return [kernel.wanted for kernel in made]
 
 
+def tiles(arch: str) -> list[service.Request]:
+    """Ways to cut products of tiles that the listing, which knows no device's size, leaves out."""
+    bulk = arch == "90a"
+    made = [
+        tile.wide_request(how, dtype, transposed, tokens, partial)
+        for tokens in (False, True)
+        for how in tile.cuts(bulk, tokens)
+        for dtype, transposed, partial in ((HALF, False, False), (BRAIN, True, True))
+    ]
+    for shared in (101_376, 166_912, 232_448):
+        side, warps, each, span = tile_sddmm.sampling(True, shared)
+        made += [
+            tile_sddmm.sddmm_request(side, HALF, FLOAT, deep, warps, each, span)
+            for deep in (False, True)
+        ]
+        assert all(tile_sddmm.sddmm_shared(side, span, deep) <= shared for deep in (False, True))
+    made += [tile_sddmm.sddmm_request(4, BRAIN, BRAIN, True, *tile_sddmm.sampling(False, 0)[1:])]
+    pairs = ((8, 6), (8, 12), (4, 6))
+    made += [
+        tile.few_request(blocks, warps, ring, HALF, HALF, transposed, transposed)
+        for blocks in (1, 2, 4)
+        for warps, ring in pairs
+        for transposed in (False, True)
+    ]
+    return made
+
+
 def chosen(arch: str) -> list[service.Request]:
     """Spills hardly depend on the architecture: more where it matters, some elsewhere.
 
@@ -90,7 +118,7 @@ def chosen(arch: str) -> list[service.Request]:
     for wanted in found:
         by_name.setdefault(wanted.name, []).append(wanted)
     step = 9 if arch in ("80", "90a") else 37
-    return [w for all_of in by_name.values() for w in all_of[::step]] + rounded()
+    return [w for all_of in by_name.values() for w in all_of[::step]] + rounded() + tiles(arch)
 
 
 def _warned(wanted: service.Request, log: str) -> bool:

@@ -10,6 +10,7 @@ import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.primitives import ops
+from mixgrain.primitives.affine import affine
 from mixgrain.primitives.dispatch import plan_for
 
 N, D = 7, 3
@@ -88,6 +89,10 @@ def operators(kind: str) -> dict:
         "sddmm": (lambda q, k: ops.sddmm(q, k, *mask, 0.5, DOUBLE), (q, x)),
         "spmm": (lambda v, x: ops.spmm(v * live, x, *mask, 0.5, DOUBLE), (v, x)),
         "spmm_t": (lambda v, x: ops.spmm_t(v * live, x, *mask, 0.5, DOUBLE), (v, x)),
+        "affine": (
+            lambda v, x, b: affine(v * live, x, b, *mask, DOUBLE),
+            (v, x, tensor(N, seed=5)),
+        ),
         "softmax": (lambda v: (softmax(v * live)[0], finite(softmax(v * live)[1])), (v,)),
         "softmax_backward": (
             lambda p, g, dl: ops.softmax_backward(p * live, g * live, dl, *mask, DOUBLE),
@@ -100,7 +105,8 @@ def operators(kind: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["row", "block", "mixed"])
 @pytest.mark.parametrize(
-    "op", ["sddmm", "spmm", "spmm_t", "softmax", "softmax_backward", "row_sum", "row_expand"]
+    "op",
+    ["sddmm", "spmm", "spmm_t", "affine", "softmax", "softmax_backward", "row_sum", "row_expand"],
 )
 def test_operators_in_forward_and_reverse_mode(op: str, kind: str) -> None:
     f, given = operators(kind)[op]

@@ -48,6 +48,7 @@ def arguments(op: str, kind: str) -> tuple:
         "sddmm": lambda: (q, k, *mask, 0.5, double),
         "spmm": lambda: (make(slots), k, *mask, 1.0, double),
         "spmm_t": lambda: (make(slots), q, *mask, 1.0, double),
+        "affine": lambda: (make(slots), k, rows[0, 0].detach().requires_grad_(), *mask, double),
         "softmax": lambda: (make(slots), *mask, double, True),
         "softmax_backward": lambda: (make(slots), make(slots), rows, *mask, double),
         "row_sum": lambda: (make(slots), *mask),
@@ -57,7 +58,8 @@ def arguments(op: str, kind: str) -> tuple:
 
 KINDS = ("row", "block", "mixed", "nm", "nm within")
 CASES = [(op, kind) for op in SCHEMAS if op not in ("prune", "linear") for kind in KINDS]
-CASES += [(op, "tile") for op in ("spmm", "spmm_t", "sddmm")]  # a weight and its gradients
+# A weight and its gradients.
+CASES += [(op, "tile") for op in ("spmm", "spmm_t", "sddmm", "affine")]
 
 
 @pytest.mark.parametrize("op, kind", CASES)

@@ -19,7 +19,7 @@ from . import launching
 from .fused import FUSED
 from .measure import once_ms
 from .pruned import PRUNED
-from .work import COPY_BYTES, L2_BYTES, TENSOR_FLOPS, TOLERANCE, Work, dots, random
+from .work import COPY_BYTES, L2_BYTES, MMA_FLOPS, TENSOR_FLOPS, TOLERANCE, Work, dots, random
 from .works_nm import linear_nm
 
 
@@ -46,6 +46,48 @@ def spmm_block(size: int, density: float, n: int = 4096) -> Work:
         floor_ms=floor * 1e3,
         floor="max(2·nnz·n / 800 TFLOP/s, (values + x + out) bytes / 4.24 TB/s)",
         shape=f"{n}³ float16, {density:.0%} of {size}-blocks",
+    )
+
+
+def _tile_weight(rows: int, columns: int, density: float) -> tuple[mg.SparseTensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(rows // 16, columns // 16, generator=generator) < density
+    layout = mg.TileLayout.from_tile_mask(kept, (rows, columns)).to("cuda")
+    dense = random(rows, columns, dtype=torch.float16)
+    mask = kept.cuda().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    return mg.sparsify(dense, layout=layout), dense * mask
+
+
+def spmm_tile(density: float, n: int = 4096) -> Work:
+    """Weights in tiles of 16 times a dense matrix, n³ float16."""
+    weight, dense = _tile_weight(n, n, density)
+    x = random(n, n, dtype=torch.float16, seed=1)
+    bsr = dense.to_sparse_bsr((16, 16))
+    floor = max(2 * weight.nnz * n / MMA_FLOPS, (2 * n * n + weight.nnz) * 2 / COPY_BYTES)
+    return Work(
+        id=f"spmm-tile16-d{round(density * 100):02d}",
+        ours=lambda: mg.spmm(weight, x),
+        peers={"cuBLAS dense": lambda: dense @ x, "torch BSR": lambda: bsr @ x},
+        oracle=lambda: dense.double() @ x.double(),
+        floor_ms=floor * 1e3,
+        floor="max(2·nnz·n / 509 TFLOP/s of mma.sync, (values + x + out) bytes / 4.24 TB/s)",
+        shape=f"{n}³ float16, {density:.0%} of 16×16 tiles",
+    )
+
+
+def linear_tile(name: str, rows: int, columns: int, tokens: int) -> Work:
+    """A pruned linear layer, 80 % of its tiles dropped, on few tokens."""
+    weight, dense = _tile_weight(rows, columns, 0.2)
+    x = random(tokens, columns, dtype=torch.float16, seed=1)
+    moved = (weight.nnz + tokens * (rows + columns)) * 2
+    return Work(
+        id=name,
+        ours=lambda: mg.linear(x, weight),
+        peers={"F.linear": lambda: torch.nn.functional.linear(x, dense)},
+        oracle=lambda: x.double() @ dense.double().T,
+        floor_ms=moved / COPY_BYTES * 1e3,
+        floor="(values + x + out) bytes / 4.24 TB/s",
+        shape=f"{columns} -> {rows} float16, 20 % of 16×16 tiles, {tokens} tokens",
     )
 
 
@@ -213,6 +255,13 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "spmm-nm24-4096": lambda: linear_nm("spmm-nm24-4096", 4096, 4096),
     "nm24-decode-1": lambda: linear_nm("nm24-decode-1", 8192, 1),
     "nm24-decode-16": lambda: linear_nm("nm24-decode-16", 8192, 16),
+    "spmm-tile16-d20": lambda: spmm_tile(0.20),
+    "spmm-tile16-d10": lambda: spmm_tile(0.10),
+    "spmm-et-768": lambda: linear_tile("spmm-et-768", 768, 768, 128),
+    "spmm-et-3072": lambda: linear_tile("spmm-et-3072", 3072, 768, 128),
+    "spmm-et-3072-down": lambda: linear_tile("spmm-et-3072-down", 768, 3072, 128),
+    "tile-decode-1": lambda: linear_tile("tile-decode-1", 8192, 8192, 1),
+    "tile-decode-16": lambda: linear_tile("tile-decode-16", 8192, 8192, 16),
     "spmm-row-n64-fp16": lambda: spmm_row(64, torch.float16, "fp16"),
     "spmm-row-n64-bf16": lambda: spmm_row(64, torch.bfloat16, "bf16"),
     "spmm-row-n64-fp32": lambda: spmm_row(64, torch.float32, "fp32"),

@@ -1,0 +1,106 @@
+"""Values of the kept tiles of a product of dense matrices on CUDA: gradients of weights."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+from mixgrain.formats.tile import SIZE
+
+from ..plans import cuda_tile
+from ..plans.plan import PartPlan
+from . import block
+from .block_sm90 import laid_out
+from .parts import CODES, MOST_MATRICES, aligned
+from .tile_tables import HALVES, blocks_of, derived, in_tokens, rows_first
+
+
+def sddmm(
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    part: PartPlan,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Scale · q kᵀ at every slot: (F, 1, nq, D), (F, 1, nk, D) -> (F, slots)."""
+    rows, columns = part.scalars
+    free = q.shape[0]
+    values = q.new_empty((free, part.starts[-1]), dtype=dtype)
+    if keep is not None or q.dtype not in HALVES or dtype not in (q.dtype, torch.float32):
+        q, k = aligned(q), aligned(k)
+        block.sddmm(values, q, k, keep, keep_rows, blocks_of(part), scale)
+        return rows_first(values, back=True)
+    deep = in_tokens(q) and in_tokens(k)
+    q, k = (laid_out(aligned(t.mT)).mT if deep else laid_out(aligned(t)) for t in (q, k))
+    device = q.device.index
+    large = -(-rows // 256) * -(-columns // 256) * free >= 0.7 * facts(device).multiprocessors
+    side, warps, each, span = sampling(large, facts(device).shared_bytes)
+    bounds, cells = part.tensors[:2]
+    across = -(-columns // SIZE)
+    chunks, listed = derived(
+        bounds,
+        ("regions", side),
+        lambda: cuda_tile.regions(bounds, cells, side, warps * each, across),
+    )
+    wanted = sddmm_request(side, q.dtype, dtype, deep, warps, each, span)
+    run = kernel(wanted, device)
+    shared = sddmm_shared(side, span, deep)
+    for start in range(0, free, MOST_MATRICES):
+        to, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+        line = 3 if deep else 2
+        run(
+            (chunks.shape[0], to.shape[0]),
+            32 * warps,
+            (
+                to.data_ptr(),
+                np.int64(to.shape[1]),
+                left.data_ptr(),
+                np.int64(left.stride(0)),
+                np.int64(left.stride(line)),
+                right.data_ptr(),
+                np.int64(right.stride(0)),
+                np.int64(right.stride(line)),
+                chunks.data_ptr(),
+                listed.data_ptr(),
+                np.int32(-(-across // side)),
+                np.int32(rows),
+                np.int32(columns),
+                np.int32(q.shape[3]),
+                np.float32(scale),
+            ),
+            shared,
+        )
+    return values
+
+
+def sampling(large: bool, shared_bytes: int) -> tuple[int, int, int, int]:
+    """SIDE, WARPS, EACH and SPAN of sddmm_tile for devices of so much shared memory."""
+    if not large:
+        return 4, 4, 4, 64
+    return 16, 16, 5, 64 if shared_bytes >= 227_000 else 32 if shared_bytes >= 160_000 else 16
+
+
+def sddmm_shared(side: int, span: int, deep: bool) -> int:
+    """Dynamic shared memory of sddmm_tile, bytes."""
+    lines = SIZE * side
+    pitched = span * (lines + 8) if deep else lines * (span + 8)
+    return 3 * 2 * pitched * 2
+
+
+@functools.lru_cache(maxsize=256)
+def sddmm_request(
+    side: int, dtype: torch.dtype, out: torch.dtype, deep: bool, warps: int, each: int, span: int
+) -> Request:
+    """The sddmm kernel; ``deep`` where rows of q and k are neighbours."""
+    constants = {"SIDE": side, "DTYPE": CODES[dtype], "OUT": CODES[out], "DEEP": int(deep)}
+    return request(
+        "sddmm_tile", constants | {"WARPS": warps, "EACH": each, "SPAN": span}, flush=True
+    )

@@ -1,0 +1,64 @@
+"""What the CUDA kernels of tiles share: derived tables, orders of values, tiles as blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mixgrain.cuda.compile import request
+from mixgrain.cuda.launch import kernel
+
+from ..plans import cuda_tile
+from ..plans.plan import PartPlan
+from .parts import CODES
+
+V = TypeVar("V")
+#: What the kernels on tiles themselves take; the others see blocks.
+HALVES = (torch.float16, torch.bfloat16)
+
+# What kernels derive from a plan, by its tensor of bounds: made when a call first needs it.
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def derived(bounds: Tensor, key: Any, make: Callable[[], V]) -> V:
+    """What ``make`` makes of a plan, made once; ``bounds`` stands for the plan."""
+    kept = _made.setdefault(bounds, {})
+    if key not in kept:
+        kept[key] = make()
+    found: V = kept[key]
+    return found
+
+
+def in_tokens(x: Tensor) -> bool:
+    """Whether inner positions of x (F, E, inner, D) are neighbours: rows of tokens, transposed.
+
+    Results are then laid out alike.
+    """
+    return x.stride(2) == 1 and (x.shape[3] == 1 or x.shape[2] == 1 or x.stride(3) != 1)
+
+
+def rows_first(values: Tensor, back: bool) -> Tensor:
+    """Values in the order of rows, or back in that of fragments."""
+    out = values.new_empty(values.shape)
+    wanted = request("tile_order", {"DTYPE": CODES[values.dtype], "BACK": int(back)})
+    count = values.numel()
+    kernel(wanted, values.device.index)(
+        (-(-count // 2048),), 256, (out.data_ptr(), values.data_ptr(), np.int64(count))
+    )
+    return out
+
+
+def blocks_of(part: PartPlan) -> PartPlan:
+    """The tiles as 16-blocks."""
+    bounds, cells, t_bounds, t_cells = part.tensors
+    rows, columns = part.scalars
+    return derived(
+        bounds,
+        "blocks",
+        lambda: cuda_tile.as_blocks(bounds, cells, t_bounds, t_cells, (rows, columns)),
+    )

@@ -1,0 +1,189 @@
+"""Plans for TileLayout on CUDA: the tiles by lines, and what kernels derive from them.
+
+A line is a tile row, or a tile column where the product is with the transpose; the other side is
+the inner one, which is summed over. A cell is a tile on its line: (inner tile, number in memory).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixgrain.formats.entries import pack_bits
+from mixgrain.formats.tile import SIZE, TileLayout
+
+from .cuda_block import COLUMNS, chunks_of, longest_first, records, running
+from .plan import PartPlan, Plan, cached, join
+
+# Cells of a warp that a lane each can hold, besides what says how many there are.
+MOST = 31
+
+
+def part(layout: TileLayout) -> PartPlan:
+    """What CUDA kernels need of a TileLayout.
+
+    Tensors:
+
+        bounds, cells      int32 (tile rows + 1,) and (tiles, 2): the cells of row r are bounds[r]
+                           … bounds[r + 1] − 1
+        t_bounds, t_cells  the same of columns
+
+    Scalars: rows, columns of the matrix.
+    """
+    order = torch.arange(layout.tiles, dtype=torch.int32, device=layout.device)
+    cells = torch.stack([layout.tile_columns, order], 1)
+    t_cells = torch.stack([layout.t_rows, layout.t_order], 1)
+    bounds, t_bounds = layout.tile_offsets.contiguous(), layout.t_offsets.contiguous()
+    tensors = [bounds, cells, t_bounds, t_cells]
+    return PartPlan("ctile", tensors, list(layout.shape), list(layout.entry_slots))
+
+
+def cuda(layout: TileLayout) -> Plan:
+    """The CUDA plan of a TileLayout, for every operation."""
+    return cached(layout, lambda: join(layout, [part(layout)]))
+
+
+def shares(bounds: Tensor, cells: Tensor, warps: int) -> tuple[Tensor, int]:
+    """What each of the warps that share a line has to do.
+
+    Args:
+        bounds: int32 (lines + 1,), of ``part``.
+        cells: int32 (tiles, 2), of ``part``.
+        warps: of a line.
+
+    Returns:
+        int32 (lines, warps, span, 2): a warp's first cell and the number of its cells, then the
+        cells themselves as far as they fit. The largest number of them.
+    """
+    first, counts = bounds[:-1].long()[:, None], bounds.diff().long()[:, None]
+    cut = counts * torch.arange(warps + 1, device=bounds.device) // warps
+    begin, size = (first + cut[:, :-1]).flatten(), cut.diff().flatten()
+    most = int(size.max()) if size.numel() else 0
+    span = 4
+    while span <= min(most, MOST):
+        span *= 2
+    made = torch.zeros(len(begin), span, 2, dtype=torch.int32, device=bounds.device)
+    made[:, 0, 0], made[:, 0, 1] = begin.int(), size.int()
+    place = torch.arange(span - 1, device=bounds.device)
+    which = (begin[:, None] + place).clamp(max=max(len(cells) - 1, 0))
+    if len(cells):
+        some = (place < size[:, None])[..., None]
+        made[:, 1:] = torch.where(some, cells[which], 0)
+    return made.view(-1, warps, span, 2), most
+
+
+def lines_of(bounds: Tensor) -> Tensor:
+    """int64 (tiles,): the line of each cell."""
+    lines = torch.arange(bounds.numel() - 1, device=bounds.device)
+    return torch.repeat_interleave(lines, bounds.diff().long())
+
+
+def groups(
+    bounds: Tensor, cells: Tensor, per: int, grain: int, inner: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inner positions that groups of lines meet, and where each cell finds its own.
+
+    Args:
+        bounds: int32 (lines + 1,), of ``part``.
+        cells: int32 (tiles, 2), of ``part``.
+        per: lines of a group.
+        grain: inner tiles of a union: 1, of which 4 make a stage, or 4, a stage itself.
+        inner: inner positions of the matrix.
+
+    Returns:
+        links int32 (tiles, 2): 8 * stage + 2 * (tile of the four in a stage), + 1 where the tile
+        hangs over the edge; number in memory. unions int32 (U,): inner position / (16 * grain),
+        rising within a group. Their ``records``.
+    """
+    lines, across = bounds.numel() - 1, -(-inner // (SIZE * grain))
+    count, column = -(-lines // per), cells[:, 0].long()
+    group = lines_of(bounds) // per
+    found, which = torch.unique(group * max(across, 1) + column // grain, return_inverse=True)
+    counts = torch.bincount(found // max(across, 1), minlength=count)
+    first = running(counts)
+    place = which - first.long()[group]
+    where = place * 2 if grain == 1 else place * 8 + column % 4 * 2
+    where += (column + 1) * SIZE > inner
+    links = torch.stack([where.int(), cells[:, 1]], 1)
+    table = records(first, longest_first(counts), count).to(torch.int32)
+    return links, (found % max(across, 1)).int(), table.contiguous()
+
+
+def regions(
+    bounds: Tensor, cells: Tensor, side: int, most: int, across: int
+) -> tuple[Tensor, Tensor]:
+    """Kept tiles by regions of side × side tiles.
+
+    Args:
+        bounds: int32 (tile rows + 1,), of ``part``.
+        cells: int32 (tiles, 2), of ``part``.
+        side: tiles of a region's side, up to 16.
+        most: tiles of a chunk.
+        across: tile columns of the matrix.
+
+    Returns:
+        chunks int32 (n, 4): first in the list, tiles, region, tile rows in use + 65,536 * tile
+        columns in use; the longest first. The list, int32 (tiles, 2): 256 * row + column of a tile
+        inside its region, number in memory.
+    """
+    row, column = lines_of(bounds), cells[:, 0].long()
+    wide = max(-(-across // side), 1)
+    key, order = torch.sort(row // side * wide + column // side, stable=True)
+    row, column, item = row[order] % side, column[order] % side, cells[order, 1]
+    count = -(-(bounds.numel() - 1) // side) * wide
+    counts = torch.bincount(key, minlength=count)
+    begins = counts.cumsum(0) - counts
+    cuts = (counts + most - 1) // most
+    region = torch.repeat_interleave(torch.arange(count, device=bounds.device), cuts)
+    at = torch.arange(len(region), device=bounds.device) - (cuts.cumsum(0) - cuts)[region]
+    begin = begins[region] + at * counts[region] // cuts[region]
+    end = begins[region] + (at + 1) * counts[region] // cuts[region]
+    chunk = torch.repeat_interleave(torch.arange(len(region), device=bounds.device), end - begin)
+    used = torch.zeros(2, len(region), 16, dtype=torch.int64, device=bounds.device)
+    used[0].index_put_((chunk, row), torch.ones_like(row))
+    used[1].index_put_((chunk, column), torch.ones_like(row))
+    bits = (used << torch.arange(16, device=bounds.device)).sum(-1)
+    words = bits[0] + (bits[1] << 16)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words)  # as int32
+    chunks = torch.stack([begin, end - begin, region, words], 1).int()
+    chunks = chunks[longest_first(chunks[:, 1]).long()]
+    return chunks.contiguous(), torch.stack([(row * 256 + column).int(), item], 1)
+
+
+def as_blocks(
+    bounds: Tensor, cells: Tensor, t_bounds: Tensor, t_cells: Tensor, shape: tuple[int, int]
+) -> PartPlan:
+    """The tiles as a part of 16-blocks, for the kernels that every device and dtype has.
+
+    Their slots are in row order, not in that of fragments. Tables of kernels for one architecture
+    are left empty; see ``cuda_block.part``.
+    """
+    device, tiles = bounds.device, len(cells)
+    rows, columns = bounds.numel() - 1, t_bounds.numel() - 1
+    row, column = lines_of(bounds), cells[:, 0].long()
+    below = torch.arange(SIZE, device=device) < shape[0] - SIZE * (rows - 1)
+    right = torch.arange(SIZE, device=device) < shape[1] - SIZE * (columns - 1)
+    kind = (row == rows - 1).long() * (not bool(below.all()))
+    kind += (column == columns - 1).long() * (2 * (not bool(right.all())))
+    low, wide = below[:, None].expand(SIZE, SIZE), right.expand(SIZE, SIZE)
+    masks = torch.stack([low, wide, low & wide])
+    items = torch.stack([torch.zeros_like(row), row, column, kind - 1], 1).int()
+    counts, t_counts = bounds.diff(), t_bounds.diff()
+    none = bounds.new_empty(0, 4)
+    tensors = [
+        items,
+        bounds,
+        longest_first(counts),
+        t_cells[:, 1].contiguous(),
+        t_bounds,
+        longest_first(t_counts),
+        pack_bits(masks),
+        pack_bits(masks.any(1)),
+        pack_bits(masks.any(2)),
+        chunks_of(bounds, COLUMNS // SIZE),
+        none[:, :2],
+        *[none] * 4,
+        pack_bits(masks.mT.contiguous()),
+        *[none.view(0, 2, 2)] * 2,
+    ]
+    return PartPlan("cblock", tensors, [SIZE], [0, tiles * SIZE * SIZE])

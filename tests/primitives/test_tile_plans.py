@@ -1,0 +1,167 @@
+"""What CUDA kernels derive from a TileLayout's plan; no GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.device import pretending
+from mixgrain.cuda.recording import Launch, Operand, Recording, recorded
+from mixgrain.formats.tile import TileLayout
+from mixgrain.primitives.cuda import launch_code, tile
+from mixgrain.primitives.plans import cuda_tile
+
+SHAPES = [(203, 331), (16, 16), (700, 5), (1040, 264), (0, 40), (40, 0)]
+
+
+def layout_of(shape: tuple[int, int], d: float = 0.4) -> TileLayout:
+    g = torch.Generator().manual_seed(0)
+    kept = torch.rand(-(-shape[0] // 16), -(-shape[1] // 16), generator=g) < d
+    kept[1::7] = False
+    return TileLayout.from_tile_mask(kept, shape)
+
+
+def sides(layout: TileLayout) -> list[tuple[Tensor, Tensor, int, set[tuple[int, int, int]]]]:
+    """Both directions: bounds, cells, inner positions, and every (line, inner tile, number)."""
+    part = cuda_tile.part(layout)
+    rows, columns = layout.tile_rows().tolist(), layout.tile_columns.tolist()
+    tiles = {(r, c, n) for n, (r, c) in enumerate(zip(rows, columns, strict=True))}
+    turned = {(c, r, n) for r, c, n in tiles}
+    a, b, c, d = part.tensors
+    return [(a, b, layout.shape[1], tiles), (c, d, layout.shape[0], turned)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cells_are_the_tiles_of_their_lines(shape):
+    for bounds, cells, _, tiles in sides(layout_of(shape)):
+        line = cuda_tile.lines_of(bounds)
+        assert set(zip(line.tolist(), *cells.T.tolist(), strict=True)) == tiles
+
+
+@pytest.mark.parametrize("per", [3, 16])
+@pytest.mark.parametrize("grain", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_links_lead_to_what_the_union_holds(shape, grain, per):
+    for bounds, cells, inner, tiles in sides(layout_of(shape)):
+        links, unions, records = cuda_tile.groups(bounds, cells, per, grain, inner)
+        first = {group: (start, count) for group, start, count, _ in records.tolist()}
+        assert len(first) == -(-(len(bounds) - 1) // per)
+        assert sum(count for _, count in first.values()) == len(unions)
+        found = set()
+        lines = cuda_tile.lines_of(bounds).tolist()
+        for line, (where, number) in zip(lines, links.tolist(), strict=True):
+            start, count = first[line // per]
+            stage, quarter = where // 8, where // 2 % 4
+            place = stage if grain == 4 else 4 * stage + quarter
+            assert place < count
+            tile = int(unions[start + place]) * grain + (quarter if grain == 4 else 0)
+            assert where % 2 == (tile * 16 + 16 > inner)
+            found.add((line, tile, number))
+        assert found == tiles
+        for start, count in first.values():  # rising, so that a walk along a line only goes on
+            assert (unions[start : start + count].diff() > 0).all()
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("d", [0.4, 2.0])
+@pytest.mark.parametrize("shape", [*SHAPES, (32, 9000)])
+def test_shares_of_a_line_are_all_of_it(shape, d, warps):
+    for bounds, cells, _, _ in sides(layout_of(shape, d)):
+        shares, most = cuda_tile.shares(bounds, cells, warps)
+        assert shares.shape[2] in (4, 8, 16, 32)
+        at, largest = 0, 0
+        for line, of_line in enumerate(shares.tolist()):
+            assert at == bounds[line]
+            for (first, count), *held in of_line:
+                assert first == at
+                some = held[:count]
+                assert some == cells[first : first + len(some)].tolist()
+                at, largest = at + count, max(largest, count)
+        assert at == len(cells) and largest == most
+
+
+@pytest.mark.parametrize("side, most", [(16, 96), (4, 16), (16, 5)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_regions_hold_every_tile_once(shape, side, most):
+    layout = layout_of(shape)
+    bounds, cells, inner, tiles = sides(layout)[0]
+    across = -(-inner // 16)
+    chunks, listed = cuda_tile.regions(bounds, cells, side, most, across)
+    wide = max(-(-across // side), 1)
+    found = []
+    for first, count, region, used in chunks.tolist():
+        assert 0 < count <= most
+        rows = columns = 0
+        for place, number in listed[first : first + count].tolist():
+            row, column = place // 256, place % 256
+            assert row < side and column < side
+            rows, columns = rows | 1 << row, columns | 1 << column
+            found.append((region // wide * side + row, region % wide * side + column, number))
+        assert used & 0xFFFFFFFF == rows | columns << 16
+    assert len(found) == len(tiles) and set(found) == tiles
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_blocks_masks_what_hangs_over(shape):
+    layout = layout_of(shape, 2.0)
+    part = cuda_tile.part(layout)
+    blocks = cuda_tile.as_blocks(*part.tensors, layout.shape)
+    items, masks = blocks.tensors[0], blocks.tensors[6]
+    for entry, row, column, mask in items.tolist():
+        i, j = torch.arange(16)[:, None] + 16 * row, torch.arange(16) + 16 * column
+        inside = (i < shape[0]) & (j < shape[1])
+        assert entry == 0 and (mask < 0) == bool(inside.all())
+        if mask >= 0:
+            bits = masks[mask][:, :, None].int() >> torch.arange(8) & 1
+            assert torch.equal(bits.flatten(1).bool(), inside)
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 300])
+@pytest.mark.parametrize("shape", [(208, 336), (5120, 336)])
+def test_a_layer_with_a_bias_is_one_kernel(shape, tokens, arch):
+    """Rows of tokens in, rows of tokens out: nothing is copied, turned or added by torch."""
+    layout = layout_of(shape)
+    with pretending(arch):
+        plan = cuda_tile.cuda(layout)
+        for name in ("affine", "spmm"):
+            recording = Recording(0)
+
+            def given(*n: int, into: Recording = recording) -> Operand:
+                return into.given(torch.empty(*n, dtype=torch.half, device="meta"), 0)
+
+            values, x, bias = (
+                given(1, layout.slots),
+                given(1, 1, tokens, shape[1]).mT,
+                given(shape[0]),
+            )
+            with recorded(recording):
+                if name == "affine":
+                    out = launch_code(name)(values, x, bias, None, False, *plan, torch.half)
+                else:
+                    out = launch_code(name)(values, x, None, False, *plan, 1.0, torch.half)
+            assert [type(step) for step in recording.steps] == [Launch]
+            assert out.shape == (1, 1, shape[0], tokens) and out.mT.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.float32])
+def test_columns_with_a_bias_are_turned_first(dtype):
+    layout = layout_of((208, 336))
+    with pretending("90a"):
+        recording, plan = Recording(0), cuda_tile.cuda(layout)
+        values, x, bias = (
+            recording.given(torch.empty(*n, dtype=dtype, device="meta"), 0)
+            for n in ((1, layout.slots), (1, 1, 336, 24), (208,))
+        )
+        with recorded(recording):
+            out = launch_code("affine")(values, x, bias, None, False, *plan, dtype)
+    assert out.shape == (1, 1, 208, 24) and out.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("bulk, room", [(True, 228 * 1024), (False, 100 * 1024)])
+def test_as_many_ctas_fit_a_multiprocessor_as_are_counted_on(bulk, room, tokens):
+    for how in tile.cuts(bulk, tokens):
+        # Barriers besides, and what the driver keeps for each.
+        assert how.each * (how.shared + 16 * how.stages + 1024) <= room
+        assert how.threads * how.each <= 1024
+    assert 4 * (tile.few_shared(2, 8, 12 if bulk else 6) + 1024) <= (1 if bulk else 2) * room
