@@ -50,7 +50,10 @@ def driver(monkeypatch):
     monkeypatch.setattr(prepared, "_current_device", lambda: 0)
     monkeypatch.setattr(prepared, "_raw_stream", lambda device: 7)
     monkeypatch.setattr(prepared, "_thread", types.SimpleNamespace(devices=frozenset({0})))
-    monkeypatch.setattr(prepared, "_place", lambda device: torch.device("cpu"))
+    empty = torch.empty_strided
+    monkeypatch.setattr(
+        prepared, "_empty", lambda shape, strides, dtype: empty(shape, strides, dtype=dtype)
+    )
     streams._side.cache_clear()
     yield made
     streams._side.cache_clear()
@@ -239,7 +242,7 @@ def test_threads_do_not_share_arguments(driver):
             found[threading.get_ident()] = pointer(driver.seen.pop()[-1][0])
 
     lock = threading.Lock()
-    call._launch = slow
+    prepared.cupy().cuda.driver.launchKernel = slow
     driver.seen.clear()
     tensors = [torch.zeros(4) for _ in range(2)]
     workers = []

@@ -366,14 +366,15 @@ def test_compiled_for_less_overhead_plans_once(monkeypatch):
     q, k, v = (random(2, 3, N, D, seed=n) for n in range(3))
     right = attention(q, k, v, layout)
     made = []
-    plain = calls.prepare
     compiled = torch.compile(
         lambda a, b, c: attention(a, b, c, layout), mode="reduce-overhead", fullgraph=True
     )
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         close(compiled(q, k, v).clone(), right)
-    monkeypatch.setattr(calls, "prepare", lambda *a: (made.append(a), plain(*a))[1])
+    for name in ("prepare", "together"):
+        plain = getattr(calls, name)
+        monkeypatch.setattr(calls, name, lambda *a, plain=plain: (made.append(a), plain(*a))[1])
     for n in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         other = random(2, 3, N, D, seed=30 + n)

@@ -1,5 +1,6 @@
 """The short way of the public functions on the CPU: a stand-in runs for prepared calls."""
 
+import copy
 import itertools
 import types
 
@@ -28,46 +29,48 @@ CASES = {
 class Stand:
     """What a prepared call is to the layers above it."""
 
-    def __init__(self, name, arguments, alone, runs):
-        self.name, self.arguments, self.alone, self.runs = name, arguments, alone, runs
-        self.sizes = None
-        made = self._compute([a for a in arguments if isinstance(a, Tensor)])
-        self.shapes = [tuple(t.shape) for t in (made if isinstance(made, tuple) else (made,))]
+    def __init__(self, runs, works, operands, keep, keep_rows, plan):
+        self.runs, self.sizes = runs, None
+        self.works, self.operands, self.keep, self.rest = works, operands, keep, (keep_rows, *plan)
+        every = self._compute([t for t in (*operands, keep) if t is not None])
+        self.shapes = [tuple(t.shape) for t in every]
 
     def _compute(self, given):
         rest = iter(given)
-        arguments = [next(rest) if isinstance(a, Tensor) else a for a in self.arguments]
-        with torch._C._AutoDispatchBelowAutograd():
-            made = getattr(torch.ops.mixgrain, self.name)(*arguments)
-        return made[0] if self.alone and isinstance(made, tuple) else made
+        every = [None if t is None else next(rest) for t in (*self.operands, self.keep)]
+        made = []
+        for work in self.works:
+            operands = [every[n] for n in work.operands]
+            with torch._C._AutoDispatchBelowAutograd():
+                found = getattr(torch.ops.mixgrain, work.op)(
+                    *operands, every[-1], *self.rest, *work.scalars
+                )
+            made += (found if isinstance(found, tuple) else (found,))[: len(work.results)]
+        return made
 
     def shaped(self, sizes):
-        other = Stand(self.name, self.arguments, self.alone, self.runs)
+        other = copy.copy(self)
         other.sizes = sizes
         return other
 
     def __call__(self, given, pointers):
         assert pointers == [t.data_ptr() for t in given]
-        self.runs.append(self.name)
-        # The operator takes folded tensors; these are views of the same memory.
-        folded = [a for a in self.arguments if isinstance(a, Tensor)]
+        self.runs.append("+".join(work.op for work in self.works))
+        # The operators take folded tensors; these are views of the same memory.
+        folded = [t for t in (*self.operands, self.keep) if t is not None]
         given = [g.as_strided(f.shape, f.stride()) for g, f in zip(given, folded, strict=True)]
         made = self._compute(given)
-        if self.sizes is None:
-            return made
-        several = made if isinstance(made, tuple) else (made,)
-        shaped = tuple(t.reshape(size) for t, size in zip(several, self.sizes, strict=True))
-        return shaped if isinstance(made, tuple) else shaped[0]
+        if self.sizes is not None:
+            made = [t.reshape(size) for t, size in zip(made, self.sizes, strict=True)]
+        return made[0] if len(made) == 1 else tuple(made)
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Names of the prepared calls that ran; CPU tensors count as usable."""
+    """Operators of the prepared calls that ran; CPU tensors count as usable."""
     seen: list[str] = []
     clear_caches()
-    monkeypatch.setattr(
-        cuda, "prepared", lambda name, arguments, alone=False: Stand(name, arguments, alone, seen)
-    )
+    monkeypatch.setattr(cuda, "together", lambda *given: Stand(seen, *given))
     for module in (eager, recorded):
         monkeypatch.setattr(module, "usable", lambda t: type(t) in eager.TENSORS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -112,9 +115,7 @@ def test_the_short_way_equals_the_long_way(name, kind, masked, runs):
         total = o.square().sum() + (torch.where(lse.isfinite(), lse, 0) ** 2).sum()
         runs.clear()
         first = torch.autograd.grad(total, (q, k, v), retain_graph=True)
-        assert sorted(runs) == [
-            "sddmm", "softmax_backward", "spmm", "spmm_t", "spmm_t",
-        ]  # fmt: skip
+        assert runs == ["sddmm+spmm_t", "softmax_backward", "spmm+spmm_t"]
         runs.clear()
         (again,) = torch.autograd.grad(total, q, create_graph=True)
         assert runs == []  # to be differentiated: the operators
