@@ -250,12 +250,16 @@ class Prepared:
             with using(device):
                 _thread.devices |= {device}
                 return self(given, pointers)
-        made = [_empty(shape, strides, dtype) for shape, strides, dtype in self._empties]
-        pointers += [t.data_ptr() for t in made]
+        made: list[Tensor] = []
+        for shape, strides, dtype in self._empties:
+            t = _empty(shape, strides, dtype)
+            made.append(t)
+            pointers.append(t.data_ptr())
         stream = _raw_stream(device)
         if not self._plain:
             return self._walk([*given, *made], pointers, stream)
-        key = (stream, *pointers)
+        pointers.append(stream)
+        key = tuple(pointers)
         ready = self._ready.get(key)
         if ready is None:
             launches = [launch.ready(pointers, stream) for launch in self._launches]
