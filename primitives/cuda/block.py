@@ -90,7 +90,7 @@ def sddmm(
     if not chunks.shape[0]:
         return
     if size >= 64 and q.shape[3] <= 256 and _hopper(q, items, keep, q.dtype, values.dtype):
-        longer = part.tensors[10]
+        longer = part.tensors[14]
         block_sm90.sddmm(values, q, k, part.starts[0], size, items, longer, masks, scale)
         return
     run, shared = _sddmm_kernel(
@@ -183,7 +183,6 @@ def spmm(
     items, row_ptr, row_order, t_items, col_ptr, col_order, masks, any_col, any_row = part.tensors[
         :9
     ]
-    table, records = part.tensors[13:15] if transposed else part.tensors[11:13]
     (size,) = part.scalars
     bounds, order, used = row_ptr, row_order, any_col
     if transposed:
@@ -194,12 +193,13 @@ def spmm(
         return
     fitting = out.dtype in (x.dtype, torch.float32)
     if fitting and _hopper(x, items, keep, x.dtype, values.dtype):
+        table, records = part.tensors[12:14] if transposed else part.tensors[10:12]
         if size >= 64:
             tables = (items.shape[0], table, records, masks, used)
             block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
         else:
-            blocks = part.tensors[17 if transposed else 16]
-            bits = part.tensors[15] if transposed else masks
+            blocks = part.tensors[16 if transposed else 15]
+            bits = part.tensors[14] if transposed else masks
             found = (items.shape[0], table, blocks, records, bits)
             union_sm90.spmm(out, values, x, part.starts[0], size, *found, transposed, scale, add)
         return
