@@ -285,9 +285,9 @@ def test_a_capture_that_would_compile_says_plan_first():
     from mixgrain.cuda import launch
 
     launch.kernel.cache_clear()
-    from mixgrain.primitives.cuda import block, row
+    from mixgrain.primitives.cuda import row, tiles
 
-    for memo in (block._sddmm_kernel, row._sddmm_kernel):
+    for memo in (tiles.sddmm_kernel, row._sddmm_kernel):
         memo.cache_clear()
     with pytest.raises(BackendUnavailableError, match="plan first"), torch.cuda.graph(graph):
         mg.sddmm(q, k, layout)

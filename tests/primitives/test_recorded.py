@@ -126,6 +126,70 @@ def test_the_short_way_equals_the_long_way(name, kind, masked, runs):
         assert all(map(torch.equal, made, found[0]))
 
 
+def test_only_the_gradients_that_are_wanted_are_computed(runs):
+    case = CASES["both"]
+    layout = BUILDERS["mixed"](case, *masks_of(case))
+    q, k, v = operands(case)
+    plain = [t.detach() for t in (q, k, v)]
+    sddmm(*plain[:2], layout)
+    p = softmax(sddmm(*plain[:2], layout))
+    spmm(p, plain[2])
+    values = p.values.clone().requires_grad_()
+    other = p.with_values(values)
+    whole = {
+        "sddmm": torch.autograd.grad(sddmm(q, k, layout).values.square().sum(), (q, k)),
+        "spmm": torch.autograd.grad(spmm(other, v).square().sum(), (values, v)),
+    }
+    for name, alone, inputs, call in (
+        ("sddmm", "spmm", (q, None), lambda: sddmm(q, plain[1], layout).values),
+        ("sddmm", "spmm_t", (None, k), lambda: sddmm(plain[0], k, layout).values),
+        ("spmm", "sddmm", (values, None), lambda: spmm(other, plain[2])),
+        ("spmm", "spmm_t", (None, v), lambda: spmm(p, v)),
+    ):
+        for _ in range(2):
+            runs.clear()
+            n = 0 if inputs[1] is None else 1
+            (made,) = torch.autograd.grad(call().square().sum(), inputs[n])
+            assert runs == [name, alone]
+            torch.testing.assert_close(made, whole[name][n], rtol=1e-12, atol=1e-12)
+
+
+def test_saved_tensors_that_hooks_replace(runs):
+    case = CASES["shared"]
+    layout = BUILDERS["block"](case, *masks_of(case))
+    q, k, _ = operands(case)
+    right = torch.autograd.grad(sddmm(q, k, layout).values.square().sum(), (q, k))
+    unpack = {
+        "as they were": lambda t: t,
+        "other strides": lambda t: t.mT.contiguous().mT,
+    }
+    for name, back in unpack.items():
+        runs.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), back):
+            s = sddmm(q, k, layout)
+        made = torch.autograd.grad(s.values.square().sum(), (q, k))
+        assert runs == ["sddmm", "spmm+spmm_t"], name
+        for a, b in zip(made, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_have_the_dtypes_of_what_they_are_of(runs):
+    case = CASES["plain"]
+    layout = BUILDERS["row"](case, *masks_of(case))
+    q, k, _ = operands(case)
+    for _ in range(2):
+        runs.clear()
+        s = sddmm(q, k, layout, out_dtype=torch.float32)
+        values = s.values.detach().requires_grad_()
+        p = softmax(s.with_values(values), out_dtype=torch.float64)
+        (grad,) = torch.autograd.grad(p.values.square().sum(), values)
+        of_q, of_k = torch.autograd.grad(s.values.square().sum(), (q, k))
+        assert (p.dtype, grad.dtype, of_q.dtype, of_k.dtype) == (
+            torch.float64, torch.float32, torch.float64, torch.float64,
+        )  # fmt: skip
+    assert runs == ["sddmm", "softmax", "softmax_backward", "spmm+spmm_t"]
+
+
 def test_every_part_of_a_signature_counts(runs):
     case = CASES["shared"]
     layout = BUILDERS["block"](case, *masks_of(case))
