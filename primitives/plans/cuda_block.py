@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.device import hopper
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.entries import pack_bits, unpack_bits
 from mixgrain.formats.layout import Layout
@@ -190,7 +189,7 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
     ]
-    if hopper(device):
+    if variety(layout):
         tensors += wgmma(layout, tensors)
     return PartPlan("cblock", tensors, [size], [shift + start for start in layout.entry_slots])
 
@@ -232,6 +231,8 @@ def wgmma(layout: BlockLayout, tensors: list[Tensor]) -> list[Tensor]:
 
 def variety(layout: Layout) -> str:
     """Tells plans with the tables of ``wgmma`` from those without."""
+    from mixgrain.cuda.device import hopper  # the dispatch table is loaded where there is no CUDA
+
     return "sm_90a" if hopper(layout.device) else ""
 
 
