@@ -15,6 +15,11 @@ from .errors import CudaError, MissingError
 
 # Compute capability to the architecture its kernels are compiled for.
 _ARCH = {(8, 0): "80", (8, 6): "86", (8, 9): "89", (9, 0): "90a", (10, 0): "100", (12, 0): "120"}
+# Most dynamic shared memory of one CTA by architecture, bytes, where there is no device to ask.
+SHARED_BYTES = {
+    "80": 166_912, "86": 101_376, "89": 101_376, "90": 232_448, "90a": 232_448, "100": 232_448,
+    "120": 101_376,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,6 @@ class DeviceFacts:
         arch: architecture its kernels are compiled for, one of compile.ARCHITECTURES.
         multiprocessors: streaming multiprocessors; persistent kernels launch this many CTAs.
         shared_bytes: most dynamic shared memory of one CTA, bytes.
-        l2_bytes: size of the L2 cache, bytes.
     """
 
     index: int
@@ -35,7 +39,6 @@ class DeviceFacts:
     arch: str
     multiprocessors: int
     shared_bytes: int
-    l2_bytes: int
 
     @property
     def hopper(self) -> bool:
@@ -57,7 +60,7 @@ def pretending(arch: str) -> Iterator[None]:
     For listing kernels; there may be no device at all.
     """
     before = _pretended.facts
-    _pretended.facts = DeviceFacts(0, f"sm_{arch}", arch, 1, 232_448, 0)
+    _pretended.facts = DeviceFacts(0, f"sm_{arch}", arch, 1, SHARED_BYTES[arch])
     try:
         yield
     finally:
@@ -71,6 +74,16 @@ def facts(index: int) -> DeviceFacts:
         MissingError: mixgrain has no kernels for its architecture.
     """
     return _pretended.facts or _facts(index)
+
+
+def hopper(device: torch.device) -> bool:
+    """Whether wgmma and TMA kernels run on a device; elsewhere than on CUDA, if that is pretended.
+
+    Raises:
+        MissingError: mixgrain has no kernels for the device's architecture.
+    """
+    known = facts(device.index) if device.type == "cuda" else _pretended.facts
+    return known is not None and known.hopper
 
 
 @functools.cache
@@ -91,7 +104,6 @@ def _facts(index: int) -> DeviceFacts:
         arch=_ARCH[max(fitting)],
         multiprocessors=properties.multi_processor_count,
         shared_bytes=int(getattr(properties, "shared_memory_per_block_optin", 101_376)),
-        l2_bytes=int(getattr(properties, "L2_cache_size", 0)),
     )
 
 

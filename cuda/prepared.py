@@ -3,18 +3,21 @@
 The arguments of a launch lie in one piece of memory that the driver reads as it is: constants,
 addresses, and the table of where each argument is. Such blocks are made for the addresses of a run
 and kept by them, since an allocator hands out the same few again and again; they never change, so
-threads may share them. Launches go through CuPy's binding of cuLaunchKernel: RawKernel's own call
-makes an object of every argument each time, three times the cost.
+threads may share them. What is kept is the driver's function with all it takes. Launches go through
+CuPy's binding of cuLaunchKernel: RawKernel's own call makes an object of every argument each time,
+three times the cost.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import functools
+import math
 import struct
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor
 from . import tma
 from .device import using
 from .launch import cupy
-from .recording import Operand, Recording
+from .recording import Operand, Recording, strides_of
 from .steps import FORK, Address, Launch, Map, View, Work
 from .streams import Fork
 
@@ -31,8 +34,19 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 # Sets of addresses whose argument blocks are kept, and addresses whose descriptors are.
 _BLOCKS = 512
-# Bound here so that tests can poison what is allocated.
-_empty_like = torch.empty_like
+# Scratch tensors of a call lie in one allocation, each at a multiple of this many bytes.
+_ALIGNMENT = 256
+
+Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
+
+
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+# What torch's own compiled code allocates with, on the current device: past the dispatcher, in a
+# third of the time of torch.empty. Bound here so that tests can poison what is allocated.
+_empty: Empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
 
 V = TypeVar("V")
 
@@ -79,31 +93,42 @@ class _Maps:
         return found
 
 
+class _Place(NamedTuple):
+    """Where a slot of a recording is when a call runs.
+
+    Attributes:
+        tensor: which of the tensors that are held: given, allocated, made by torch as steps go.
+        offset: bytes from its first element.
+    """
+
+    tensor: int
+    offset: int
+
+
 class _Launch:
     """A launch whose addresses are not known yet."""
 
     __slots__ = ("_holes", "_maps", "_memory", "_offsets", "_pack", "_size", "how", "side")
 
-    def __init__(self, step: Launch, slots: list[int], known: dict[Map, _Maps]) -> None:
+    def __init__(self, step: Launch, places: dict[int, _Place], known: dict[Map, _Maps]) -> None:
         grid = (*step.grid, 1, 1)[:3]
         handle = step.kernel.function(step.shared)
         self.how = (handle, *grid, step.threads, 1, 1, step.shared)
         self.side = step.side
-        self._holes: list[tuple[int, int]] = []
-        self._maps: list[tuple[int, int, int, _Maps]] = []
+        self._holes: list[_Place] = []
+        self._maps: list[tuple[int, _Place, _Maps]] = []
         # For each argument: its hole, or where its constant lies in memory, or nothing.
         order: list[tuple[str, int]] = []
         constants = bytearray()
-        for place, given in enumerate(step.arguments):
+        for argument, given in enumerate(step.arguments):
             if isinstance(given, Address):
-                hole = (slots[given.slot], given.offset)
+                hole = _at(given, places)
                 if hole not in self._holes:
                     self._holes.append(hole)
                 order.append(("hole", self._holes.index(hole)))
             elif isinstance(given, Map):
-                slot, offset = slots[given.address.slot], given.address.offset
                 found = known.setdefault(given, _Maps(given))
-                self._maps.append((place, slot, offset, found))
+                self._maps.append((argument, _at(given.address, places), found))
                 order.append(("map", 0))
             else:
                 value = np.int64(given) if isinstance(given, int) else given
@@ -116,21 +141,32 @@ class _Launch:
         self._offsets = [8 * n if kind == "hole" else first + n for kind, n in order]
         self._pack = struct.Struct(f"{len(self._holes)}Q"), struct.Struct(f"{len(order)}Q")
 
-    def block(self, pointers: list[int]) -> tuple[tuple[int, ...], int, Any]:
-        """Function and sizes, the table of the arguments for these addresses, its memory."""
+    def block(self, pointers: Sequence[int]) -> tuple[int, Any]:
+        """The table of the arguments for these addresses, and the memory it lies in."""
         memory = bytearray(self._memory)
         view = (ctypes.c_char * len(memory)).from_buffer(memory)  # never moves from now on
         base = ctypes.addressof(view)
         table = [base + offset for offset in self._offsets]
         maps = []
-        for place, slot, offset, found in self._maps:
-            made = found.at(pointers[slot] + offset)
-            table[place] = made[0]
+        for argument, (tensor, offset), found in self._maps:
+            made = found.at(pointers[tensor] + offset)
+            table[argument] = made[0]
             maps.append(made)
-        holes, places = self._pack
-        holes.pack_into(memory, 0, *[pointers[slot] + offset for slot, offset in self._holes])
-        places.pack_into(memory, self._size, *table)
-        return self.how, base + self._size, (view, maps)
+        holes, arguments = self._pack
+        holes.pack_into(memory, 0, *[pointers[tensor] + offset for tensor, offset in self._holes])
+        arguments.pack_into(memory, self._size, *table)
+        return base + self._size, (view, maps)
+
+    def ready(self, pointers: Sequence[int], stream: int) -> tuple[Callable[[], Any], Any]:
+        """The launch for these addresses on a stream, and what has to live as long as it."""
+        table, memory = self.block(pointers)
+        launch = cupy().cuda.driver.launchKernel
+        return functools.partial(launch, *self.how, stream, table, 0), memory
+
+
+def _at(address: Address, places: dict[int, _Place]) -> _Place:
+    tensor, offset = places[address.slot]
+    return _Place(tensor, offset + address.offset)
 
 
 class Prepared:
@@ -145,58 +181,45 @@ class Prepared:
         self, recording: Recording, result: Operand | tuple[Operand, ...], alive: Sequence[Any] = ()
     ) -> None:
         self.device, self.alive = recording.device, tuple(alive)
-        given = _given(recording)
-        used = _used(recording) | {r.slot for r in _several(result)}
-        empties = [n for n, s in enumerate(recording.slots) if s is not None and n in used]
-        works = [s.slot for s in recording.steps if isinstance(s, Work) and s.slot is not None]
-        # Tensors are held in this order: given, allocated, then made by torch as the steps go.
-        order = [*range(given), *empties, *works]
-        slots = [0] * len(recording.slots)
-        for place, slot in enumerate(order):
-            slots[slot] = place
-        self._given = given
-        self._empties = [recording.slots[n] for n in empties]
+        results = result if isinstance(result, tuple) else (result,)
+        self._single = not isinstance(result, tuple)
+        self._whole = all(r.whole() for r in results)
+        places, self._empties = _placed(recording, results)
         known: dict[Map, _Maps] = {}
         self._launches: list[_Launch] = []
         self._steps: list[Any] = []
         for step in recording.steps:
             if isinstance(step, Launch):
                 self._steps.append(len(self._launches))
-                self._launches.append(_Launch(step, slots, known))
+                self._launches.append(_Launch(step, places, known))
             elif isinstance(step, Work):
                 views = tuple(
-                    a._replace(slot=slots[a.slot]) if isinstance(a, View) else a
+                    a._replace(slot=places[a.slot].tensor) if isinstance(a, View) else a
                     for a in step.arguments
                 )
                 self._steps.append(step._replace(arguments=views))
             else:
                 self._steps.append(step)
-        self._forks = FORK in self._steps
-        results = _several(result)
-        self._single = not isinstance(result, tuple)
-        self._whole = all(r.whole() for r in results)
+        self._given = _given(recording)
         self._results = [
             (
-                slots[r.slot],
-                None if r.whole() else r.view_of()._replace(slot=slots[r.slot]),
+                places[r.slot].tensor,
+                None if r.whole() else r.view_of()._replace(slot=places[r.slot].tensor),
                 r.shape,
             )
             for r in results
         ]
-        for place, view, shape in self._results:
+        for tensor, view, shape in self._results:
             if view is None:
-                self._empties[place - given] = (shape, self._empties[place - given][1])  # type: ignore[index]
-        plain = all(isinstance(step, int) for step in self._steps)
-        self._plain = plain and self._whole
-        self._blocks: _Recent[Any] = _Recent()
+                self._resize(tensor, shape)
+        self._plain = self._whole and all(isinstance(step, int) for step in self._steps)
+        self._order = [tensor - self._given for tensor, _, _ in self._results]
+        self._ready: _Recent[Any] = _Recent()
         self._spare: list[Fork] = []
-        self._launch: Any = None
-        self._fill()
 
-    def _fill(self) -> None:
-        """Models of what a run allocates: tensors that own no memory."""
-        self._models = [_model(shape, dtype, self.device) for shape, dtype in self._empties]  # type: ignore[misc]
-        self._order = [place - self._given for place, _, _ in self._results]
+    def _resize(self, tensor: int, shape: tuple[int, ...]) -> None:
+        n = tensor - self._given
+        self._empties[n] = (shape, strides_of(shape), self._empties[n][2])
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -211,12 +234,9 @@ class Prepared:
         if not self._whole:
             return None
         made = copy.copy(self)
-        made._empties, made._blocks, made._spare = list(self._empties), _Recent(), []
-        for (place, _, _), shape in zip(self._results, shapes, strict=True):
-            old = made._empties[place - self._given]
-            assert old is not None
-            made._empties[place - self._given] = (tuple(shape), old[1])
-        made._fill()
+        made._empties, made._ready, made._spare = list(self._empties), _Recent(), []
+        for (tensor, _, _), shape in zip(self._results, shapes, strict=True):
+            made._resize(tensor, tuple(shape))
         return made
 
     def __call__(self, given: Sequence[Tensor], pointers: list[int]) -> Any:
@@ -231,42 +251,38 @@ class Prepared:
             with using(device):
                 _thread.devices |= {device}
                 return self(given, pointers)
-        made = [_empty_like(model) for model in self._models]
-        pointers += [t.data_ptr() for t in made]
+        made: list[Tensor] = []
+        for shape, strides, dtype in self._empties:
+            t = _empty(shape, strides, dtype)
+            made.append(t)
+            pointers.append(t.data_ptr())
+        stream = _raw_stream(device)
         if not self._plain:
-            return self._walk([*given, *made], pointers)
+            return self._walk([*given, *made], pointers, stream)
+        pointers.append(stream)
         key = tuple(pointers)
-        blocks = self._blocks.get(key)
-        if blocks is None:
-            blocks = self._made_for(key, pointers)
-        stream, launch = _raw_stream(device), self._launch
-        for how, table, _ in blocks:
-            launch(*how, stream, table, 0)
+        ready = self._ready.get(key)
+        if ready is None:
+            launches = [launch.ready(pointers, stream) for launch in self._launches]
+            ready = self._ready.keep(key, tuple(zip(*launches, strict=True)) or ((), ()))
+        for launch in ready[0]:
+            launch()
         if self._single:
             return made[self._order[0]]
         return tuple([made[n] for n in self._order])
 
-    def _made_for(self, key: Hashable, pointers: list[int]) -> Any:
-        """Argument blocks of all launches, for these addresses."""
-        if self._launch is None:
-            self._launch = cupy().cuda.driver.launchKernel
-        return self._blocks.keep(key, [launch.block(pointers) for launch in self._launches])
-
-    def _walk(self, held: list[Tensor], pointers: list[int]) -> Any:
+    def _walk(self, held: list[Tensor], pointers: list[int], stream: int) -> Any:
         """Steps of all kinds, one after the other."""
-        if self._launch is None:
-            self._launch = cupy().cuda.driver.launchKernel
-        launch, side = self._launch, 0
-        stream = _raw_stream(self.device)
-        fork = None
+        side, fork = 0, None
         key = tuple(pointers)
         for step in self._steps:
             if isinstance(step, int):
-                block = self._blocks.get((step, key))
-                if block is None:
-                    block = self._blocks.keep((step, key), self._launches[step].block(pointers))
-                how, table, _ = block
-                launch(*how, side if self._launches[step].side else stream, table, 0)
+                launch = self._launches[step]
+                on = side if launch.side else stream
+                ready = self._ready.get((step, on, key))
+                if ready is None:
+                    ready = self._ready.keep((step, on, key), launch.ready(pointers, on))
+                ready[0]()
             elif isinstance(step, Work):
                 views = [a.of(held) if isinstance(a, View) else a for a in step.arguments]
                 made = step.function(*views, **step.keywords)
@@ -282,37 +298,56 @@ class Prepared:
                 fork.join(stream, side)
                 self._spare.append(fork)
         results = tuple(
-            held[place] if view is None else view.of(held) for place, view, _ in self._results
+            held[tensor] if view is None else view.of(held) for tensor, view, _ in self._results
         )
         return results[0] if self._single else results
 
 
-def _model(shape: tuple[int, ...], dtype: torch.dtype, device: int) -> Tensor:
-    """A tensor to make contiguous others like it, in half the time that a shape takes.
+_Empties = list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
 
-    It is one element expanded; torch makes no copy of an expanded dimension's stride.
+
+def _placed(
+    recording: Recording, results: tuple[Operand, ...]
+) -> tuple[dict[int, _Place], _Empties]:
+    """Where every slot that is used will be, and what a run allocates.
+
+    Tensors are held in this order: given, allocated, then made by torch as the steps go. What only
+    kernels see of the allocated ones shares one tensor, the last.
     """
-    return torch.empty((1,) * len(shape), dtype=dtype, device=_place(device)).expand(shape)
+    works = [step for step in recording.steps if isinstance(step, Work)]
+    seen = {a.slot for work in works for a in work.arguments if isinstance(a, View)}
+    seen |= {r.slot for r in results}
+    launched = {a.slot for a in _addresses(recording)}
+    given = _given(recording)
+    places = {n: _Place(n, 0) for n in range(given)}
+    empties: _Empties = []
+    scratch: dict[int, int] = {}
+    size = 0
+    for slot, made in enumerate(recording.slots):
+        if made is None:
+            continue
+        shape, dtype = made
+        if slot in seen:
+            places[slot] = _Place(given + len(empties), 0)
+            empties.append((shape, strides_of(shape), dtype))
+        elif slot in launched:
+            scratch[slot] = size
+            size += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    places |= {slot: _Place(given + len(empties), offset) for slot, offset in scratch.items()}
+    if scratch:
+        empties.append(((size,), (1,), torch.uint8))
+    made_later = [work.slot for work in works if work.slot is not None]
+    first = given + len(empties)
+    places |= {slot: _Place(first + n, 0) for n, slot in enumerate(made_later)}
+    return places, empties
 
 
-def _place(device: int) -> torch.device:
-    return torch.device("cuda", device)
-
-
-def _several(result: Operand | tuple[Operand, ...]) -> tuple[Operand, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def _used(recording: Recording) -> set[int]:
-    """Slots that some step reads or writes."""
-    found: set[int] = set()
+def _addresses(recording: Recording) -> Iterator[Address]:
+    """Addresses that kernels are given."""
     for step in recording.steps:
-        if not isinstance(step, str):
-            for a in step.arguments:
-                at = a.address if isinstance(a, Map) else a
-                if isinstance(at, Address | View):
-                    found.add(at.slot)
-    return found
+        if isinstance(step, Launch):
+            found = (a.address if isinstance(a, Map) else a for a in step.arguments)
+            yield from (a for a in found if isinstance(a, Address))
 
 
 def _given(recording: Recording) -> int:

@@ -8,6 +8,7 @@ They go to the prepared kernels directly, past torch's dispatcher, with or witho
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -32,6 +33,7 @@ from .fold import (
     unfold,
     unfold_vector,
 )
+from .gradients import Work
 from .plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -91,62 +93,67 @@ find = _layouts.find
 
 
 class Term(NamedTuple):
-    """One operator on tensors as users hold them: fold, compute, unfold.
+    """Operators on tensors as users hold them: fold, compute, unfold.
 
     Attributes:
-        op: the operator.
+        works: what to compute of the tensors, one operator or several.
         layout: the positions.
         lead: leading dimensions of the matrices.
-        kinds: of each tensor: "dense" (*lead, N, D), "values" (*free, slots), "vector" (*lead, N).
-        results: likewise of the results.
+        kinds: of each tensor, as in ``gradients.KINDS``.
         keep_rows: the run-time mask is over rows.
-        plan: of the layout for this operator.
-        scalars: what the operator takes besides.
+        plan: of the layout for these operators.
     """
 
-    op: str
+    works: tuple[Work, ...]
     layout: Layout
     lead: tuple[int, ...]
     kinds: tuple[str, ...]
-    results: tuple[str, ...]
     keep_rows: bool
     plan: Plan
-    scalars: tuple[Any, ...]
 
-    def folded(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> list[Tensor | None]:
-        """The tensors and the mask as the operator takes them."""
+    @property
+    def results(self) -> list[str]:
+        """Kinds of all results that are wanted."""
+        return [kind for work in self.works for kind in work.results]
+
+    def folded(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The tensors as the operators take them."""
         lead = self.layout.lead
-        made = [
+        return [
             None if t is None else _fold(kind, t, lead, self.lead)
             for kind, t in zip(self.kinds, tensors, strict=True)
         ]
-        return [*made, fold_mask(keep, lead, self.lead)]
 
-    def unfolded(self, made: Any) -> Any:
-        """What the operator returns, as users hold it."""
-        if len(self.results) == 1:
-            return _unfold(self.results[0], made, self.layout, self.lead)
+    def folded_mask(self, keep: Tensor | None) -> Tensor | None:
+        """The mask as the operators take it."""
+        return fold_mask(keep, self.layout.lead, self.lead)
+
+    def unfolded(self, made: Sequence[Tensor]) -> list[Tensor]:
+        """What the operators return, as users hold it."""
         pairs = zip(self.results, made, strict=True)
-        return tuple(_unfold(kind, t, self.layout, self.lead) for kind, t in pairs)
+        return [_unfold(kind, t, self.layout, self.lead) for kind, t in pairs]
 
-    def through_operators(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> Any:
+    def through_operators(
+        self, tensors: Sequence[Tensor | None], keep: Tensor | None
+    ) -> list[Tensor]:
         """Compute by the dispatcher, so that whatever is active sees it."""
-        made = getattr(ops, self.op)(
-            *self.folded(tensors, keep), self.keep_rows, self.plan, *self.scalars
-        )
+        folded, mask = self.folded(tensors), self.folded_mask(keep)
+        made: list[Tensor] = []
+        for work in self.works:
+            given = [folded[n] for n in work.operands]
+            found = getattr(ops, work.op)(*given, mask, self.keep_rows, self.plan, *work.scalars)
+            made += (found if isinstance(found, tuple) else (found,))[: len(work.results)]
         return self.unfolded(made)
 
     def prepare(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> Call:
         """The call for tensors like these."""
-        from .cuda import prepared
+        from .cuda import together
 
-        folded = self.folded(tensors, keep)
-        arguments = (*folded, self.keep_rows, *self.plan, *self.scalars)
-        made = prepared(self.op, arguments, alone=len(self.results) == 1)
-        originals = [*tensors, keep]
+        folded, mask = self.folded(tensors), self.folded_mask(keep)
+        made = together(self.works, folded, mask, self.keep_rows, self.plan)
         copied = any(
             new is not None and old is not None and not _same_memory(new, old)
-            for new, old in zip(folded, originals, strict=True)
+            for new, old in zip([*folded, mask], [*tensors, keep], strict=True)
         )
         shapes = [self._result(kind, s) for kind, s in zip(self.results, made.shapes, strict=True)]
         shaped = None if None in shapes else made.shaped(cast(Any, shapes))
@@ -182,37 +189,44 @@ class Call:
 
     Attributes:
         run: takes tensors of the signature, a mask last, and the list of their addresses, which it
-            uses up.
-        term: what it computes.
-        gradients: what computes the gradient of each tensor; None where it may not be recorded.
+            uses up; returns the result, or a tuple of several.
+        backward: what computes the gradients; None where the call may not be recorded.
     """
 
-    __slots__ = ("_prepared", "_viewed", "gradients", "run", "term")
+    __slots__ = ("_prepared", "_term", "_viewed", "backward", "run")
 
     def __init__(self, term: Term, prepared: Prepared, copied: bool, viewed: bool) -> None:
-        self.term, self._prepared, self._viewed = term, prepared, viewed
-        self.gradients: tuple[Gradient, ...] | None = None
+        self._term, self._prepared, self._viewed = term, prepared, viewed
+        self.backward: Backward | None = None
         self.run: Callable[[tuple[Tensor, ...], list[int]], Any] = prepared.__call__
         if copied or viewed:
             self.run = self._folding if copied else self._viewing
 
     def _viewing(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
         """Where results are views."""
-        return self.term.unfolded(self._prepared(given, pointers))
+        made = self._prepared(given, pointers)
+        if not isinstance(made, tuple):
+            return self._term.unfolded([made])[0]
+        return tuple(self._term.unfolded(made))
 
     def _folding(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
         """Where folding copies: repeated key heads, strides that do not fold."""
-        count = len(given)
         keep = given[-1] if given[-1].dtype == torch.bool else None
-        tensors: list[Tensor | None] = list(given[: count - (keep is not None)])
-        tensors += [None] * (len(self.term.kinds) - len(tensors))
-        folded = [t for t in self.term.folded(tensors, keep) if t is not None]
-        made = self._prepared(folded, [t.data_ptr() for t in folded])
-        return self.term.unfolded(made) if self._viewed else made
+        tensors: list[Tensor | None] = list(given if keep is None else given[:-1])
+        tensors += [None] * (len(self._term.kinds) - len(tensors))
+        every = (*self._term.folded(tensors), self._term.folded_mask(keep))
+        folded = tuple(t for t in every if t is not None)
+        pointers = [t.data_ptr() for t in folded]
+        return (self._viewing if self._viewed else self._prepared)(folded, pointers)
 
 
-class Gradient:
-    """A term of a backward pass, with its calls by signature."""
+class Backward:
+    """The backward pass of a call: all gradients that are wanted in one prepared call.
+
+    Args:
+        term: the gradients of all inputs, in their order; its tensors are those saved, then the
+            gradients of the results.
+    """
 
     __slots__ = ("_calls", "_term")
 
@@ -220,33 +234,57 @@ class Gradient:
         self._term = term
         self._calls: _Signatures = {}
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], keep: Tensor | None) -> Any:
-        """Compute; by the operators when this is itself to be differentiated."""
+    def __call__(
+        self, tensors: tuple[Tensor | None, ...], keep: Tensor | None, wanted: tuple[bool, ...]
+    ) -> Sequence[Tensor | None]:
+        """Gradients, None where not wanted; by the operators if they are to be differentiated."""
         if torch.compiler.is_dynamo_compiling() or _grad_enabled() or not plain():
-            return self._term.through_operators(tensors, keep)
+            return self._through_operators(tensors, keep, wanted)
         given, pointers = [], []
-        key: list[Hashable] = []
+        key: list[Hashable] = [wanted]
+        single = False
         for t in (*tensors, keep):
             if t is None:
                 key.append(None)
             elif not usable(t):
-                return self._term.through_operators(tensors, keep)
+                return self._through_operators(tensors, keep, wanted)
             else:
                 pointer, dtype = t.data_ptr(), t.dtype
                 given.append(t)
                 pointers.append(pointer)
-                key += (t.shape, t.is_contiguous() or t.stride(), dtype, pointer & 15)
-                if dtype is _FLOAT:
-                    key.append(tf32())
+                key += (
+                    t.shape, t.is_contiguous() or t.stride(), dtype, pointer & 15, t.get_device(),
+                )  # fmt: skip
+                single = single or dtype is _FLOAT
+        if single:
+            key.append(tf32())
         signature = tuple(key)
         call = self._calls.get(signature)
         if call is None:
-            call = self._term.prepare(tensors, keep)
+            call = self._of(wanted).prepare(tensors, keep)
             if not torch.cuda.is_current_stream_capturing():
                 if len(self._calls) >= SIGNATURES:
                     self._calls = {}
                 self._calls[signature] = call
-        return call.run(tuple(given), pointers)
+        made = call.run(tuple(given), pointers)
+        if False not in wanted:
+            return made if isinstance(made, tuple) else (made,)
+        return _spread(made if isinstance(made, tuple) else (made,), wanted)
+
+    def _of(self, wanted: tuple[bool, ...]) -> Term:
+        """The term of the gradients that are wanted."""
+        return self._term._replace(works=tuple(compress(self._term.works, wanted)))
+
+    def _through_operators(
+        self, tensors: tuple[Tensor | None, ...], keep: Tensor | None, wanted: tuple[bool, ...]
+    ) -> Sequence[Tensor | None]:
+        return _spread(self._of(wanted).through_operators(tensors, keep), wanted)
+
+
+def _spread(made: Sequence[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """What was made at the places where something was wanted."""
+    rest = iter(made)
+    return [next(rest) if want else None for want in wanted]
 
 
 def tf32() -> str:

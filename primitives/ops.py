@@ -21,6 +21,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import batching  # noqa: F401  # registers the rules of vmap
 from .checks import accumulation
+from .gradients import GRADIENTS
 from .keys import Saved, below, differentiable, forward_rule, without_autocast
 from .plans.plan import Plan
 from .schemas import LIB
@@ -103,6 +104,8 @@ def prune(
 
 # Gradients
 
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {"sddmm": sddmm, "spmm": spmm, "spmm_t": spmm_t}
+
 
 class _Context(torch.autograd.function.FunctionCtx):
     """What the forwards below leave for their derivatives."""
@@ -126,38 +129,59 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-class _Sddmm(_SingleLevelFunction):
-    @staticmethod
-    def forward(ctx: _Context, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-        ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
-        ctx.dtypes = (rest[6],)
-        _save(ctx, q, k)
-        made: Tensor = below(_op_sddmm, q, k, *rest)
-        return made
+def _gradients(ctx: _Context, name: str, plan: Plan, *held: Tensor) -> list[Tensor | None]:
+    """Those of the operands a and b of a product, from a, b and the gradient of the result."""
+    shared = (ctx.keep, ctx.rows, plan, ctx.scale)
+    return [
+        _PRODUCTS[op](*(held[n] for n in operands), *shared, like.dtype) if wanted else None
+        for (op, operands), like, wanted in zip(
+            GRADIENTS[name], held[:2], ctx.needs_input_grad[:2], strict=True
+        )
+    ]
 
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k = ctx.saved_tensors
-        shared = (ctx.keep, ctx.rows, ctx.plan, ctx.scale)
-        dq = spmm(grad, k, *shared, q.dtype) if ctx.needs_input_grad[0] else None
-        dk = spmm_t(grad, q, *shared, k.dtype) if ctx.needs_input_grad[1] else None
-        return dq, dk, *[None] * 7
 
-    @staticmethod
-    @forward_rule
-    def jvp(
-        ctx: _Context, saved: Saved, dq: Tensor | None, dk: Tensor | None, *_: Any
-    ) -> Tensor | None:
-        q, k = saved
-        rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
-        first = None if dq is None else sddmm(dq, k, *rest)
-        return _plus(first, None if dk is None else sddmm(q, dk, *rest))
+def _tangent(
+    ctx: _Context, name: str, plan: Plan, saved: Saved, da: Tensor | None, db: Tensor | None
+) -> Tensor | None:
+    """That of a product, which is linear in both operands."""
+    a, b = saved
+    product, rest = _PRODUCTS[name], (ctx.keep, ctx.rows, plan, ctx.scale, ctx.dtypes[0])
+    first = None if da is None else product(da, b, *rest)
+    return _plus(first, None if db is None else product(a, db, *rest))
+
+
+def _product(name: str, op: Callable[..., Any]) -> type[_SingleLevelFunction]:
+    """sddmm, spmm or spmm_t for autograd."""
+
+    class Product(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: _Context, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+            ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
+            ctx.dtypes = (rest[6],)
+            _save(ctx, a, b)
+            made: Tensor = below(op, a, b, *rest)
+            return made
+
+        @staticmethod
+        def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return *_gradients(ctx, name, ctx.plan, *ctx.saved_tensors, grad), *[None] * 7
+
+        @staticmethod
+        @forward_rule
+        def jvp(
+            ctx: _Context, saved: Saved, da: Tensor | None, db: Tensor | None, *_: Any
+        ) -> Tensor | None:
+            return _tangent(ctx, name, ctx.plan, saved, da, db)
+
+    Product.__name__ = Product.__qualname__ = f"_{name.title()}"
+    return Product
 
 
 class _Prune(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: _Context, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        ctx.keep, ctx.plan, ctx.scale = rest[0], Plan(*rest[1:4]), rest[4]
+        ctx.keep, ctx.rows = rest[0], False
+        ctx.plan, ctx.scale = Plan(*rest[1:4]), rest[4]
         ctx.dtypes = (rest[5],)
         values, metadata = below(_op_prune, q, k, *rest)
         ctx.mark_non_differentiable(metadata)
@@ -168,10 +192,7 @@ class _Prune(_SingleLevelFunction):
     def backward(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, metadata = ctx.saved_tensors
         plan = ctx.plan._replace(tensors=[metadata, *ctx.plan.tensors[1:]])
-        shared = (ctx.keep, False, plan, ctx.scale)
-        dq = spmm(grad, k, *shared, q.dtype) if ctx.needs_input_grad[0] else None
-        dk = spmm_t(grad, q, *shared, k.dtype) if ctx.needs_input_grad[1] else None
-        return dq, dk, *[None] * 6
+        return *_gradients(ctx, "sddmm", plan, q, k, grad), *[None] * 6
 
     @staticmethod
     @forward_rule
@@ -180,65 +201,7 @@ class _Prune(_SingleLevelFunction):
     ) -> tuple[Any, None]:
         q, k, metadata = saved
         plan = ctx.plan._replace(tensors=[metadata, *ctx.plan.tensors[1:]])
-        rest = (ctx.keep, False, plan, ctx.scale, ctx.dtypes[0])
-        first = None if dq is None else sddmm(dq, k, *rest)
-        return _plus(first, None if dk is None else sddmm(q, dk, *rest)), None
-
-
-class _Spmm(_SingleLevelFunction):
-    @staticmethod
-    def forward(ctx: _Context, values: Tensor, x: Tensor, *rest: Any) -> Tensor:
-        ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
-        ctx.dtypes = (rest[6],)
-        _save(ctx, values, x)
-        made: Tensor = below(_op_spmm, values, x, *rest)
-        return made
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, x = ctx.saved_tensors
-        shared = (ctx.keep, ctx.rows, ctx.plan, ctx.scale)
-        dv = sddmm(grad, x, *shared, values.dtype) if ctx.needs_input_grad[0] else None
-        dx = spmm_t(values, grad, *shared, x.dtype) if ctx.needs_input_grad[1] else None
-        return dv, dx, *[None] * 7
-
-    @staticmethod
-    @forward_rule
-    def jvp(
-        ctx: _Context, saved: Saved, dv: Tensor | None, dx: Tensor | None, *_: Any
-    ) -> Tensor | None:
-        values, x = saved
-        rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
-        first = None if dv is None else spmm(dv, x, *rest)
-        return _plus(first, None if dx is None else spmm(values, dx, *rest))
-
-
-class _SpmmT(_SingleLevelFunction):
-    @staticmethod
-    def forward(ctx: _Context, values: Tensor, x: Tensor, *rest: Any) -> Tensor:
-        ctx.keep, ctx.rows, ctx.plan, ctx.scale = rest[0], rest[1], Plan(*rest[2:5]), rest[5]
-        ctx.dtypes = (rest[6],)
-        _save(ctx, values, x)
-        made: Tensor = below(_op_spmm_t, values, x, *rest)
-        return made
-
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, x = ctx.saved_tensors
-        shared = (ctx.keep, ctx.rows, ctx.plan, ctx.scale)
-        dv = sddmm(x, grad, *shared, values.dtype) if ctx.needs_input_grad[0] else None
-        dx = spmm(values, grad, *shared, x.dtype) if ctx.needs_input_grad[1] else None
-        return dv, dx, *[None] * 7
-
-    @staticmethod
-    @forward_rule
-    def jvp(
-        ctx: _Context, saved: Saved, dv: Tensor | None, dx: Tensor | None, *_: Any
-    ) -> Tensor | None:
-        values, x = saved
-        rest = (ctx.keep, ctx.rows, ctx.plan, ctx.scale, ctx.dtypes[0])
-        first = None if dv is None else spmm_t(dv, x, *rest)
-        return _plus(first, None if dx is None else spmm_t(values, dx, *rest))
+        return _tangent(ctx, "sddmm", plan, (q, k), dq, dk), None
 
 
 class _Softmax(_SingleLevelFunction):
@@ -381,9 +344,9 @@ class _RowExpand(_SingleLevelFunction):
 
 
 _FUNCTIONS: dict[str, tuple[type[_SingleLevelFunction], Callable[..., Any], int]] = {
-    "sddmm": (_Sddmm, _op_sddmm, 2),
-    "spmm": (_Spmm, _op_spmm, 2),
-    "spmm_t": (_SpmmT, _op_spmm_t, 2),
+    "sddmm": (_product("sddmm", _op_sddmm), _op_sddmm, 2),
+    "spmm": (_product("spmm", _op_spmm), _op_spmm, 2),
+    "spmm_t": (_product("spmm_t", _op_spmm_t), _op_spmm_t, 2),
     "softmax": (_Softmax, _op_softmax, 1),
     "softmax_backward": (_SoftmaxBackward, _op_softmax_backward, 3),
     "prune": (_Prune, _op_prune, 2),

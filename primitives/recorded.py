@@ -18,8 +18,8 @@ from mixgrain.formats.sparse import SparseTensor
 from .eager import (
     LAYOUT_TYPES,
     TENSORS,
+    Backward,
     Call,
-    Gradient,
     Term,
     find,
     learn,
@@ -29,6 +29,7 @@ from .eager import (
     usable,
 )
 from .fold import free_shape
+from .gradients import KINDS, Work, gradients
 from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
@@ -40,7 +41,7 @@ _new = object.__new__
 class _Context(torch.autograd.function.FunctionCtx):
     """What the forwards below leave for their backwards."""
 
-    gradients: tuple[Gradient, ...]
+    gradients: Backward
     keep: Tensor | None
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -53,35 +54,17 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: _Context, call: Call, keep: Tensor | None, pointers: list[int], a: Tensor, b: Tensor
     ) -> Tensor:
-        assert call.gradients is not None
-        ctx.gradients, ctx.keep = call.gradients, keep
+        assert call.backward is not None
+        ctx.gradients, ctx.keep = call.backward, keep
         ctx.save_for_backward(a, b)
         made: Tensor = call.run((a, b) if keep is None else (a, b, keep), pointers)
         return made
 
-
-class _Sddmm(_Product):
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Any, ...]:
-        q, k = ctx.saved_tensors
-        (of_q, of_k), (wants_q, wants_k) = ctx.gradients, ctx.needs_input_grad[3:]
-        return (
-            *(None, None, None),
-            of_q((grad, k), ctx.keep) if wants_q else None,
-            of_k((grad, q), ctx.keep) if wants_k else None,
-        )
-
-
-class _Spmm(_Product):
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Any, ...]:
-        values, x = ctx.saved_tensors
-        (of_values, of_x), (wants_values, wants_x) = ctx.gradients, ctx.needs_input_grad[3:]
-        return (
-            *(None, None, None),
-            of_values((grad, x), ctx.keep) if wants_values else None,
-            of_x((values, grad), ctx.keep) if wants_x else None,
-        )
+        a, b = ctx.saved_tensors
+        made = ctx.gradients((a, b, grad), ctx.keep, ctx.needs_input_grad[3:])
+        return None, None, None, *made
 
 
 class _Softmax(torch.autograd.Function):
@@ -89,8 +72,8 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: _Context, call: Call, keep: Tensor | None, pointers: list[int], values: Tensor
     ) -> Any:
-        assert call.gradients is not None
-        ctx.gradients, ctx.keep = call.gradients, keep
+        assert call.backward is not None
+        ctx.gradients, ctx.keep = call.backward, keep
         ctx.set_materialize_grads(False)
         made = call.run((values,) if keep is None else (values, keep), pointers)
         ctx.save_for_backward(made[0] if isinstance(made, tuple) else made)
@@ -104,12 +87,11 @@ class _Softmax(torch.autograd.Function):
         if grad is None and grad_lse is None:
             return (None,) * 4
         grad = torch.zeros_like(p) if grad is None else grad
-        return None, None, None, ctx.gradients[0]((p, grad, grad_lse), ctx.keep)
+        return None, None, None, *ctx.gradients((p, grad, grad_lse), ctx.keep, (True,))
 
 
 # What Function.apply does besides is to look for transforms, which `plain` has done.
-_apply_sddmm: Callable[..., Any] = super(torch.autograd.Function, _Sddmm).apply
-_apply_spmm: Callable[..., Any] = super(torch.autograd.Function, _Spmm).apply
+_apply_product: Callable[..., Any] = super(torch.autograd.Function, _Product).apply
 _apply_softmax: Callable[..., Any] = super(torch.autograd.Function, _Softmax).apply
 
 
@@ -126,6 +108,31 @@ def _sparse(layout: Layout, values: Tensor, keep: Tensor | None, rows: bool) -> 
     fields["layout"], fields["values"] = layout, values
     fields["keep"], fields["keep_rows"] = keep, rows
     return made
+
+
+def _forward(
+    op: str,
+    scalars: tuple[Any, ...],
+    layout: Layout,
+    lead: tuple[int, ...],
+    keep_rows: bool,
+    plan: Plan,
+    results: int = 1,
+) -> Term:
+    """An operator as the public function that has its name calls it; its first results."""
+    kinds, made = KINDS[op]
+    work = Work(op, tuple(range(len(kinds))), scalars, made[:results])
+    return Term((work,), layout, lead, kinds, keep_rows, plan)
+
+
+def _backward(
+    op: str, term: Term, dtypes: tuple[torch.dtype, ...], scale: tuple[float, ...] = ()
+) -> Backward:
+    """The gradients of such a call; dtypes of its inputs."""
+    operands, results = KINDS[op]
+    works = gradients(op, dtypes, scale)
+    # Softmax saves its result instead, which is of the same kind.
+    return Backward(term._replace(works=works, kinds=(*operands, *results)))
 
 
 def _sddmm_key(
@@ -158,9 +165,9 @@ def sddmm(
         return None
     pointers = [a, b] if keep is None else [a, b, keep.data_ptr()]
     if _grad_enabled() and (q.requires_grad or k.requires_grad):
-        if call.gradients is None:
+        if call.backward is None:
             return None
-        values = _apply_sddmm(call, keep, pointers, q, k)
+        values = _apply_product(call, keep, pointers, q, k)
     else:
         values = call.run((q, k) if keep is None else (q, k, keep), pointers)
     return _sparse(layout, values, keep, False)
@@ -183,16 +190,11 @@ def learn_sddmm(
         return
     wide = float(scale)
     scalars = (wide, q.dtype if out_dtype is None else out_dtype)
-    both, values, dense = ("dense", "dense"), ("values",), ("dense",)
-    term = Term("sddmm", layout, lead, both, values, False, plan, scalars)
+    term = _forward("sddmm", scalars, layout, lead, False, plan)
     key = _sddmm_key(q, k, scale, keep, out_dtype, q.data_ptr(), k.data_ptr())
     call = learn(layout, key, term, (q, k), keep)
     if q.shape[:-2] == lead == k.shape[:-2]:
-        kinds = ("values", "dense")
-        shared = (False, plan)
-        of_q = Term("spmm", layout, lead, kinds, dense, *shared, (wide, q.dtype))
-        of_k = Term("spmm_t", layout, lead, kinds, dense, *shared, (wide, k.dtype))
-        call.gradients = Gradient(of_q), Gradient(of_k)
+        call.backward = _backward("sddmm", term, (q.dtype, k.dtype), (wide,))
 
 
 def _spmm_key(s: SparseTensor, x: Tensor, a: int, b: int) -> Any:
@@ -225,8 +227,8 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
     made: Tensor | None = None
     if not _grad_enabled() or not (values.requires_grad or x.requires_grad):
         made = call.run((values, x) if keep is None else (values, x, keep), pointers)
-    elif call.gradients is not None:
-        made = _apply_spmm(call, keep, pointers, values, x)
+    elif call.backward is not None:
+        made = _apply_product(call, keep, pointers, values, x)
     return made
 
 
@@ -235,17 +237,11 @@ def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) ->
     layout, values = s.layout, s.values
     if type(layout) not in LAYOUT_TYPES or not learnable(values, x, s.keep):
         return
-    kinds, dense = ("values", "dense"), ("dense",)
-    term = Term("spmm", layout, lead, kinds, dense, s.keep_rows, plan, (1.0, x.dtype))
+    term = _forward("spmm", (1.0, x.dtype), layout, lead, s.keep_rows, plan)
     key = _spmm_key(s, x, values.data_ptr(), x.data_ptr())
     call = learn(layout, key, term, (values, x), s.keep)
-    complete = values.shape[:-1] == free_shape(layout.lead, lead) and x.shape[:-2] == lead
-    if complete:
-        shared = (s.keep_rows, plan)
-        both = ("dense", "dense")
-        of_v = Term("sddmm", layout, lead, both, ("values",), *shared, (1.0, values.dtype))
-        of_x = Term("spmm_t", layout, lead, kinds, dense, *shared, (1.0, x.dtype))
-        call.gradients = Gradient(of_v), Gradient(of_x)
+    if values.shape[:-1] == free_shape(layout.lead, lead) and x.shape[:-2] == lead:
+        call.backward = _backward("spmm", term, (values.dtype, x.dtype), (1.0,))
 
 
 def _softmax_key(s: SparseTensor, want_lse: bool, out: Any, a: int) -> Any:
@@ -275,7 +271,7 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
         return None
     pointers = [a] if keep is None else [a, keep.data_ptr()]
     if _grad_enabled() and values.requires_grad:
-        if call.gradients is None:
+        if call.backward is None:
             return None
         made = _apply_softmax(call, keep, pointers, values)
     else:
@@ -292,12 +288,9 @@ def learn_softmax(
     layout, values, lead = s.layout, s.values, s.lead_shape
     if type(layout) not in LAYOUT_TYPES or not learnable(values, s.keep):
         return
-    kinds = ("values", "vector") if want_lse else ("values",)
     scalars = (values.dtype if out_dtype is None else out_dtype, want_lse)
-    term = Term("softmax", layout, lead, ("values",), kinds, s.keep_rows, plan, scalars)
+    results = 2 if want_lse else 1
+    term = _forward("softmax", scalars, layout, lead, s.keep_rows, plan, results)
     key = _softmax_key(s, want_lse, out_dtype, values.data_ptr())
     call = learn(layout, key, term, (values,), s.keep)
-    both = ("values", "values", "vector")
-    shared = (s.keep_rows, plan, (values.dtype,))
-    back = Term("softmax_backward", layout, lead, both, ("values",), *shared)
-    call.gradients = (Gradient(back),)
+    call.backward = _backward("softmax", term, (values.dtype,))

@@ -51,7 +51,10 @@ def driver(monkeypatch):
     monkeypatch.setattr(prepared, "_current_device", lambda: 0)
     monkeypatch.setattr(prepared, "_raw_stream", lambda device: 7)
     monkeypatch.setattr(prepared, "_thread", types.SimpleNamespace(devices=frozenset({0})))
-    monkeypatch.setattr(prepared, "_place", lambda device: torch.device("cpu"))
+    empty = torch.empty_strided
+    monkeypatch.setattr(
+        prepared, "_empty", lambda shape, strides, dtype: empty(shape, strides, dtype=dtype)
+    )
     streams._side.cache_clear()
     yield made
     streams._side.cache_clear()
@@ -283,7 +286,7 @@ def test_threads_do_not_share_arguments(driver):
             found[threading.get_ident()] = pointer(driver.seen.pop()[-1][0])
 
     lock = threading.Lock()
-    call._launch = slow
+    prepared.cupy().cuda.driver.launchKernel = slow
     driver.seen.clear()
     tensors = [torch.zeros(4) for _ in range(2)]
     workers = []
@@ -329,3 +332,39 @@ def test_results_take_another_shape(driver):
     assert run(part, torch.zeros(2, 6)).stride() == (6, 1)
     assert isinstance(out, Operand)
     assert isinstance(out.data_ptr(), Address)
+
+
+def test_scratch_is_one_allocation(driver, monkeypatch):
+    made = []
+    plain = prepared._empty
+    monkeypatch.setattr(prepared, "_empty", lambda *a: (made.append(plain(*a)), made[-1])[1])
+    rec = Recording(0)
+    a = rec.given(torch.zeros(4), 0)
+    out, first, second = (a.new_empty(n) for n in (6, 100, 3))
+    seen = a.new_empty(5)  # torch looks at it
+    seen.zero_()
+    arguments = tuple(t.data_ptr() for t in (out, first, second, seen, first[64:]))
+    rec.launch(Fake(driver, 1, *[8] * 5), (1,), 32, arguments, 0)
+    call = prepared.Prepared(rec, out)
+    for _ in range(2):
+        made.clear()
+        result = run(call, torch.zeros(4))
+        whole, apart, scratch = made
+        assert whole is result
+        assert torch.equal(apart, torch.zeros(5))
+        at = [pointer(r) for r in driver.seen.pop()[-1]]
+        base = scratch.data_ptr()
+        assert at == [whole.data_ptr(), base, base + 512, apart.data_ptr(), base + 256]
+        assert scratch.nbytes == 512 + 256
+
+
+def test_a_stream_is_part_of_what_is_kept(driver, monkeypatch):
+    rec = Recording(0)
+    a = rec.given(torch.zeros(4), 0)
+    rec.launch(Fake(driver, 1, 8), (1,), 32, (a.data_ptr(),), 0)
+    call = prepared.Prepared(rec, a.new_empty(1))
+    x = torch.zeros(4)
+    for stream in (7, 8, 7):
+        monkeypatch.setattr(prepared, "_raw_stream", lambda device, stream=stream: stream)
+        run(call, x)
+        assert driver.seen.pop()[4] == stream

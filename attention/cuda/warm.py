@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import SHARED_BYTES
 
 from . import choice, kernel, mma
 from .merge import merge_request
@@ -14,8 +15,6 @@ HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 #: Dtypes and head dimensions of the common calls.
 DTYPES = (HALF, BRAIN, FLOAT)
 WIDTHS = (64, 128)
-#: Architectures on which a CTA has 99 KB of shared memory.
-SMALL = ("86", "89", "120")
 
 
 def requests(arch: str) -> list[Request]:
@@ -24,7 +23,6 @@ def requests(arch: str) -> list[Request]:
     Args:
         arch: one of ``mixgrain.cuda.compile.ARCHITECTURES``.
     """
-    room = 99 * 1024 if arch in SMALL else 227 * 1024
     found = [request("gather_rows", {})]
     for dtype in DTYPES:
         for width in WIDTHS:
@@ -32,7 +30,7 @@ def requests(arch: str) -> list[Request]:
             if choice.UNIT_KERNELS[arch][dtype] == "sm90":
                 found.append(kernel.fused_request(dtype, kernel.cut(width)))
             else:
-                how = mma.cut(dtype, width, False, room)
+                how = mma.cut(dtype, width, False, SHARED_BYTES[arch])
                 found.append(mma.fused_request(dtype, how, False))
             pieces = width * dtype.itemsize // 16
             for few in (False, True):

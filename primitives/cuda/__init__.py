@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from mixgrain.cuda.device import using
 from mixgrain.cuda.errors import CudaError
 from mixgrain.cuda.prepared import Prepared
 from mixgrain.formats.errors import BackendUnavailableError
 
+from ..gradients import Work
+from ..plans.plan import Plan
 from . import calls
 
 #: The module of each operator.
@@ -44,22 +45,23 @@ def launch_code(name: str) -> Callable[..., Any]:
     return made
 
 
-def prepared(name: str, arguments: tuple[Any, ...], alone: bool = False) -> Prepared:
-    """The prepared call of an operator for arguments like these.
-
-    Args:
-        name: the operator.
-        arguments: what it takes: tensors, plan, scalars.
-        alone: of several results the first only.
+def together(
+    works: Sequence[Work],
+    operands: Sequence[Tensor | None],
+    keep: Tensor | None,
+    keep_rows: bool,
+    plan: Plan,
+) -> Prepared:
+    """One prepared call of several operators on the same positions; see ``calls.together``.
 
     Raises:
         BackendUnavailableError: CuPy, NVRTC or kernels for this architecture are missing.
     """
+    code = [(launch_code(work.op), work) for work in works]
     try:
-        with using(arguments[0].device.index):
-            return calls.of(name, launch_code(name), arguments, alone)
+        return calls.together(code, operands, keep, keep_rows, plan)
     except CudaError as error:
-        raise BackendUnavailableError(f"{name}: {error}") from error
+        raise _unavailable(", ".join(work.op for work in works), error) from error
 
 
 @functools.cache
@@ -67,8 +69,15 @@ def operator(name: str) -> Callable[..., Any]:
     """What runs when an operator meets CUDA tensors."""
 
     def run(*arguments: Any) -> Any:
-        call = prepared(name, arguments)
-        given: list[Tensor] = calls.given(arguments)
+        try:
+            call = calls.of(name, launch_code(name), arguments)
+        except CudaError as error:
+            raise _unavailable(name, error) from error
+        given = calls.given(arguments)
         return call(given, [t.data_ptr() for t in given])
 
     return run
+
+
+def _unavailable(names: str, error: CudaError) -> BackendUnavailableError:
+    return BackendUnavailableError(f"{names}: {error}")

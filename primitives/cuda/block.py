@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.compile import request
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import Kernel, kernel
 
 from ..plans.plan import PartPlan
 from . import block_sm90, union_sm90
-from .parts import (
-    CODES,
-    THREADS,
-    dense,
-    held_dim,
-    mask,
-    mask_side,
-    runs,
-    sddmm_shared,
-    spmm_shared,
-    tf32,
-    wide_of,
-)
+from .parts import THREADS, dense, mask, mask_side, runs, tf32, wide_of
+from .tiles import sddmm_kernel, spmm_kernel
 
 
 def _hopper(t: Tensor, items: Tensor, keep: Tensor | None, *dtypes: torch.dtype) -> bool:
@@ -37,32 +22,6 @@ def _hopper(t: Tensor, items: Tensor, keep: Tensor | None, *dtypes: torch.dtype)
         and block_sm90.runs_here(t.shape[3], *dtypes)
         and facts(t.device.index).hopper
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def _sddmm_kernel(
-    device: int,
-    size: int,
-    width: int,
-    operand: torch.dtype,
-    out: torch.dtype,
-    side: int,
-    rounded: bool,
-) -> tuple[Kernel, int]:
-    """The kernel and its shared memory."""
-    dim = held_dim(width, operand)
-    shared = sddmm_shared(min(size, 64), dim, operand, out)
-    constants = {
-        "SIZE": size,
-        "DTYPE": CODES[operand],
-        "OUT": CODES[out],
-        "DIM": dim,
-        "KEEP": side,
-        "TF32": int(rounded),
-        "SHARED": shared,
-    }
-    wanted = request("sddmm_block", constants, flush=operand != torch.float32)
-    return kernel(wanted, device), shared
 
 
 def sddmm(
@@ -90,17 +49,19 @@ def sddmm(
     if not chunks.shape[0]:
         return
     if size >= 64 and q.shape[3] <= 256 and _hopper(q, items, keep, q.dtype, values.dtype):
-        longer = part.tensors[10]
+        longer = part.tensors[14]
         block_sm90.sddmm(values, q, k, part.starts[0], size, items, longer, masks, scale)
         return
-    run, shared = _sddmm_kernel(
+    run, shared = sddmm_kernel(
         q.device.index,
-        size,
+        "block",
+        min(size, 64),
         q.shape[3],
         q.dtype,
         values.dtype,
         mask_side(keep, not keep_rows),
         tf32(q.dtype),
+        size,
     )
     for kept, out, left, right in runs(keep, values, q, k):
         run(
@@ -123,37 +84,6 @@ def sddmm(
             ),
             shared,
         )
-
-
-@functools.lru_cache(maxsize=1024)
-def _spmm_kernel(
-    device: int,
-    size: int,
-    wide: int,
-    operand: torch.dtype,
-    value: torch.dtype,
-    out: torch.dtype,
-    transposed: bool,
-    side: int,
-    add: bool,
-    rounded: bool,
-) -> tuple[Kernel, int]:
-    """The kernel and its shared memory."""
-    shared = spmm_shared(min(size, 64), wide, operand, transposed)
-    constants = {
-        "SIZE": size,
-        "DTYPE": CODES[operand],
-        "VALUES": CODES[value],
-        "OUT": CODES[out],
-        "WIDE": wide,
-        "TRANSPOSED": int(transposed),
-        "KEEP": side,
-        "ADD": int(add),
-        "TF32": int(rounded),
-        "SHARED": shared,
-    }
-    wanted = request("spmm_block", constants, flush=operand != torch.float32)
-    return kernel(wanted, device), shared
 
 
 def spmm(
@@ -183,7 +113,6 @@ def spmm(
     items, row_ptr, row_order, t_items, col_ptr, col_order, masks, any_col, any_row = part.tensors[
         :9
     ]
-    table, records = part.tensors[13:15] if transposed else part.tensors[11:13]
     (size,) = part.scalars
     bounds, order, used = row_ptr, row_order, any_col
     if transposed:
@@ -194,27 +123,30 @@ def spmm(
         return
     fitting = out.dtype in (x.dtype, torch.float32)
     if fitting and _hopper(x, items, keep, x.dtype, values.dtype):
+        table, records = part.tensors[12:14] if transposed else part.tensors[10:12]
         if size >= 64:
             tables = (items.shape[0], table, records, masks, used)
             block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
         else:
-            blocks = part.tensors[17 if transposed else 16]
-            bits = part.tensors[15] if transposed else masks
+            blocks = part.tensors[16 if transposed else 15]
+            bits = part.tensors[14] if transposed else masks
             found = (items.shape[0], table, blocks, records, bits)
             union_sm90.spmm(out, values, x, part.starts[0], size, *found, transposed, scale, add)
         return
     wide = wide_of(width, x.dtype)
-    run, shared = _spmm_kernel(
+    run, shared = spmm_kernel(
         x.device.index,
-        size,
+        "block",
+        min(size, 64),
         wide,
         x.dtype,
         values.dtype,
         out.dtype,
         transposed,
         mask_side(keep, keep_rows == transposed),
-        add,
         tf32(x.dtype),
+        size,
+        add,
     )
     for kept, to, weights, rows in runs(keep, out, values, x):
         run(

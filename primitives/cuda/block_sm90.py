@@ -125,7 +125,7 @@ def spmm(
         size: side of a block, 64 or 128.
         items: blocks of the part.
         table: int32 (items, 4) of ``plans.cuda_block``, of the columns when transposed.
-        records: int32 (E * block rows or columns, 4) of ``plans.cuda_block``, likewise.
+        records: int32 (E * block rows or columns, 3) of ``plans.cuda_block``, likewise.
         masks: uint8 (M, size, size // 8).
         used: uint8 (M, size // 8), inner positions with a kept element.
         transposed: multiply by the transpose.
@@ -228,7 +228,7 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
     """Which tiles each CTA takes, in which order; kept with the records.
 
     Args:
-        records: int32 (lines, 4) of ``plans.cuda_block``, the longest first.
+        records: int32 (lines, 3) of ``plans.cuda_block``, the longest first.
         across: column tiles.
         matrices: matrices that share the records.
         several: CTAs that share the tiles; 0 = a CTA for each.
@@ -249,7 +249,7 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
             order = _strided(lines, repeats, ctas)
         order = order.to(records.device)
         rank, repeat = order % lines, order // lines
-        tiles = torch.cat([records[rank][..., :3], repeat[..., None].to(torch.int32)], -1)
+        tiles = torch.cat([records[rank], repeat[..., None].to(torch.int32)], -1)
         tiles[order < 0] = -1
         kept[key] = tiles.contiguous()
     made: Tensor = kept[key]

@@ -8,16 +8,19 @@ N:M plan, its metadata, is one of the call's: it may have been chosen by score a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from mixgrain.cuda.device import using
 from mixgrain.cuda.prepared import Prepared
-from mixgrain.cuda.recording import Recording, recorded
+from mixgrain.cuda.recording import Operand, Recording, recorded
 from mixgrain.formats.cache import LRU
 
+from ..gradients import Work
+from ..plans.plan import Plan
 from .parts import tf32
 
 V = TypeVar("V")
@@ -43,22 +46,19 @@ class Signatures(dict[Hashable, V]):
 _calls: LRU[Signatures[Prepared]] = LRU(PLANS)
 
 
-def of(
-    name: str, function: Callable[..., Any], arguments: tuple[Any, ...], alone: bool = False
-) -> Prepared:
+def of(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Prepared:
     """The prepared call of an operator for arguments like these.
 
     Args:
         name: the operator.
         function: its launch code.
         arguments: of the operator: tensors or None, the plan's tensors, dims and name, scalars.
-        alone: of several results the first only.
 
     While a CUDA graph is captured nothing is kept: its tensors, the plan's among them, may be
     copies that live as long as the capture.
     """
     plan: Hashable = ()
-    key: list[Any] = [name, alone]
+    key: list[Any] = [name]
     single = False
     for at, given in enumerate(arguments):
         if isinstance(given, Tensor):
@@ -79,23 +79,20 @@ def of(
     signatures = _calls.get(plan, Signatures)
     found = signatures.get(tuple(key))
     if found is None:
-        found = prepare(function, arguments, alone)
-        if not torch.cuda.is_current_stream_capturing():
-            signatures.keep(tuple(key), found)
+        with using(arguments[0].device.index):
+            found = prepare(function, arguments)
+            if not torch.cuda.is_current_stream_capturing():
+                signatures.keep(tuple(key), found)
     return found
 
 
-def prepare(
-    function: Callable[..., Any], arguments: tuple[Any, ...], alone: bool = False
-) -> Prepared:
+def prepare(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Prepared:
     """Record launch code on descriptions of the arguments; see ``of``."""
     recording = Recording(arguments[0].device.index)
     described = describe(recording, arguments)
     at = next(at for at, a in enumerate(arguments) if isinstance(a, list))
     with recorded(recording):
         result = function(*described)
-    if alone and isinstance(result, tuple):
-        result = result[0]
     return Prepared(recording, result, _loose(arguments, at)[1])
 
 
@@ -104,17 +101,52 @@ def describe(recording: Recording, arguments: tuple[Any, ...]) -> list[Any]:
     described: list[Any] = []
     for at, a in enumerate(arguments):
         if isinstance(a, Tensor):
-            described.append(recording.given(a, _residue(a)))
+            described.append(_described(recording, a))
         elif isinstance(a, list) and a and isinstance(a[0], Tensor):
             own, fixed = _loose(arguments, at)
-            described.append([*(recording.given(t, _residue(t)) for t in own), *fixed])
+            described.append([*(_described(recording, t) for t in own), *fixed])
         else:
             described.append(a)
     return described
 
 
-def _residue(t: Tensor) -> int:
-    return 0 if t.is_meta else t.data_ptr() & 15
+def together(
+    works: Sequence[tuple[Callable[..., Any], Work]],
+    operands: Sequence[Tensor | None],
+    keep: Tensor | None,
+    keep_rows: bool,
+    plan: Plan,
+) -> Prepared:
+    """Several operators on the same positions in one prepared call.
+
+    Args:
+        works: launch code and what it is to work on.
+        operands: what the operators take besides the mask, folded.
+        keep: the run-time mask, folded, or None.
+        keep_rows: it is over rows.
+        plan: of the layout for all the operators.
+
+    Returns:
+        A call that takes the operands and the mask, those that are None left out; it returns the
+        wanted results of all operators, alone if there is one.
+    """
+    device = next(t.device.index for t in operands if t is not None)
+    recording = Recording(device)
+    described = [None if t is None else _described(recording, t) for t in (*operands, keep)]
+    results: list[Any] = []
+    with using(device):
+        with recorded(recording):
+            for launch_code, work in works:
+                given = [described[n] for n in work.operands]
+                made = launch_code(*given, described[-1], keep_rows, *plan, *work.scalars)
+                several = made if isinstance(made, tuple) else (made,)
+                results += several[: len(work.results)]
+        alone = len(results) == 1
+        return Prepared(recording, results[0] if alone else tuple(results), plan.tensors)
+
+
+def _described(recording: Recording, t: Tensor) -> Operand:
+    return recording.given(t, 0 if t.is_meta else t.data_ptr() & 15)
 
 
 def given(arguments: tuple[Any, ...]) -> list[Tensor]:

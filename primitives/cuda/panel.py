@@ -13,38 +13,8 @@ from mixgrain.cuda.launch import Kernel, kernel
 
 from ..plans.cuda_panel import ROWS
 from ..plans.plan import PartPlan
-from .parts import (
-    CODES,
-    THREADS,
-    dense,
-    held_dim,
-    mask,
-    mask_side,
-    runs,
-    sddmm_shared,
-    spmm_shared,
-    tf32,
-    wide_of,
-)
-
-
-@functools.lru_cache(maxsize=1024)
-def _sddmm_kernel(
-    device: int, width: int, operand: torch.dtype, out: torch.dtype, side: int, rounded: bool
-) -> tuple[Kernel, int]:
-    """The kernel and its shared memory."""
-    dim = held_dim(width, operand)
-    shared = sddmm_shared(ROWS, dim, operand, out)
-    constants = {
-        "DTYPE": CODES[operand],
-        "OUT": CODES[out],
-        "DIM": dim,
-        "KEEP": side,
-        "TF32": int(rounded),
-        "SHARED": shared,
-    }
-    wanted = request("sddmm_panel", constants, flush=operand != torch.float32)
-    return kernel(wanted, device), shared
+from .parts import CODES, THREADS, dense, mask, mask_side, runs, tf32, wide_of
+from .tiles import sddmm_kernel, spmm_kernel
 
 
 def sddmm(
@@ -61,8 +31,8 @@ def sddmm(
     if not tiles.shape[0]:
         return
     side = mask_side(keep, not keep_rows)
-    run, shared = _sddmm_kernel(
-        q.device.index, q.shape[3], q.dtype, values.dtype, side, tf32(q.dtype)
+    run, shared = sddmm_kernel(
+        q.device.index, "panel", ROWS, q.shape[3], q.dtype, values.dtype, side, tf32(q.dtype)
     )
     for kept, out, left, right in runs(keep, values, q, k):
         run(
@@ -84,32 +54,6 @@ def sddmm(
             ),
             shared,
         )
-
-
-@functools.lru_cache(maxsize=1024)
-def _spmm_kernel(
-    device: int,
-    wide: int,
-    operand: torch.dtype,
-    value: torch.dtype,
-    transposed: bool,
-    side: int,
-    rounded: bool,
-) -> tuple[Kernel, int]:
-    """The kernel and its shared memory."""
-    shared = spmm_shared(ROWS, wide, operand, transposed)
-    constants = {
-        "DTYPE": CODES[operand],
-        "VALUES": CODES[value],
-        "OUT": CODES[torch.float32],
-        "WIDE": wide,
-        "TRANSPOSED": int(transposed),
-        "KEEP": side,
-        "TF32": int(rounded),
-        "SHARED": shared,
-    }
-    wanted = request("spmm_panel", constants, flush=operand != torch.float32)
-    return kernel(wanted, device), shared
 
 
 @functools.lru_cache(maxsize=64)
@@ -144,11 +88,14 @@ def spmm(
         return
     wide = wide_of(width, x.dtype)
     side = mask_side(keep, keep_rows == transposed)
-    run, shared = _spmm_kernel(device, wide, x.dtype, values.dtype, transposed, side, tf32(x.dtype))
+    sums, rounded = torch.float32, tf32(x.dtype)
+    run, shared = spmm_kernel(
+        device, "panel", ROWS, wide, x.dtype, values.dtype, sums, transposed, side, rounded
+    )
     merge = _merge_kernel(device, out.dtype, add)
     for kept, to, weights, rows in runs(keep, out, values, x):
         many = to.shape[0]
-        partials = x.new_empty(many, items * ROWS, width, dtype=torch.float32)
+        partials = x.new_empty(many, items * ROWS, width, dtype=sums)
         run(
             (items, -(-width // wide), many),
             THREADS,

@@ -46,7 +46,7 @@ def spmm(
         items: blocks of the part.
         table: int32 (U, 4), the unions of ``plans.cuda_block``, of columns when transposed.
         blocks: int32 (U, lines, 2), their blocks, likewise.
-        records: int32 (E * groups, 4), likewise.
+        records: int32 (E * groups, 3), likewise.
         masks: uint8 (M, size, size // 8), the transposed ones when transposed.
         transposed: multiply by the transpose.
         scale: multiplies the product.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.entries import pack_bits, unpack_bits
+from mixgrain.formats.layout import Layout
 
 from .plan import PartPlan, Plan, cached, join
 
@@ -73,10 +74,10 @@ def chunks_of(row_ptr: Tensor, most: int) -> Tensor:
     return runs[longest_first(runs[:, 1]).long()]
 
 
-def records(bounds: Tensor, order: Tensor, lines: int) -> Tensor:
-    """int32 (n, 4): line, first element, elements, entry; lines in the order given."""
+def records(bounds: Tensor, order: Tensor) -> Tensor:
+    """int32 (n, 3): line, first element, elements; lines in the order given."""
     line = order.long()
-    return torch.stack([line, bounds[line], bounds.diff()[line], line // max(lines, 1)], 1)
+    return torch.stack([line, bounds[line], bounds.diff()[line]], 1).to(torch.int32)
 
 
 def unions(
@@ -116,7 +117,38 @@ def unions(
     blocks[which, line % each] = torch.stack(
         [torch.arange(len(items), device=mask.device), mask], 1
     )
-    return table, records(running(counts), longest_first(counts), groups), blocks
+    return table, records(running(counts), longest_first(counts)), blocks
+
+
+def lines_of(layout: BlockLayout) -> list[Tensor]:
+    """The tensors items, row_ptr and row_order of ``part``."""
+    nqb, _ = layout.block_shape
+    index, _ = spread(layout.entry, _ends(layout), layout.device)
+    counts = _counts(layout, layout.block_offsets, nqb)
+    at = torch.repeat_interleave(torch.arange(len(counts), device=layout.device), counts.long())
+    items = torch.stack(
+        [
+            at // max(nqb, 1),
+            at % max(nqb, 1),
+            layout.block_columns[index].long(),
+            layout.mask_index[index].long(),
+        ],
+        dim=1,
+    )
+    return [items.to(torch.int32), running(counts), longest_first(counts)]
+
+
+def _ends(layout: BlockLayout) -> list[int]:
+    """Where the blocks of each distinct pattern start, and the end."""
+    nqb, _ = layout.block_shape
+    ends: list[int] = layout.block_offsets[:: max(nqb, 1)].tolist()
+    return ends if nqb else [0] * (layout.distinct + 1)
+
+
+def _counts(layout: BlockLayout, offsets: Tensor, lines: int) -> Tensor:
+    """Blocks of each line of every entry."""
+    which = torch.tensor(layout.entry, device=layout.device)
+    return offsets.diff().view(layout.distinct, lines)[which].flatten()
 
 
 def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
@@ -135,56 +167,16 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         any_col    uint8 (M, size / 8): columns with a live row
         any_row    uint8 (M, size / 8): rows with a live column
         chunks     int32 (C, 2): first item and items of what one CTA of sddmm takes
-        longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items
-        table      sizes 64 and 128: int32 (NBE, 4): item, block column, mask, 0, as items; 16 and
-                   32: int32 (U, 4) of ``unions``
-        records    int32 (n, 4): row, or group of rows, first in table, elements, entry; longest
-                   first
-        t_table    the same of columns, as t_items
-        t_records  the same of columns
-        masks_t    uint8 (M, size, size / 8), the transposed masks
-        blocks     int32 (U, lines, 2): item and mask by union and line; sizes 16 and 32 only
-        t_blocks   the same of columns
 
-    Scalars: size.
+    and where the kernels for sm_90a run those of ``wgmma``. Scalars: size.
     """
-    size, device = layout.size, layout.block_columns.device
-    nqb, nkb = layout.block_shape
-    ends = layout.block_offsets[:: max(nqb, 1)].tolist() if nqb else [0] * (layout.distinct + 1)
-    entry = layout.entry
-    index, moved = spread(entry, ends, device)
-    which = torch.tensor(entry, device=device)
-    counts = layout.block_offsets.diff().view(layout.distinct, nqb)[which].flatten()
-    t_counts = layout.t_offsets.diff().view(layout.distinct, nkb)[which].flatten()
-    row_ptr = running(counts)
-    at = torch.repeat_interleave(torch.arange(len(entry) * nqb, device=device), counts.long())
-    items = torch.stack(
-        [
-            at // max(nqb, 1),
-            at % max(nqb, 1),
-            layout.block_columns[index].long(),
-            layout.mask_index[index].long(),
-        ],
-        dim=1,
-    )
-    items = items.to(torch.int32)
+    size, device = layout.size, layout.device
+    items, row_ptr, row_order = lines_of(layout)
+    index, moved = spread(layout.entry, _ends(layout), device)
+    t_counts = _counts(layout, layout.t_offsets, layout.block_shape[1])
     t_items = (layout.t_order[index].long() + moved).to(torch.int32)
-    row_order, col_ptr, col_order = (
-        longest_first(counts),
-        running(t_counts),
-        longest_first(t_counts),
-    )
+    col_ptr, col_order = running(t_counts), longest_first(t_counts)
     bits = unpack_bits(layout.masks)
-    if size >= 64:
-        zero = at * 0
-        table = torch.stack([torch.arange(len(items), device=device), *items[:, 2:].T, zero], 1)
-        t_table = torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, zero], 1)
-        walks = [table, records(row_ptr, row_order, nqb), t_table, records(col_ptr, col_order, nkb)]
-        blocks = [row_ptr.new_empty(0, 0, 2)] * 2
-    else:
-        rows = unions(items, 1, len(entry), (nqb, nkb), bits.any(1))
-        columns = unions(items, 2, len(entry), (nkb, nqb), bits.any(2))
-        walks, blocks = [*rows[:2], *columns[:2]], [rows[2], columns[2]]
     tensors = [
         items,
         row_ptr,
@@ -196,14 +188,54 @@ def part(layout: BlockLayout, shift: int = 0) -> PartPlan:
         pack_bits(bits.any(1)),
         pack_bits(bits.any(2)),
         chunks_of(row_ptr, COLUMNS // size),
-        chunks_of(row_ptr, WGMMA_BLOCKS[size]) if size >= 64 else row_ptr.new_empty(0, 2),
-        *(walk.to(torch.int32).contiguous() for walk in walks),
-        pack_bits(bits.mT.contiguous()),
-        *(block.to(torch.int32) for block in blocks),
     ]
+    if variety(layout):
+        tensors += wgmma(layout, tensors)
     return PartPlan("cblock", tensors, [size], [shift + start for start in layout.entry_slots])
+
+
+def wgmma(layout: BlockLayout, tensors: list[Tensor]) -> list[Tensor]:
+    """What the kernels for sm_90a need besides the tensors of ``part``.
+
+        table      sizes 64 and 128: int32 (NBE, 4): item, block column, mask, 0, as items; 16 and
+                   32: int32 (U, 4) of ``unions``
+        records    int32 (n, 3): row, or group of rows, first in table, elements; longest first
+        t_table    the same of columns, as t_items
+        t_records  the same of columns
+
+    then for sizes 64 and 128:
+
+        longer     int32 (L, 2): chunks of up to WGMMA_BLOCKS items
+
+    and for 16 and 32:
+
+        masks_t    uint8 (M, size, size / 8), the transposed masks
+        blocks     int32 (U, lines, 2): item and mask by union and line
+        t_blocks   the same of columns
+    """
+    items, row_ptr, row_order, t_items, col_ptr, col_order = tensors[:6]
+    if layout.size >= 64:
+        item = torch.arange(len(items), device=items.device)
+        table = torch.stack([item, *items[:, 2:].T, item * 0], 1)
+        t_table = torch.stack([t_items, *items[t_items.long()][:, 1:4:2].T, item * 0], 1)
+        made = [table, records(row_ptr, row_order), t_table, records(col_ptr, col_order)]
+        made.append(chunks_of(row_ptr, WGMMA_BLOCKS[layout.size]))
+    else:
+        nqb, nkb = layout.block_shape
+        bits = unpack_bits(layout.masks)
+        table, lines, blocks = unions(items, 1, layout.entries, (nqb, nkb), bits.any(1))
+        t_table, columns, t_blocks = unions(items, 2, layout.entries, (nkb, nqb), bits.any(2))
+        made = [table, lines, t_table, columns, pack_bits(bits.mT.contiguous()), blocks, t_blocks]
+    return [t if t.dtype == torch.uint8 else t.to(torch.int32).contiguous() for t in made]
+
+
+def variety(layout: Layout) -> str:
+    """Tells plans with the tables of ``wgmma`` from those without."""
+    from mixgrain.cuda.device import hopper  # the dispatch table is loaded where there is no CUDA
+
+    return "sm_90a" if hopper(layout.device) else ""
 
 
 def cuda(layout: BlockLayout) -> Plan:
     """The CUDA plan of a BlockLayout, for every operation."""
-    return cached(layout, lambda: join(layout, [part(layout)]))
+    return cached(layout, lambda: join(layout, [part(layout)]), variety(layout))

@@ -30,4 +30,4 @@ def cuda(layout: MixedLayout) -> Plan:
         spans = zip(layout.parts, pairwise(layout.part_offsets), strict=True)
         return join(layout, [_part(part, *span) for part, span in spans])
 
-    return cached(layout, make)
+    return cached(layout, make, cuda_block.variety(layout))

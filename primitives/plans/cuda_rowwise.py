@@ -44,10 +44,10 @@ def row_classes(counts: Tensor, short: int) -> list[int]:
 
 def _block(layout: BlockLayout, shift: int) -> PartPlan:
     """Tensors items, row_ptr, row_order, masks of ``cuda_block``; scalars size and row classes."""
-    made = cuda_block.part(layout, shift)
-    items, row_ptr, row_order = made.tensors[:3]
+    items, row_ptr, row_order = cuda_block.lines_of(layout)
     scalars = [layout.size, *row_classes(row_ptr.diff(), SHORT_BLOCKS)]
-    return PartPlan("cblock", [items, row_ptr, row_order, made.tensors[6]], scalars, made.starts)
+    tensors = [items, row_ptr, row_order, layout.masks.contiguous()]
+    return PartPlan("cblock", tensors, scalars, [shift + start for start in layout.entry_slots])
 
 
 def _row(layout: RowLayout, shift: int, end: int) -> PartPlan:

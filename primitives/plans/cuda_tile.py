@@ -105,7 +105,7 @@ def groups(
     where = place * 2 if grain == 1 else place * 8 + column % 4 * 2
     where += (column + 1) * SIZE > inner
     links = torch.stack([where.int(), cells[:, 1]], 1)
-    table = records(first, longest_first(counts), count).to(torch.int32)
+    table = records(first, longest_first(counts))
     return links, (found % max(across, 1)).int(), table.contiguous()
 
 

@@ -88,8 +88,13 @@ def poisoned(monkeypatch):
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    like = torch.empty_like
-    monkeypatch.setattr(prepared, "_empty_like", lambda t: new_empty(like(t), t.shape))
+    empty = prepared._empty
+
+    def poison(shape, strides, dtype):
+        made = empty(shape, strides, dtype)  # bytes are scratch: all ones are NaN in any float
+        return made.fill_(torch.nan if made.is_floating_point() else 255)
+
+    monkeypatch.setattr(prepared, "_empty", poison)
 
 
 @pytest.fixture(params=[False, True], ids=["best", "portable"])

@@ -322,9 +322,9 @@ def test_a_capture_that_would_compile_says_plan_first():
     from mixgrain.cuda import launch
 
     launch.kernel.cache_clear()
-    from mixgrain.primitives.cuda import block, row
+    from mixgrain.primitives.cuda import row, tiles
 
-    for memo in (block._sddmm_kernel, row._sddmm_kernel):
+    for memo in (tiles.sddmm_kernel, row._sddmm_kernel):
         memo.cache_clear()
     with pytest.raises(BackendUnavailableError, match="plan first"), torch.cuda.graph(graph):
         mg.sddmm(q, k, layout)
@@ -403,14 +403,15 @@ def test_compiled_for_less_overhead_plans_once(monkeypatch):
     q, k, v = (random(2, 3, N, D, seed=n) for n in range(3))
     right = attention(q, k, v, layout)
     made = []
-    plain = calls.prepare
     compiled = torch.compile(
         lambda a, b, c: attention(a, b, c, layout), mode="reduce-overhead", fullgraph=True
     )
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         close(compiled(q, k, v).clone(), right)
-    monkeypatch.setattr(calls, "prepare", lambda *a: (made.append(a), plain(*a))[1])
+    for name in ("prepare", "together"):
+        plain = getattr(calls, name)
+        monkeypatch.setattr(calls, name, lambda *a, plain=plain: (made.append(a), plain(*a))[1])
     for n in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         other = random(2, 3, N, D, seed=30 + n)

@@ -9,7 +9,7 @@ import torch
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.errors import CompileError, MissingError
-from mixgrain.primitives.cuda import block, panel, tile, tile_sddmm
+from mixgrain.primitives.cuda import tile, tile_sddmm, tiles
 from mixgrain.primitives.cuda.warm import (
     BRAIN,
     DTYPES,
@@ -69,19 +69,19 @@ def test_a_choice_is_a_part_of_all():
 
 def rounded() -> list[service.Request]:
     """Products that torch lets round to TF32, which the listing leaves to first use."""
-    made = [
-        block._sddmm_kernel(0, size, 64, FLOAT, FLOAT, 0, True)[0] for size in (16, 32, 64, 128)
-    ]
-    made.append(panel._sddmm_kernel(0, 64, FLOAT, HALF, 0, True)[0])
+    sizes = (16, 32, 64, 128)
+    sddmm, spmm = tiles.sddmm_kernel, tiles.spmm_kernel
+    made = [sddmm(0, "block", min(size, 64), 64, FLOAT, FLOAT, 0, True, size)[0] for size in sizes]
+    made.append(sddmm(0, "panel", 64, 64, FLOAT, HALF, 0, True)[0])
     for transposed in (False, True):
-        for size in (16, 32, 64, 128):
-            more = (FLOAT, HALF, FLOAT, transposed, 1, True, True)
-            made.append(block._spmm_kernel(0, size, 64, *more)[0])
-        made.append(panel._spmm_kernel(0, 64, FLOAT, BRAIN, transposed, 0, True)[0])
+        for size in sizes:
+            more = (FLOAT, HALF, FLOAT, transposed, 1, True, size, True)
+            made.append(spmm(0, "block", min(size, 64), 64, *more)[0])
+        made.append(spmm(0, "panel", 64, 64, FLOAT, BRAIN, FLOAT, transposed, 0, True)[0])
     return [kernel.wanted for kernel in made]
 
 
-def tiles(arch: str) -> list[service.Request]:
+def tile_cuts(arch: str) -> list[service.Request]:
     """Ways to cut products of tiles that the listing, which knows no device's size, leaves out."""
     bulk = arch == "90a"
     made = [
@@ -118,7 +118,7 @@ def chosen(arch: str) -> list[service.Request]:
     for wanted in found:
         by_name.setdefault(wanted.name, []).append(wanted)
     step = 9 if arch in ("80", "90a") else 37
-    return [w for all_of in by_name.values() for w in all_of[::step]] + rounded() + tiles(arch)
+    return [w for all_of in by_name.values() for w in all_of[::step]] + rounded() + tile_cuts(arch)
 
 
 def _warned(wanted: service.Request, log: str) -> bool:

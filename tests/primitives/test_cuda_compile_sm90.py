@@ -93,14 +93,14 @@ def test_shared_memory_of_sparse_products_fits(rows, inner, width):
 @pytest.mark.parametrize("matrices", [1, 3, 500])
 def test_walks_take_every_tile_once_and_evenly(matrices, several):
     counts = torch.tensor([9, 8, 8, 5, 5, 4, 2, 1, 1, 0])
-    records = torch.stack([counts.argsort(), counts.cumsum(0), counts, counts], 1).int()
+    records = torch.stack([counts.argsort(), counts.cumsum(0), counts], 1).int()
     tiles = block_sm90.walks(records, 7, matrices, several)
     total = 70 * matrices
     assert len(tiles) == (min(several, total) or total)
     kept = tiles[..., 2] >= 0
     assert not (kept[:, 1:] & ~kept[:, :-1]).any()  # none after the last
     assert sorted(map(tuple, tiles[kept].tolist())) == sorted(
-        (*record[:3], repeat) for record in records.tolist() for repeat in range(7 * matrices)
+        (*record, repeat) for record in records.tolist() for repeat in range(7 * matrices)
     )
     loads = ((tiles[..., 2] + 1) * kept).sum(1)
     # Dealt by length: close to the mean. By strides: lengths even out.

@@ -6,9 +6,11 @@ import pytest
 import torch
 from cases import BUILDERS, CASES, applies, build
 
+from mixgrain.cuda.device import pretending
 from mixgrain.formats.cache import clear_caches
+from mixgrain.formats.patterns import window
 from mixgrain.primitives.dispatch import TABLE, plan_for
-from mixgrain.primitives.plans import cuda_row
+from mixgrain.primitives.plans import cuda_block, cuda_row
 from mixgrain.primitives.plans.block import bucket_rows
 from mixgrain.primitives.plans.plan import join, split
 from mixgrain.primitives.plans.row import MOST_WIDTHS, widths
@@ -65,6 +67,25 @@ def test_plans_are_made_once_and_forgotten_on_request() -> None:
     assert plan_for("softmax", layout) is first
     clear_caches()
     assert plan_for("spmm", layout) is not first
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_tables_of_one_architecture_are_planned_only_for_it(size: int) -> None:
+    layout = window(30).to_layout("block", 300, 200, size=size)
+    for arch, more in (("80", False), ("90a", True), ("100", False), ("90a", True)):
+        with pretending(arch):
+            for planner in (cuda_block.cuda, lambda it: cuda_block.part(it)):
+                tensors = planner(layout).tensors
+                assert len(tensors) == (10 if not more else 15 if size >= 64 else 17)
+    with pretending("90a"):
+        items, row_ptr, row_order = cuda_block.part(layout).tensors[:3]
+        table, records = cuda_block.part(layout).tensors[10:12]
+    if size >= 64:
+        # Walking the records meets every item once, row by row, the longest first.
+        assert records.tolist() == [
+            [row, row_ptr[row], row_ptr[row + 1] - row_ptr[row]] for row in row_order.tolist()
+        ]
+        assert torch.equal(table[:, 1:3], items[:, 2:])
 
 
 def test_every_case_reaches_every_cell() -> None:

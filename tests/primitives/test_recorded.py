@@ -1,5 +1,6 @@
 """The short way of the public functions on the CPU: a stand-in runs for prepared calls."""
 
+import copy
 import itertools
 import types
 
@@ -28,46 +29,48 @@ CASES = {
 class Stand:
     """What a prepared call is to the layers above it."""
 
-    def __init__(self, name, arguments, alone, runs):
-        self.name, self.arguments, self.alone, self.runs = name, arguments, alone, runs
-        self.sizes = None
-        made = self._compute([a for a in arguments if isinstance(a, Tensor)])
-        self.shapes = [tuple(t.shape) for t in (made if isinstance(made, tuple) else (made,))]
+    def __init__(self, runs, works, operands, keep, keep_rows, plan):
+        self.runs, self.sizes = runs, None
+        self.works, self.operands, self.keep, self.rest = works, operands, keep, (keep_rows, *plan)
+        every = self._compute([t for t in (*operands, keep) if t is not None])
+        self.shapes = [tuple(t.shape) for t in every]
 
     def _compute(self, given):
         rest = iter(given)
-        arguments = [next(rest) if isinstance(a, Tensor) else a for a in self.arguments]
-        with torch._C._AutoDispatchBelowAutograd():
-            made = getattr(torch.ops.mixgrain, self.name)(*arguments)
-        return made[0] if self.alone and isinstance(made, tuple) else made
+        every = [None if t is None else next(rest) for t in (*self.operands, self.keep)]
+        made = []
+        for work in self.works:
+            operands = [every[n] for n in work.operands]
+            with torch._C._AutoDispatchBelowAutograd():
+                found = getattr(torch.ops.mixgrain, work.op)(
+                    *operands, every[-1], *self.rest, *work.scalars
+                )
+            made += (found if isinstance(found, tuple) else (found,))[: len(work.results)]
+        return made
 
     def shaped(self, sizes):
-        other = Stand(self.name, self.arguments, self.alone, self.runs)
+        other = copy.copy(self)
         other.sizes = sizes
         return other
 
     def __call__(self, given, pointers):
         assert pointers == [t.data_ptr() for t in given]
-        self.runs.append(self.name)
-        # The operator takes folded tensors; these are views of the same memory.
-        folded = [a for a in self.arguments if isinstance(a, Tensor)]
+        self.runs.append("+".join(work.op for work in self.works))
+        # The operators take folded tensors; these are views of the same memory.
+        folded = [t for t in (*self.operands, self.keep) if t is not None]
         given = [g.as_strided(f.shape, f.stride()) for g, f in zip(given, folded, strict=True)]
         made = self._compute(given)
-        if self.sizes is None:
-            return made
-        several = made if isinstance(made, tuple) else (made,)
-        shaped = tuple(t.reshape(size) for t, size in zip(several, self.sizes, strict=True))
-        return shaped if isinstance(made, tuple) else shaped[0]
+        if self.sizes is not None:
+            made = [t.reshape(size) for t, size in zip(made, self.sizes, strict=True)]
+        return made[0] if len(made) == 1 else tuple(made)
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Names of the prepared calls that ran; CPU tensors count as usable."""
+    """Operators of the prepared calls that ran; CPU tensors count as usable."""
     seen: list[str] = []
     clear_caches()
-    monkeypatch.setattr(
-        cuda, "prepared", lambda name, arguments, alone=False: Stand(name, arguments, alone, seen)
-    )
+    monkeypatch.setattr(cuda, "together", lambda *given: Stand(seen, *given))
     for module in (eager, recorded):
         monkeypatch.setattr(module, "usable", lambda t: type(t) in eager.TENSORS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -112,9 +115,7 @@ def test_the_short_way_equals_the_long_way(name, kind, masked, runs):
         total = o.square().sum() + (torch.where(lse.isfinite(), lse, 0) ** 2).sum()
         runs.clear()
         first = torch.autograd.grad(total, (q, k, v), retain_graph=True)
-        assert sorted(runs) == [
-            "sddmm", "softmax_backward", "spmm", "spmm_t", "spmm_t",
-        ]  # fmt: skip
+        assert runs == ["sddmm+spmm_t", "softmax_backward", "spmm+spmm_t"]
         runs.clear()
         (again,) = torch.autograd.grad(total, q, create_graph=True)
         assert runs == []  # to be differentiated: the operators
@@ -123,6 +124,70 @@ def test_the_short_way_equals_the_long_way(name, kind, masked, runs):
         found.append([o, lse, *first, *second])
     for made in found[1:]:
         assert all(map(torch.equal, made, found[0]))
+
+
+def test_only_the_gradients_that_are_wanted_are_computed(runs):
+    case = CASES["both"]
+    layout = BUILDERS["mixed"](case, *masks_of(case))
+    q, k, v = operands(case)
+    plain = [t.detach() for t in (q, k, v)]
+    sddmm(*plain[:2], layout)
+    p = softmax(sddmm(*plain[:2], layout))
+    spmm(p, plain[2])
+    values = p.values.clone().requires_grad_()
+    other = p.with_values(values)
+    whole = {
+        "sddmm": torch.autograd.grad(sddmm(q, k, layout).values.square().sum(), (q, k)),
+        "spmm": torch.autograd.grad(spmm(other, v).square().sum(), (values, v)),
+    }
+    for name, alone, inputs, call in (
+        ("sddmm", "spmm", (q, None), lambda: sddmm(q, plain[1], layout).values),
+        ("sddmm", "spmm_t", (None, k), lambda: sddmm(plain[0], k, layout).values),
+        ("spmm", "sddmm", (values, None), lambda: spmm(other, plain[2])),
+        ("spmm", "spmm_t", (None, v), lambda: spmm(p, v)),
+    ):
+        for _ in range(2):
+            runs.clear()
+            n = 0 if inputs[1] is None else 1
+            (made,) = torch.autograd.grad(call().square().sum(), inputs[n])
+            assert runs == [name, alone]
+            torch.testing.assert_close(made, whole[name][n], rtol=1e-12, atol=1e-12)
+
+
+def test_saved_tensors_that_hooks_replace(runs):
+    case = CASES["shared"]
+    layout = BUILDERS["block"](case, *masks_of(case))
+    q, k, _ = operands(case)
+    right = torch.autograd.grad(sddmm(q, k, layout).values.square().sum(), (q, k))
+    unpack = {
+        "as they were": lambda t: t,
+        "other strides": lambda t: t.mT.contiguous().mT,
+    }
+    for name, back in unpack.items():
+        runs.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), back):
+            s = sddmm(q, k, layout)
+        made = torch.autograd.grad(s.values.square().sum(), (q, k))
+        assert runs == ["sddmm", "spmm+spmm_t"], name
+        for a, b in zip(made, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_have_the_dtypes_of_what_they_are_of(runs):
+    case = CASES["plain"]
+    layout = BUILDERS["row"](case, *masks_of(case))
+    q, k, _ = operands(case)
+    for _ in range(2):
+        runs.clear()
+        s = sddmm(q, k, layout, out_dtype=torch.float32)
+        values = s.values.detach().requires_grad_()
+        p = softmax(s.with_values(values), out_dtype=torch.float64)
+        (grad,) = torch.autograd.grad(p.values.square().sum(), values)
+        of_q, of_k = torch.autograd.grad(s.values.square().sum(), (q, k))
+        assert (p.dtype, grad.dtype, of_q.dtype, of_k.dtype) == (
+            torch.float64, torch.float32, torch.float64, torch.float64,
+        )  # fmt: skip
+    assert runs == ["sddmm", "softmax", "softmax_backward", "spmm+spmm_t"]
 
 
 def test_every_part_of_a_signature_counts(runs):
