@@ -219,7 +219,7 @@ def _wgmma(
     if inside:
         line, (rows, columns) = 32, (grid.blocks * 64, 64)
         meta_dims, meta_box = (128, grid.blocks, grid.reps), (128, 1, 1)
-        chunks = grid.tables[10]
+        chunks = grid.tables[14]
         pieces, span = chunks.shape[0], 0
     else:
         line, (rows, columns) = 32 * units, stored((nq, nk))
@@ -259,7 +259,7 @@ def _wgmma(
             metadata.data_ptr(),
             *mask(keep)[:3],
             grid.tables[0].data_ptr() if inside else 0,
-            grid.tables[10].data_ptr() if inside else 0,
+            grid.tables[14].data_ptr() if inside else 0,
             grid.tables[6].data_ptr() if inside else 0,
             np.int32(pieces),
             np.int32(grid.reps),

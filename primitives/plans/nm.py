@@ -77,7 +77,7 @@ def _blocks(within: BlockLayout, lead: tuple[int, int], used: tuple[int, ...]) -
         return join(listed, [made._replace(scalars=scalars)])
 
     heads = lead if within.lead[0] > 1 else 0
-    return cached(within, make, f"nm {heads}")
+    return cached(within, make, f"nm {heads} {cuda_block.variety(within)}")
 
 
 def plan(layout: NMLayout) -> Plan:

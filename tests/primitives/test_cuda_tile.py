@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import BUILDERS, CASES, Case, applies, masks_of
+from test_cuda_block import poisoned as poisoned  # a fixture
 from torch import Tensor
 
-from mixgrain.cuda import prepared
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
@@ -30,20 +30,6 @@ KERNELS = {
     **{f"many, TMA, {n}": (True, n) for n in range(3)},
     **{f"many, {n}": (False, n) for n in range(3)},
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What kernels are given to write holds NaN before, so that a slot left out shows."""
-    plain = torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        made = plain(self, *args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    like = torch.empty_like
-    monkeypatch.setattr(prepared, "_empty_like", lambda t: new_empty(like(t), t.shape))
 
 
 @pytest.fixture(params=list(KERNELS))

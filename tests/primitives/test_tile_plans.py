@@ -43,7 +43,7 @@ def test_cells_are_the_tiles_of_their_lines(shape):
 def test_links_lead_to_what_the_union_holds(shape, grain, per):
     for bounds, cells, inner, tiles in sides(layout_of(shape)):
         links, unions, records = cuda_tile.groups(bounds, cells, per, grain, inner)
-        first = {group: (start, count) for group, start, count, _ in records.tolist()}
+        first = {group: (start, count) for group, start, count in records.tolist()}
         assert len(first) == -(-(len(bounds) - 1) // per)
         assert sum(count for _, count in first.values()) == len(unions)
         found = set()
