@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from typing import NamedTuple
@@ -9,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from mixgrain.cuda.errors import CudaError
+from mixgrain.cuda.derived import derived
 from mixgrain.formats.tracing import concretely
 
 from .plan import Work
@@ -21,7 +21,6 @@ from .upload import upload
 RESIDENT = 24 << 20
 # Beyond this many tiles, a walk by strides is even enough.
 DEALT = 4096
-_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Tables(NamedTuple):
@@ -59,17 +58,9 @@ def tables(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) 
     Raises:
         CudaError: first use while a CUDA graph is being captured.
     """
-    kept = _tables.setdefault(work.items, {})
-    key = (shape, head_bytes, ctas)
-    if key not in kept:
-        if work.items.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise CudaError(
-                "attend would be planned while a CUDA graph is captured; plan first: run the same "
-                "call once before the capture"
-            )
-        kept[key] = concretely(lambda: _make(work, shape, head_bytes, ctas))
-    made: Tables = kept[key]
-    return made
+    key = ("tables", shape, head_bytes, ctas)
+    make = functools.partial(_make, work, shape, head_bytes, ctas)
+    return derived(work.items, key, lambda: concretely(make))
 
 
 def patterns_of(work: Work, batch: int, heads: int) -> Tensor:

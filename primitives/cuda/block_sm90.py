@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
@@ -221,7 +221,6 @@ def tile(size: int, width: int) -> Cut:
 SCHEDULED = 16
 # Tiles of one launch, whose lists take 16 bytes each.
 TILES = 1 << 20
-_walks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
@@ -238,9 +237,8 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
         tile; elements are −1 after a CTA's last tile. Few tiles are dealt out by their length
         (which reads the records back from the device), many by strides that turn round.
     """
-    kept = _walks.setdefault(records, {})
-    key = (across, matrices, several)
-    if key not in kept:
+
+    def make() -> Tensor:
         lines, repeats = records.shape[0], across * matrices
         ctas = min(several, lines * repeats) or lines * repeats
         if ctas < lines * repeats <= SCHEDULED * ctas:
@@ -251,9 +249,9 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
         rank, repeat = order % lines, order // lines
         tiles = torch.cat([records[rank], repeat[..., None].to(torch.int32)], -1)
         tiles[order < 0] = -1
-        kept[key] = tiles.contiguous()
-    made: Tensor = kept[key]
-    return made
+        return tiles.contiguous()
+
+    return derived(records, ("walks", across, matrices, several), make)
 
 
 def _dealt(counts: list[int], repeats: int, ctas: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
@@ -20,7 +21,7 @@ from ..plans.plan import PartPlan
 from . import block
 from .block_sm90 import laid_out, walks
 from .parts import CODES, MOST_MATRICES, aligned, aligned_values
-from .tile_tables import HALVES, blocks_of, derived, in_tokens, rows_first
+from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
 
 # Up to this many columns, a line of tiles is a CTA's (spmm_tile_few).
 FEW = 16
@@ -137,17 +138,21 @@ def spmm(
 
 
 def _choose(index: int, tables: list[Tensor], width: int, free: int, tokens: bool) -> Cut | None:
-    """How spmm_tile is cut for this work, None where spmm_tile_few does it."""
+    """How spmm_tile is cut for this work, None where spmm_tile_few does it.
+
+    However it is cut, it adds up in the same order; spmm_tile_few in another, so that which of them
+    it is does not depend on the number of matrices.
+    """
     bounds, cells = tables
     lines, several = bounds.numel() - 1, facts(index).multiprocessors
     if width <= FEW or (width <= FEW_AT_MOST and len(cells) <= SHORT * lines and lines <= 256):
         return None
     ways = cuts(_hopper(index), tokens)
-    for how in ways:
-        ctas = -(-lines // how.warps) * -(-width // how.wide) * free
-        if ctas >= 0.7 * several:
-            return how
-    return None if width <= FEW_AT_MOST else ways[-1]
+    ctas = [-(-lines // how.warps) * -(-width // how.wide) for how in ways]
+    if width <= FEW_AT_MOST and max(ctas) < 0.7 * several:
+        return None
+    fitting = (how for how, each in zip(ways, ctas, strict=True) if each * free >= 0.7 * several)
+    return next(fitting, ways[-1])
 
 
 def _few(
@@ -167,8 +172,9 @@ def _few(
     pairs = x.stride(2) == 1 and not (x.data_ptr() % 4 or any(step % 2 for step in steps))
     chunks = -(-width // (8 * blocks))
     lines, there = bounds.numel() - 1, facts(x.device.index)
-    # Where a wave has room for them all, more warps share a line.
-    warps = 8 if width <= 16 or lines * chunks * free <= 3 * there.multiprocessors else 4
+    # Where a wave has room for a matrix, more warps share a line. They add up in another order, so
+    # the number of matrices has no part in it.
+    warps = 8 if width <= 16 or lines * chunks <= 3 * there.multiprocessors else 4
     shares, most = derived(
         bounds, ("shares", warps), lambda: cuda_tile.shares(bounds, cells, warps)
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
@@ -18,7 +19,7 @@ from ..plans.plan import PartPlan
 from . import block
 from .block_sm90 import laid_out
 from .parts import CODES, MOST_MATRICES, aligned
-from .tile_tables import HALVES, blocks_of, derived, in_tokens, rows_first
+from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
 
 
 def sddmm(

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mixgrain.cuda.compile import request
+from mixgrain.cuda.derived import derived
 from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_tile
 from ..plans.plan import PartPlan
 from .parts import CODES
 
-V = TypeVar("V")
 #: What the kernels on tiles themselves take; the others see blocks.
 HALVES = (torch.float16, torch.bfloat16)
-
-# What kernels derive from a plan, by its tensor of bounds: made when a call first needs it.
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def derived(bounds: Tensor, key: Any, make: Callable[[], V]) -> V:
-    """What ``make`` makes of a plan, made once; ``bounds`` stands for the plan."""
-    kept = _made.setdefault(bounds, {})
-    if key not in kept:
-        kept[key] = make()
-    found: V = kept[key]
-    return found
 
 
 def in_tokens(x: Tensor) -> bool:

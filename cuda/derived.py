@@ -1,0 +1,55 @@
+"""What kernels derive from the tensors of a plan when a call first needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .errors import CudaError
+
+V = TypeVar("V")
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def derived(source: Tensor, key: Hashable, make: Callable[[], V]) -> V:
+    """What ``make`` makes, made once and kept as long as the tensor it is made from.
+
+    Args:
+        source: a tensor of a plan.
+        key: tells what is derived from one tensor apart.
+        make: may allocate, copy and read back; on CUDA it is called in a thread of its own.
+
+    Raises:
+        CudaError: first use while a CUDA graph is being captured.
+    """
+    kept: dict[Hashable, Any] = _kept.setdefault(source, {})
+    if key not in kept:
+        kept[key] = _apart(source, make) if source.is_cuda else make()
+    found: V = kept[key]
+    return found
+
+
+def _apart(source: Tensor, make: Callable[[], V]) -> V:
+    """Make something that outlives the call.
+
+    Where torch.compile warms up a CUDA graph, what the calling thread allocates goes to the graph's
+    memory pool, which is torch's to reuse. Other threads allocate where memory always comes from.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise CudaError(
+            "a call would be planned while a CUDA graph is captured; plan first: run the same call "
+            "once before the capture"
+        )
+    stream = torch.cuda.current_stream(source.device)
+
+    def run() -> V:
+        with torch.cuda.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
