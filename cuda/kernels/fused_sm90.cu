@@ -127,6 +127,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                 if (waiting) ask(i >= kStages - 2);
                 if (i == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
             }
+            if (waiting) ask(true);  // an item of few steps
             if (count == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
             parity_q ^= 1;
             tile = coming, coming = later, head = next_head, tail = next_tail, chunk = next_chunk;
