@@ -29,24 +29,22 @@ class Cut(NamedTuple):
         stages: key units that each ring holds, one ring for K, one for V.
         groups: consumer warpgroups, each with a query unit of an item.
         streams: independent streams of items in a CTA.
-        held: whether Q stays in registers.
     """
 
     dim: int
     stages: int
     groups: int
     streams: int = 1
-    held: bool = False
 
     @property
     def threads(self) -> int:
-        """Threads of a CTA: consumers and a warpgroup of producers."""
+        """Threads of a CTA: consumers, and a warpgroup that brings and writes."""
         return 128 * (self.groups * self.streams + 1)
 
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        units = self.streams * (self.groups + 2 * self.stages)
+        units = self.streams * (self.groups + 1 + 2 * self.stages)
         return units * -(-self.dim // 64) * 8192 + 1024
 
 
@@ -71,7 +69,6 @@ def fused_request(dtype: torch.dtype, how: Cut, masked: bool = False) -> Request
         "STAGES": how.stages,
         "GROUPS": how.groups,
         "STREAMS": how.streams,
-        "HELD": how.dim if how.held else 0,
         "MASKED": int(masked),
     }
     return request("fused_sm90", constants, flush=True)
@@ -152,6 +149,7 @@ def fused(
             heads_map(pq),
             heads_map(pk),
             heads_map(pv),
+            heads_map(out),
             starts.data_ptr(),
             np.int32(starts.shape[0] - 1),
             tiles.data_ptr(),
@@ -165,7 +163,6 @@ def fused(
             np.int32(heads),
             np.int32(heads // k.shape[1]),
             np.int32(heads // pk.shape[1]),
-            out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
             np.int32(rows),
             np.int32(width),

@@ -17,13 +17,12 @@ constexpr int kStreams = MG_STREAMS, kConsumers = 128 * kGroups * kStreams;
 constexpr int kMany = kStreams == 2 ? 112 : kGroups == 3 ? 160 : 232, kFew = kGroups == 2 && kStreams == 1 ? 40 : 32;
 static_assert(kStreams == 1 || (kStreams == 2 && kGroups == 2), "two streams are of two warpgroups");
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
-constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kGroups + 2 * kStages) * kUnit;
-constexpr bool kHeld = kDim <= MG_HELD;  // Q in registers
+constexpr int kQueries = kGroups + 1;  // places of Q
+constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kQueries + 2 * kStages) * kUnit;
 constexpr bool kMasked = MG_MASKED;      // by keys, at run time
 constexpr int kPacked = 1 << 24;
 // The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
-// two; in partial units at once: few keys may be kept there, and then the largest weight should be 1, which
-// P holds exactly.
+// two.
 constexpr float kSlack = 8.f;
 
 // What the producer says to a consumer warpgroup of an item.
@@ -32,11 +31,6 @@ struct Info {
     int own;  // steps up to the last of its own
 };
 
-__device__ __forceinline__ void ldmatrix4(u32 (&v)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(address));
-}
 __device__ __forceinline__ int load_shared(u32 address) {
     int x;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
@@ -56,11 +50,11 @@ __device__ __forceinline__ u32 mask_word(uint2 keys) {
 }
 
 // A ring of stages: the stage that comes next and the parity of its round.
-struct Ring {
+template <int kCount> struct Ring {
     u32 stage = 0, parity;
     __device__ __forceinline__ explicit Ring(u32 parity) : parity(parity) {}
     __device__ __forceinline__ void advance() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
+        if (++stage == kCount) stage = 0, parity ^= 1;
     }
 };
 
@@ -73,24 +67,12 @@ __device__ __forceinline__ u32 uniform(u32 x) {
     return __shfl_sync(0xFFFFFFFFu, x + (lane >> 5), 0);
 }
 
-__device__ __forceinline__ void store16_if(bool there, void *to, const u32 (&v)[4]) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};\n}\n" ::"l"(to),
-                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(static_cast<int>(there))
-                 : "memory");
-}
-
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
     float o[kDim / 2], s[32], m[2], l[2];
-    u32 q[kHeld ? kDepth : 1][4], p[4][4];
+    u32 p[4][4];
 
-    __device__ __forceinline__ void start(u32 at, int row16) {
-        int lane;  // read here, or the compiler keeps all that follows from it in registers
-        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-        if constexpr (kHeld)
-#pragma unroll
-            for (int d = 0; d < kDepth; ++d)
-                ldmatrix4(q[d], swizzled(at + d / 4 * kPanel, row16 + lane % 16, d % 4 * 2 + lane / 16));
+    __device__ __forceinline__ void start() {
         m[0] = m[1] = -kInfinity;
         l[0] = l[1] = 0.f;
 #pragma unroll
@@ -101,10 +83,7 @@ struct Rows {
 #pragma unroll
         for (int d = 0; d < kDepth; ++d) {
             const u32 step = (d / 4 * kPanel + d % 4 * 32) / 16;
-            if constexpr (kHeld)
-                Wgmma<64>::rs<0>(s, q[d], right + step, d > 0);
-            else
-                Wgmma<64>::ss<0, 0>(s, left + step, right + step, d > 0);
+            Wgmma<64>::ss<0, 0>(s, left + step, right + step, d > 0);
         }
         wgmma_commit();
     }
@@ -192,20 +171,14 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
     }
-    // To 16-byte aligned rows of `width` columns, the first of them this lane's; no branch between
-    // stores, so that all of them are under way at once.
-    __device__ __forceinline__ void store(operand_t *to, const bool (&there)[2], int width) const {
-        const int pair = threadIdx.x % 4;
-        to += 8 * pair;
+    // To the place of Q in shared memory.
+    __device__ __forceinline__ void store(u32 at, int row16) const {
+        int lane;  // read here, or the compiler keeps all that follows from it in registers
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
 #pragma unroll
-        for (int j = 0; j < kDim / 8; j += 4)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                u32 v[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) v[i] = pack2<operand_t>(o[4 * (j + i) + 2 * h], o[4 * (j + i) + 2 * h + 1]);
-                quad_transpose(v, pair);
-                store16_if(there[h] && 8 * (j + pair) < width, to + 8 * h * width + 8 * j, v);
-            }
+        for (int d = 0; d < kDepth; ++d)
+            stmatrix4(swizzled(at + d / 4 * kPanel, row16 + lane % 16, d % 4 * 2 + lane / 16),
+                      pack2<operand_t>(o[8 * d], o[8 * d + 1]), pack2<operand_t>(o[8 * d + 2], o[8 * d + 3]),
+                      pack2<operand_t>(o[8 * d + 4], o[8 * d + 5]), pack2<operand_t>(o[8 * d + 6], o[8 * d + 7]));
     }
 };

@@ -10,18 +10,21 @@
 //                                column 8j + 2 (t % 4) + e
 //   keep   (B, units), packed_keep (B, H / packed_ratio, packed_units): bits of the keys that a run-time
 //          mask keeps, if kMasked
-//   out    (B · H, nq, width), lse (B · H, nq) float32 or null
+//   out    (B, H, nq, width)  by a tensor map; lse (B · H, nq) float32 or null
 //   partial_out (B · H, slots, 64, width), partial_lse (B · H, slots, 64) float32
 //
 //   grid   persistent CTAs, each with one or two streams that walk their tiles
-//   block  128 consumers for each of two or three query units of a stream + a producer warp each
-//   smem   Q of all units; rings of kStages units of K and of V
+//   block  128 consumers for each of two or three query units of a stream + a warp each that brings and one
+//          that writes
+//   smem   a ring of Q for all warpgroups and one more, which takes their results too; rings of kStages units
+//          of K and of V
 //   floor  4 · 64 · 64 · D FLOP a kept unit and warpgroup at 800 TFLOP/s
 //   needs  sm_90a, width % 8 == 0, 16-byte aligned rows
 //
 // A warpgroup issues S = Q Kᵀ of its next unit behind P V of the last one, then works out the softmax
 // while the tensor cores serve the other warpgroups: with three of them there is always one that has
-// products in flight, also while another ends its rows and begins new ones.
+// products in flight, also while another ends its rows and begins new ones. A result takes the place of its
+// Q in shared memory and goes out from there.
 #include "fused_rows.cuh"
 #include "result.cuh"
 
@@ -29,42 +32,63 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     fused_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
                const __grid_constant__ TensorMap v_map, const __grid_constant__ TensorMap packed_q_map,
                const __grid_constant__ TensorMap packed_k_map,
-               const __grid_constant__ TensorMap packed_v_map, const int *__restrict__ starts, int walks,
+               const __grid_constant__ TensorMap packed_v_map, const __grid_constant__ TensorMap out_map, const int *__restrict__ starts, int walks,
                const int2 *__restrict__ tiles, const int4 *__restrict__ items,
                const int4 *__restrict__ steps, const u32 *__restrict__ masks,
                const uint2 *__restrict__ keep, const uint2 *__restrict__ packed_keep, int units, int packed_units,
                const float *__restrict__ sink, float scale, int heads, int ratio, int packed_ratio,
-               operand_t *__restrict__ out, float *__restrict__ lse, int rows, int width,
+               float *__restrict__ lse, int rows, int width,
                float *__restrict__ partial_out, float *__restrict__ partial_lse, int slots) {
     extern __shared__ u8 raw[];
-    __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + 2 * kGroups];
-    // By turns: an item's stands until its results are written.
-    __shared__ Info all_infos[kStreams][2][kGroups];
+    __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + 3 * kQueries];
+    // One stands until the place of its Q is free again.
+    __shared__ Info all_infos[kStreams][kQueries];
     // What each warpgroup has to do with a stage's unit.
     __shared__ int4 marks[kStreams][kStages];
     const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
     const bool consumes = warp < kConsumers / 32;
-    const int stream = kStreams == 1 ? 0 : consumes ? warp / (4 * kGroups) : min(warp - kConsumers / 32, kStreams - 1);
+    const int stream = consumes ? warp / (4 * kGroups) : warp % kStreams;
     const u32 q_at = ((shared_address(raw) + 1023) & ~1023u) + stream * kStream;
-    const u32 ring_k = q_at + kGroups * kUnit, ring_v = ring_k + kStages * kUnit;
+    const u32 ring_k = q_at + kQueries * kUnit, ring_v = ring_k + kStages * kUnit;
     const u32 full = shared_address(barriers[stream]), empty = full + 8 * kStages;
-    const u32 full_q = empty + 8 * kStages, empty_q = full_q + 8 * kGroups;
-    Info (&infos)[2][kGroups] = all_infos[stream];
+    const u32 full_q = empty + 8 * kStages, done_q = full_q + 8 * kQueries, empty_q = done_q + 8 * kQueries;
+    Info (&infos)[kQueries] = all_infos[stream];
     if (threadIdx.x % (128 * kGroups) == 0 && consumes) {
         for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, 4 * kGroups);
-        for (int g = 0; g < kGroups; ++g) barrier_init(full_q + 8 * g, 1), barrier_init(empty_q + 8 * g, 4);
+        for (int n = 0; n < kQueries; ++n)
+            barrier_init(full_q + 8 * n, 1), barrier_init(done_q + 8 * n, 4), barrier_init(empty_q + 8 * n, 1);
         barrier_init_fence();
     }
     __syncthreads();
 
     const int walk = blockIdx.x * kStreams + stream;
     const int begin = walk < walks ? starts[walk] : 0, end = walk < walks ? starts[walk + 1] : 0;
-    if (!consumes) {  // producers: a warp for each stream, whose lanes look at 32 steps at a time
+    if (!consumes) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFew));
-        if (warp >= kConsumers / 32 + kStreams || begin == end) return;
+        const int role = (warp - kConsumers / 32) / kStreams;
+        if (role > 1 || begin == end) return;
+        if (role == 1) {  // the writer: results leave in the order in which Q came
+            if (lane > 0) return;
+            Ring<kQueries> ring(0);
+            for (int n = (end - begin) * kGroups; n > 0; --n, ring.advance()) {
+                barrier_wait(done_q + 8 * ring.stage, ring.parity);
+                const Info &info = infos[ring.stage];
+                if (info.unit >= 0 && info.slot < 0) {
+#pragma unroll
+                    for (int p = 0; p < kPanels; ++p)
+                        tma_store(out_map, q_at + ring.stage * kUnit + p * kPanel, 64 * p, info.unit * 64,
+                                  info.matrix % heads, info.matrix / heads);
+                    tma_store_commit();
+                    tma_store_wait_read<0>();
+                }
+                barrier_arrive(empty_q + 8 * ring.stage);
+            }
+            return;
+        }
+        // The producer: its lanes look at 32 steps at a time.
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
-        Ring ring(1);
-        u32 parity_q = 1;
+        Ring<kStages> ring(1);
+        Ring<kQueries> queries(1);
         const auto ready = [&](int t) { return t < end ? tiles[t] : make_int2(0, 0); };
         int2 tile = ready(begin), coming = ready(begin + 1);
         int4 head = items[2 * tile.x], tail = items[2 * tile.x + 1];
@@ -76,24 +100,23 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             const int2 later = ready(t + 2);
             const int b = tile.y / heads, h = tile.y % heads, count = tail.x;
             int4 next_chunk = none;
-            int waiting = (1 << kGroups) - 1;
-            // Keys of the new item come before the Q that a slow warpgroup still holds, but the ring must not
-            // be full of them.
+            int asked = 0;  // of the item's query units
+            // Keys of the new item come before the Q whose place is not free yet, but the ring must not be full
+            // of them.
             const auto ask = [&](bool wait) {
-#pragma unroll
-                for (int g = 0; g < kGroups; ++g) {
-                    if (!(waiting >> g & 1)) continue;
+                for (; asked < kGroups; ++asked, queries.advance()) {
+                    const u32 place = empty_q + 8 * queries.stage;
                     if (wait)
-                        barrier_wait(empty_q + 8 * g, parity_q);
-                    else if (!__all_sync(0xFFFFFFFFu, barrier_passed(empty_q + 8 * g, parity_q)))
-                        continue;
-                    waiting &= ~(1 << g);
-                    const int unit = g == 0 ? head.x : g == 1 ? head.y : head.z;
-                    const u32 own = __ballot_sync(0xFFFFFFFFu, (g == 0 ? chunk.y : g == 1 ? chunk.z : chunk.w) != -2);
+                        barrier_wait(place, queries.parity);
+                    else if (!__all_sync(0xFFFFFFFFu, barrier_passed(place, queries.parity)))
+                        return;
+                    const int unit = asked == 0 ? head.x : asked == 1 ? head.y : head.z;
+                    const int mark = asked == 0 ? chunk.y : asked == 1 ? chunk.z : chunk.w;
+                    const u32 own = __ballot_sync(0xFFFFFFFFu, mark != -2);
                     if (lane > 0) continue;
-                    const u32 filled = full_q + 8 * g;
-                    infos[parity_q][g] = Info{unit, count, g == 0 ? tail.y : g == 1 ? tail.z : tail.w, tile.y,
-                                              count > 32 ? count : 32 - __clz(own)};
+                    const u32 filled = full_q + 8 * queries.stage;
+                    infos[queries.stage] = Info{unit, count, asked == 0 ? tail.y : asked == 1 ? tail.z : tail.w, tile.y,
+                                                count > 32 ? count : 32 - __clz(own)};
                     if (unit < 0) {
                         barrier_arrive(filled);
                         continue;
@@ -101,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                     barrier_expect(filled, kUnit);
 #pragma unroll
                     for (int p = 0; p < kPanels; ++p)
-                        tma_load(q_at + g * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled,
+                        tma_load(q_at + queries.stage * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled,
                                  64 * p, (unit & (kPacked - 1)) * 64, h, b);
                 }
             };
@@ -124,12 +147,11 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                         tma_load(at + ring_v - ring_k + p * kPanel, packed ? packed_v_map : v_map, filled, 64 * p, row, from, b);
                 }
                 ring.advance();
-                if (waiting) ask(i >= kStages - 2);
+                if (asked < kGroups) ask(i >= kStages - 2);
                 if (i == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
             }
-            if (waiting) ask(true);  // an item of few steps
+            if (asked < kGroups) ask(true);  // an item of few steps
             if (count == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
-            parity_q ^= 1;
             tile = coming, coming = later, head = next_head, tail = next_tail, chunk = next_chunk;
         }
         return;
@@ -138,8 +160,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMany));
     const int group = warp / 4 % kGroups, row16 = warp % 4 * 16;
     const float log2_scale = scale * kLog2e;
-    Ring ring(0);
-    u32 parity_q = 0;
+    Ring<kStages> ring(0);
+    // Each warpgroup takes every kGroups-th of the ring of Q.
+    u32 place = group, parity_q = 0;
     Rows r;
     const u32 marks_at = shared_address(marks[stream]);
     // The stage whose V the P in r.p waits for; kStages: there is none.
@@ -159,16 +182,19 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     };
 
     for (int t = begin; t < end; ++t) {
-        barrier_wait(full_q + 8 * group, parity_q);
-        const Info &info = infos[parity_q ^ 1][group];
-        parity_q ^= 1;
-        r.start(q_at + group * kUnit, row16);
-        const u64 queries = wgmma_descriptor(uniform(q_at + group * kUnit), 1);
+        barrier_wait(full_q + 8 * place, parity_q);
+        const Info &info = infos[place];
+        const u32 query_at = q_at + place * kUnit, done_at = done_q + 8 * place;
+        parity_q ^= place > 0;
+        place = place > 0 ? place - 1 : kGroups;
+        r.start();
+        const u64 queries = wgmma_descriptor(uniform(query_at), 1);
         const auto let_go = [&] {
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty_q + 8 * group);
+            if (lane == 0) barrier_arrive(done_at);
         };
-        if constexpr (kHeld) let_go();
+        // Until a unit is all kept, references are maxima: few keys may be kept, and then the largest weight
+        // should be 1, which P holds exactly.
         bool fresh = true;
         int i = 0;
         for (const int own = info.own; i < own; ++i) {
@@ -201,12 +227,13 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             }
             const bool partial = kMasked || mark >= 0;
             if (partial) r.keep(word);
-            if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
-            held = stage, fresh = false;
+            if (fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
+            held = stage, fresh = fresh && partial;
         }
-        if constexpr (!kHeld) let_go();
-        flush();
         const Info done = info;
+        const bool whole = done.unit >= 0 && done.slot < 0;
+        if (!whole) let_go();  // nothing goes out from there
+        flush();
         // Steps that are only the others': every warpgroup goes round the ring with the producer.
         const auto pass = [&] {
             for (; i < done.count; ++i, ring.advance()) {
@@ -241,8 +268,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         if (done.slot < 0) {
             const int first = done.unit * 64 + row;
             const i64 base = static_cast<i64>(done.matrix) * rows;
-            const bool there[2] = {first < rows, first + 8 < rows};
-            r.store(out + (base + first) * width, there, width);
+            named_barrier(1 + warp / 4, 128);  // all have read Q
+            r.store(query_at, row16);
+            proxy_fence();
+            let_go();
             if (lse != nullptr && lane % 4 == 0)
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
