@@ -22,7 +22,8 @@ constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kQueries +
 constexpr bool kMasked = MG_MASKED;      // by keys, at run time
 constexpr int kPacked = 1 << 24;
 // The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
-// two.
+// two; in partial units at once: few keys may be kept there, and then the largest weight should be 1, which
+// P holds exactly.
 constexpr float kSlack = 8.f;
 
 // What the producer says to a consumer warpgroup of an item.

@@ -193,8 +193,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             __syncwarp();
             if (lane == 0) barrier_arrive(done_at);
         };
-        // Until a unit is all kept, references are maxima: few keys may be kept, and then the largest weight
-        // should be 1, which P holds exactly.
         bool fresh = true;
         int i = 0;
         for (const int own = info.own; i < own; ++i) {
@@ -227,8 +225,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             }
             const bool partial = kMasked || mark >= 0;
             if (partial) r.keep(word);
-            if (fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
-            held = stage, fresh = fresh && partial;
+            if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
+            held = stage, fresh = false;
         }
         const Info done = info;
         const bool whole = done.unit >= 0 && done.slot < 0;
