@@ -71,7 +71,7 @@ __device__ __forceinline__ u32 uniform(u32 x) {
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
     float o[kDim / 2], s[32], m[2], l[2];
-    u32 p[4][4];
+    u32 p[4][4], next[4][4];  // the P of a product, and that of the next one
 
     __device__ __forceinline__ void start() {
         m[0] = m[1] = -kInfinity;
@@ -101,8 +101,13 @@ struct Rows {
             s[i] = (word >> bit) & 1 ? s[i] : -kInfinity;
         }
     }
-    // P and the sums of a unit against the references as they are. False, and nothing done but P spoiled,
-    // if some row of the warp has outgrown its reference. With registers to spare maxima stand beside the
+    __device__ __forceinline__ void take() {
+#pragma unroll
+        for (int d = 0; d < 4; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p[d][i] = next[d][i];
+    }
+    // The next P and the sums of a unit against the references as they are. False, and no sum changed, if some row of the warp has outgrown its reference. With registers to spare maxima stand beside the
     // exponentials, not before them; they need not leave their lanes.
     __device__ __forceinline__ bool follow(float log2_scale) {
         float top[2][2], sum[2][2];
@@ -120,7 +125,7 @@ struct Rows {
             for (int i = 0; i < 4; ++i) {
                 const int at = 8 * d + 2 * i, h = i % 2;
                 const float a = exp2_fast(fmaf(s[at], log2_scale, -m[h])), b = exp2_fast(fmaf(s[at + 1], log2_scale, -m[h]));
-                p[d][i] = pack2<operand_t>(a, b);
+                next[d][i] = pack2<operand_t>(a, b);
                 const bool fresh = d == 0 && i < 2;
                 sum[h][0] = fresh ? a : sum[h][0] + a, sum[h][1] = fresh ? b : sum[h][1] + b;
                 if constexpr (kStreams == 1)
@@ -167,7 +172,7 @@ struct Rows {
 #pragma unroll
         for (int d = 0; d < 4; ++d)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) p[d][i] = pack2<operand_t>(s[8 * d + 2 * i], s[8 * d + 2 * i + 1]);
+            for (int i = 0; i < 4; ++i) next[d][i] = pack2<operand_t>(s[8 * d + 2 * i], s[8 * d + 2 * i + 1]);
         if (__any_sync(0xFFFFFFFFu, grown[0] != 1.f || grown[1] != 1.f))
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];

@@ -218,14 +218,18 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             if (held < kStages) {
                 wgmma_fence();
                 r.product(values);
-                wgmma_wait<0>();
-                release(held);
+                wgmma_wait<1>();
             } else {
                 wgmma_wait<0>();
             }
             const bool partial = kMasked || mark >= 0;
             if (partial) r.keep(word);
-            if (partial || fresh || !r.follow(log2_scale)) r.outgrow(log2_scale);
+            // The product goes on meanwhile.
+            const bool follows = !partial && !fresh && r.follow(log2_scale);
+            wgmma_wait<0>();
+            if (held < kStages) release(held);
+            if (!follows) r.outgrow(log2_scale);
+            r.take();
             held = stage, fresh = false;
         }
         const Info done = info;
