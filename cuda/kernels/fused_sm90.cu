@@ -235,24 +235,18 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         const Info done = info;
         const bool whole = done.unit >= 0 && done.slot < 0;
         if (!whole) let_go();  // nothing goes out from there
-        flush();
-        // Steps that are only the others': every warpgroup goes round the ring with the producer.
-        const auto pass = [&] {
-            for (; i < done.count; ++i, ring.advance()) {
-                barrier_wait(full + 8 * ring.stage, ring.parity);
-                release(ring.stage);
-            }
-        };
-        if (done.unit < 0) {
-            pass();
-            continue;
+        if (held < kStages) {
+            const u64 values = value_descriptor(held);
+            wgmma_fence();
+            r.product(values);
         }
-        // Normalise; a sink is one more term of the sum, added where the result is final.
-        float total[2];
+        // Behind the last product: what to divide by. A sink is one more term of the sum, added where the
+        // result is final.
+        float total[2], inverse[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float sum = quad_sum(r.l[h]), shrink = 1.f;
-            if (sink != nullptr && done.slot < 0) {
+            if (sink != nullptr && whole) {
                 const float logit = sink[done.matrix % heads] * kLog2e, reach = fmaxf(r.m[h], logit);
                 if (reach != -kInfinity) {
                     shrink = exp2_fast(r.m[h] - reach);
@@ -260,14 +254,16 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                     r.m[h] = reach;
                 }
             }
-            const float inverse = sum == 0.f ? 0.f : shrink / sum;
+            inverse[h] = sum == 0.f ? 0.f : __fdividef(shrink, sum);
             total[h] = sum == 0.f ? -kInfinity : (r.m[h] + log2_fast(sum)) * kLn2;
-#pragma unroll
-            for (int i = 0; i < kDim / 2; ++i)
-                if (i / 2 % 2 == h) r.o[i] *= inverse;
         }
+        wgmma_wait<0>();
+        if (held < kStages) release(held);
+        held = kStages;
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) r.o[i] *= inverse[i / 2 % 2];
         const int row = row16 + lane / 4;
-        if (done.slot < 0) {
+        if (whole) {
             const int first = done.unit * 64 + row;
             const i64 base = static_cast<i64>(done.matrix) * rows;
             named_barrier(1 + warp / 4, 128);  // all have read Q
@@ -278,13 +274,18 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
                     if (first + 8 * h < rows) lse[base + first + 8 * h] = total[h];
-        } else {
+        } else if (done.unit >= 0) {
             const i64 base = (static_cast<i64>(done.matrix) * slots + done.slot) * 64;
             store_result<kDim, true>(r.o, 1.f, partial_out + base * width, row, 64, 0, width, false);
             if (lane % 4 == 0)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) partial_lse[base + row + 8 * h] = total[h];
         }
-        pass();
+        // Steps that are only the others': every warpgroup goes round the ring with the producer.
+#pragma unroll 1
+        for (; i < done.count; ++i, ring.advance()) {
+            barrier_wait(full + 8 * ring.stage, ring.parity);
+            release(ring.stage);
+        }
     }
 }
