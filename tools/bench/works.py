@@ -17,6 +17,7 @@ from mixgrain.primitives.softmax import softmax_backward
 
 from . import launching
 from .fused import FUSED
+from .graphs import GRAPHS
 from .measure import once_ms
 from .pruned import PRUNED
 from .work import COPY_BYTES, L2_BYTES, MMA_FLOPS, TENSOR_FLOPS, TOLERANCE, Work, dots, random
@@ -276,6 +277,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "composed-streams": launching.composed_streams,
     "launch": launching.launch,
     **FUSED,
+    **GRAPHS,
     **PRUNED,
 }
 
