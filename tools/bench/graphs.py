@@ -108,7 +108,7 @@ def _first_head(q: Tensor, k: Tensor, v: Tensor, kept: RowLayout, row: Tensor) -
     top = s.new_full((N,), -torch.inf).scatter_reduce_(0, row, s, "amax")
     p = (s - top[row]).exp()
     total = s.new_zeros(N).index_add_(0, row, p)
-    out = s.new_zeros(N, D)
+    out: Tensor = s.new_zeros(N, D)
     for i, j, w in zip(*(t.split(1 << 20) for t in (row, column, p)), strict=True):
         out.index_add_(0, i, w[:, None] * v[0, 0, j].double())
     out /= total.clamp(min=1e-300)[:, None]
