@@ -21,10 +21,10 @@ constexpr int kQueries = kGroups + 1;  // places of Q
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kQueries + 2 * kStages) * kUnit;
 constexpr bool kMasked = MG_MASKED;      // by keys, at run time
 constexpr int kPacked = 1 << 24;
-// The reference point of a row's exponentials moves when its maximum has outgrown it by this many powers of
-// two; in partial units at once: few keys may be kept there, and then the largest weight should be 1, which
-// P holds exactly.
-constexpr float kSlack = 8.f;
+// The reference point of a row's exponentials moves when weights of a unit add up to more than this in a lane;
+// in partial units at once: few keys may be kept there, and then the largest weight should be 1, which P
+// holds exactly.
+constexpr float kMost = 256.f;
 
 // What the producer says to a consumer warpgroup of an item.
 struct Info {
@@ -107,18 +107,11 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < 4; ++i) p[d][i] = next[d][i];
     }
-    // The next P and the sums of a unit against the references as they are. False, and no sum changed, if some row of the warp has outgrown its reference. With registers to spare maxima stand beside the
-    // exponentials, not before them; they need not leave their lanes.
+    // The next P and the sums of a unit against the references as they are. False, and no sum changed, if some
+    // row of the warp may have outgrown its reference: no weight is larger than the sum it is part of, so
+    // maxima are not needed, and nothing leaves its lane.
     __device__ __forceinline__ bool follow(float log2_scale) {
-        float top[2][2], sum[2][2];
-        if constexpr (kStreams == 2) {
-#pragma unroll
-            for (int i = 0; i < 32; ++i) {
-                float &t = top[i / 2 % 2][i % 2];
-                t = i < 4 ? s[i] : fmaxf(t, s[i]);
-            }
-            if (far(top, log2_scale)) return false;
-        }
+        float sum[2][2];
 #pragma unroll
         for (int d = 0; d < 4; ++d)
 #pragma unroll
@@ -128,20 +121,12 @@ struct Rows {
                 next[d][i] = pack2<operand_t>(a, b);
                 const bool fresh = d == 0 && i < 2;
                 sum[h][0] = fresh ? a : sum[h][0] + a, sum[h][1] = fresh ? b : sum[h][1] + b;
-                if constexpr (kStreams == 1)
-                    top[h][0] = fresh ? s[at] : fmaxf(top[h][0], s[at]), top[h][1] = fresh ? s[at + 1] : fmaxf(top[h][1], s[at + 1]);
             }
-        if constexpr (kStreams == 1)
-            if (far(top, log2_scale)) return false;
+        const float more[2] = {sum[0][0] + sum[0][1], sum[1][0] + sum[1][1]};
+        if (__any_sync(0xFFFFFFFFu, fmaxf(more[0], more[1]) > kMost)) return false;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) l[h] += sum[h][0] + sum[h][1];
+        for (int h = 0; h < 2; ++h) l[h] += more[h];
         return true;
-    }
-    __device__ __forceinline__ bool far(const float (&top)[2][2], float log2_scale) const {
-        bool any = false;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) any |= fmaxf(top[h][0], top[h][1]) * log2_scale > m[h] + kSlack;
-        return __any_sync(0xFFFFFFFFu, any);
     }
     // P and the sums of a unit against references that move to the maxima; rescales O, also where it is 0:
     // with a condition ptxas no longer sees that warps stay together, and leaves uniform registers.

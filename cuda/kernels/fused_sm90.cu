@@ -239,6 +239,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             const u64 values = value_descriptor(held);
             wgmma_fence();
             r.product(values);
+            if constexpr (kMasked) wgmma_wait<0>();  // or ptxas makes every product wait
         }
         // Behind the last product: what to divide by. A sink is one more term of the sum, added where the
         // result is final.
