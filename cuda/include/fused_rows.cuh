@@ -1,6 +1,7 @@
 #pragma once
 // Fused attention on sm_90a: its constants, and what a consumer warpgroup does with the rows it holds.
 #include "exponent.cuh"
+#include "mma.cuh"
 #include "tma.cuh"
 #include "types.cuh"
 #include "wgmma.cuh"
@@ -71,7 +72,7 @@ __device__ __forceinline__ u32 uniform(u32 x) {
 // What a consumer warpgroup holds of the rows it works on.
 struct Rows {
     float o[kDim / 2], s[32], m[2], l[2];
-    u32 p[4][4], next[4][4];  // the P of a product, and that of the next one
+    u32 p[4][4];
 
     __device__ __forceinline__ void start() {
         m[0] = m[1] = -kInfinity;
@@ -101,34 +102,49 @@ struct Rows {
             s[i] = (word >> bit) & 1 ? s[i] : -kInfinity;
         }
     }
-    __device__ __forceinline__ void take() {
-#pragma unroll
-        for (int d = 0; d < 4; ++d)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) p[d][i] = next[d][i];
-    }
-    // The next P and the sums of a unit against the references as they are. False, and no sum changed, if some
-    // row of the warp may have outgrown its reference: no weight is larger than the sum it is part of, so
-    // maxima are not needed, and nothing leaves its lane.
+    // Weights, in place of the scores of a unit, and their sums against the references as they are. False, and
+    // no sum changed, if some row of the warp may have outgrown its reference: no weight is larger than the
+    // sum it is part of, so maxima are not needed, and nothing leaves its lane.
     __device__ __forceinline__ bool follow(float log2_scale) {
         float sum[2][2];
 #pragma unroll
-        for (int d = 0; d < 4; ++d)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int at = 8 * d + 2 * i, h = i % 2;
-                const float a = exp2_fast(fmaf(s[at], log2_scale, -m[h])), b = exp2_fast(fmaf(s[at + 1], log2_scale, -m[h]));
-                next[d][i] = pack2<operand_t>(a, b);
-                const bool fresh = d == 0 && i < 2;
-                sum[h][0] = fresh ? a : sum[h][0] + a, sum[h][1] = fresh ? b : sum[h][1] + b;
-            }
+        for (int i = 0; i < 32; ++i) {
+            s[i] = exp2_fast(fmaf(s[i], log2_scale, -m[i / 2 % 2]));
+            float &t = sum[i / 2 % 2][i % 2];
+            t = i < 4 ? s[i] : t + s[i];
+        }
         const float more[2] = {sum[0][0] + sum[0][1], sum[1][0] + sum[1][1]};
         if (__any_sync(0xFFFFFFFFu, fmaxf(more[0], more[1]) > kMost)) return false;
 #pragma unroll
         for (int h = 0; h < 2; ++h) l[h] += more[h];
         return true;
     }
-    // P and the sums of a unit against references that move to the maxima; rescales O, also where it is 0:
+    // After a unit that follow gave up: its scores once more, as a warp alone can have them. Q and K of 64
+    // columns a panel, the warp's rows of Q from row16.
+    __device__ __forceinline__ void again(u32 query_at, u32 key_at, int row16) {
+        int lane;
+        asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+#pragma unroll
+        for (int i = 0; i < 32; ++i) s[i] = 0.f;
+#pragma unroll 1
+        for (int d = 0; d < kDepth; ++d) {
+            const u32 panel = d / 4 * kPanel;
+            u32 a[4];
+            load_matrices(a, swizzled(query_at + panel, row16 + lane % 16, d % 4 * 2 + lane / 16));
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                u32 b[4];  // of keys 16n … 16n + 7, then of the next 8
+                load_matrices(b, swizzled(key_at + panel, 16 * n + lane % 8 + lane / 16 * 8, d % 4 * 2 + lane / 8 % 2));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float *to = s + 8 * n + 4 * half, c[4] = {to[0], to[1], to[2], to[3]};
+                    mma_16x8x16<operand_t>(c, a, b[2 * half], b[2 * half + 1]);
+                    to[0] = c[0], to[1] = c[1], to[2] = c[2], to[3] = c[3];
+                }
+            }
+        }
+    }
+    // Weights and sums of a unit against references that move to the maxima; rescales O, also where it is 0:
     // with a condition ptxas no longer sees that warps stay together, and leaves uniform registers.
     __device__ __forceinline__ void outgrow(float log2_scale) {
         // Four maxima a row: a chain of 16 would take longer than the exponentials.
@@ -154,13 +170,18 @@ struct Rows {
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) l[h] = fmaf(l[h], grown[h], sum[h][0] + sum[h][1]);
-#pragma unroll
-        for (int d = 0; d < 4; ++d)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) next[d][i] = pack2<operand_t>(s[8 * d + 2 * i], s[8 * d + 2 * i + 1]);
         if (__any_sync(0xFFFFFFFFu, grown[0] != 1.f || grown[1] != 1.f))
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];
+    }
+    // Rows of which no key was kept so far have no reference to follow.
+    __device__ __forceinline__ bool open() const { return __any_sync(0xFFFFFFFFu, fminf(m[0], m[1]) == -kInfinity); }
+    // P for a product; no product may be under way that reads it.
+    __device__ __forceinline__ void pack() {
+#pragma unroll
+        for (int d = 0; d < 4; ++d)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p[d][i] = pack2<operand_t>(s[8 * d + 2 * i], s[8 * d + 2 * i + 1]);
     }
     // To the place of Q in shared memory.
     __device__ __forceinline__ void store(u32 at, int row16) const {

@@ -224,13 +224,14 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             }
             const bool partial = kMasked || mark >= 0;
             if (partial) r.keep(word);
-            // The product goes on meanwhile.
-            const bool follows = !partial && !fresh && r.follow(log2_scale);
+            // The product goes on meanwhile, until it has read P.
+            const bool exact = partial || fresh, follows = !exact && r.follow(log2_scale);
             wgmma_wait<0>();
             if (held < kStages) release(held);
-            if (!follows) r.outgrow(log2_scale);
-            r.take();
-            held = stage, fresh = false;
+            if (!exact && !follows) r.again(query_at, ring_k + stage * kUnit, row16);
+            if (!follows) r.outgrow(log2_scale), fresh = r.open();
+            r.pack();
+            held = stage;
         }
         const Info done = info;
         const bool whole = done.unit >= 0 && done.slot < 0;

@@ -171,6 +171,20 @@ def test_dropped_keys_leak_nothing() -> None:
         assert torch.equal(mg.attend(q, *bad, pattern, impl="fused"), clean)
 
 
+@pytest.mark.parametrize("d", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("growth", [3.0, 40.0, 400.0])
+def test_scores_that_grow_along_the_keys(growth, d) -> None:
+    """Every unit's scores leave those before far behind, at last beyond what a float can tell."""
+    q, k, v = inputs(torch.bfloat16, 1000, d, batch=1)
+    q[..., 0] = d**0.5  # the first column alone says how much a key counts
+    k[..., 0] = (torch.arange(1000, device="cuda") // 64 * growth).to(k.dtype)
+    for pattern in (P.full(), P.causal(), P.window(300), P.longformer(100, SCATTERED)):
+        o, lse = mg.attend(q, k, v, pattern, impl="fused", return_lse=True)
+        right, logs = mg.attend(q, k, v, pattern, impl="reference", return_lse=True)
+        torch.testing.assert_close(o, right, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, logs, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["causal", "scattered", "all"])
 def test_repeats_are_bitwise_equal(name) -> None:
     q, k, v = inputs(torch.bfloat16)
