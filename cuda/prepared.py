@@ -27,7 +27,7 @@ from . import tma
 from .device import using
 from .launch import cupy
 from .recording import Operand, Recording, strides_of
-from .steps import FORK, Address, Launch, Map, View, Work
+from .steps import FORK, Address, Fields, Launch, Map, View, Work, addresses
 from .streams import Fork
 
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
@@ -36,6 +36,7 @@ _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream
 _BLOCKS = 512
 # Scratch tensors of a call lie in one allocation, each at a multiple of this many bytes.
 _ALIGNMENT = 256
+_POINTER = struct.Struct("Q")
 
 Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
@@ -108,7 +109,9 @@ class _Place(NamedTuple):
 class _Launch:
     """A launch whose addresses are not known yet."""
 
-    __slots__ = ("_holes", "_maps", "_memory", "_offsets", "_pack", "_size", "how", "side")
+    __slots__ = (
+        "_holes", "_inside", "_maps", "_memory", "_offsets", "_pack", "_size", "how", "side",
+    )  # fmt: skip
 
     def __init__(self, step: Launch, places: dict[int, _Place], known: dict[Map, _Maps]) -> None:
         grid = (*step.grid, 1, 1)[:3]
@@ -117,6 +120,7 @@ class _Launch:
         self.side = step.side
         self._holes: list[_Place] = []
         self._maps: list[tuple[int, _Place, _Maps]] = []
+        self._inside: list[tuple[int, _Place]] = []  # of structs: where in memory, what
         # For each argument: its hole, or where its constant lies in memory, or nothing.
         order: list[tuple[str, int]] = []
         constants = bytearray()
@@ -130,6 +134,11 @@ class _Launch:
                 found = known.setdefault(given, _Maps(given))
                 self._maps.append((argument, _at(given.address, places), found))
                 order.append(("map", 0))
+            elif isinstance(given, Fields):
+                order.append(("constant", len(constants)))
+                for offset, address in given.places:
+                    self._inside.append((len(constants) + offset, _at(address, places)))
+                constants += given.memory + bytes(-len(given.memory) % 16)
             else:
                 value = np.int64(given) if isinstance(given, int) else given
                 order.append(("constant", len(constants)))
@@ -138,6 +147,7 @@ class _Launch:
         first = 8 * len(self._holes)
         self._memory = bytes(first) + bytes(constants) + bytes(8 * max(len(order), 1))
         self._size = first + len(constants)
+        self._inside = [(first + at, place) for at, place in self._inside]
         self._offsets = [8 * n if kind == "hole" else first + n for kind, n in order]
         self._pack = struct.Struct(f"{len(self._holes)}Q"), struct.Struct(f"{len(order)}Q")
 
@@ -155,6 +165,8 @@ class _Launch:
         holes, arguments = self._pack
         holes.pack_into(memory, 0, *[pointers[tensor] + offset for tensor, offset in self._holes])
         arguments.pack_into(memory, self._size, *table)
+        for at, (tensor, offset) in self._inside:
+            _POINTER.pack_into(memory, at, pointers[tensor] + offset)
         return base + self._size, (view, maps)
 
     def ready(self, pointers: Sequence[int], stream: int) -> tuple[Callable[[], Any], Any]:
@@ -346,8 +358,8 @@ def _addresses(recording: Recording) -> Iterator[Address]:
     """Addresses that kernels are given."""
     for step in recording.steps:
         if isinstance(step, Launch):
-            found = (a.address if isinstance(a, Map) else a for a in step.arguments)
-            yield from (a for a in found if isinstance(a, Address))
+            for argument in step.arguments:
+                yield from addresses(argument)
 
 
 def _given(recording: Recording) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .steps import FORK, JOIN, Address, Launch, Map, Step, View, Work
+from .steps import FORK, JOIN, Address, Launch, Step, View, Work, addresses
 
 if TYPE_CHECKING:
     from .launch import Kernel
@@ -96,8 +96,8 @@ class Recording:
         """Whether kernels since the fork have to do with what a step of torch's does."""
         mine = {a.slot for a in step.arguments if isinstance(a, View)}
         since = [s for s in self.steps[self._forked :] if isinstance(s, Launch)]
-        places = [a.address if isinstance(a, Map) else a for s in since for a in s.arguments]
-        return any(isinstance(a, Address) and a.slot in mine for a in places)
+        places = [a for s in since for given in s.arguments for a in addresses(given)]
+        return any(a.slot in mine for a in places)
 
     @property
     def open(self) -> bool:

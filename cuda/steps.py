@@ -5,10 +5,11 @@ recording.py notes such steps, prepared.py fills in the addresses and runs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,51 @@ class Map(NamedTuple):
     swizzle: int
 
 
+class Fields(NamedTuple):
+    """A struct to be passed by value when the addresses in it are known.
+
+    Attributes:
+        memory: its bytes.
+        places: offset in bytes of each address, and the address.
+    """
+
+    memory: bytes
+    places: tuple[tuple[int, Address], ...]
+
+
+def by_value(fields: np.ndarray, places: Sequence[tuple[int, int | Address]]) -> Any:
+    """A struct as an argument of a launch.
+
+    Args:
+        fields: one element of the struct's dtype; 0 where addresses belong.
+        places: offset in bytes of each address, and the address.
+
+    Returns:
+        A numpy scalar to pass by value; for symbols `Fields`.
+    """
+    known = fields.reshape(1).view(np.uint8)
+    unknown = []
+    for offset, address in places:
+        if isinstance(address, Address):
+            unknown.append((offset, address))
+        else:
+            known[offset : offset + 8].view(np.int64)[0] = address
+    if unknown:
+        return Fields(known.tobytes(), tuple(unknown))
+    return known.view(f"V{known.size}")[0]
+
+
+def addresses(argument: Any) -> Iterator[Address]:
+    """The addresses in an argument of a launch."""
+    if isinstance(argument, Address):
+        yield argument
+    elif isinstance(argument, Map):
+        yield argument.address
+    elif isinstance(argument, Fields):
+        for _, address in argument.places:
+            yield address
+
+
 class Launch(NamedTuple):
     """One kernel launch.
 
@@ -56,7 +102,7 @@ class Launch(NamedTuple):
         kernel: what to launch.
         grid: CTAs in x, y, z.
         threads: of a CTA.
-        arguments: ints, numpy scalars, addresses and maps.
+        arguments: ints, numpy scalars, addresses, maps and fields.
         shared: dynamic shared memory, bytes.
         side: on the side stream.
     """

@@ -12,7 +12,7 @@ import torch
 from mixgrain.cuda import launch, prepared, recording, steps, streams, tma
 from mixgrain.cuda.compile import request
 from mixgrain.cuda.recording import Operand, Recording, recorded
-from mixgrain.cuda.steps import Address, Map
+from mixgrain.cuda.steps import Address, Map, by_value
 
 
 class Driver:
@@ -108,6 +108,32 @@ def test_constants_and_addresses_reach_the_driver(driver):
         assert np.frombuffer(read[3], np.float32)[0] == 0.5
         assert pointer(read[4]) == plan
         assert pointer(read[5]) == 2**40
+
+
+def test_addresses_inside_structs(driver):
+    layout = np.dtype([("from", np.int64), ("size", np.int32), ("to", np.int64)], align=True)
+    fields = np.zeros(1, layout)
+    fields["size"] = 77
+    rec = Recording(0)
+    a = rec.given(torch.zeros(4), 0)
+    out = a.new_empty(4)
+    scratch = a.new_empty(100)
+    kernel = Fake(driver, 1, 24, 4, 8)
+    struct = by_value(fields, [(0, a[1:].data_ptr()), (16, scratch[2:].data_ptr())])
+    rec.launch(kernel, (1,), 32, (struct, np.int32(5), out.data_ptr()), 0)
+    call = prepared.Prepared(rec, out)
+    for given in (torch.zeros(4), torch.ones(4)):
+        made = run(call, given)
+        read = driver.seen.pop()[5]
+        found = np.frombuffer(read[0], layout)[0]
+        assert found["from"] == given.data_ptr() + 4
+        assert found["size"] == 77
+        assert found["to"] not in (0, given.data_ptr(), made.data_ptr())
+        assert np.frombuffer(read[1], np.int32)[0] == 5
+        assert pointer(read[2]) == made.data_ptr()
+    known = by_value(fields, [(0, 11), (16, 22)])
+    assert known.nbytes == layout.itemsize
+    assert known.view(layout)[["from", "size", "to"]].tolist() == (11, 77, 22)
 
 
 def test_the_same_tensor_twice_has_two_roles(driver):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.device import using
 from mixgrain.cuda.errors import CudaError
+from mixgrain.cuda.recording import current
 from mixgrain.formats.errors import BackendUnavailableError, UnsupportedError
+from mixgrain.primitives.cuda import calls
 from mixgrain.primitives.cuda.block_sm90 import laid_out
 from mixgrain.primitives.cuda.parts import MOST_MATRICES, aligned
 
@@ -34,37 +36,54 @@ def forward(
     plan: Sequence[Tensor],
     ints: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the kept positions; arguments and results as of ``attention.cpu.forward``."""
+    """Attention over the kept positions; arguments and results as of ``attention.cpu.forward``.
+
+    What a call launches is recorded once for its signature.
+    """
+    width = v.shape[3]
+    if not (q.numel() and k.shape[2] and width):
+        return _nothing(q, width, sink)
+    arguments = (q, k, v, keep, sink, float(scale), list(plan), tuple(ints), "fused")
     try:
-        with using(q.device.index):
-            return _forward(q, k, v, keep, sink, scale, unpack(list(plan), tuple(ints)))
+        call = calls.of("attention", _launches, arguments)
+        given = calls.given(arguments)
+        made, lse = call(given, [t.data_ptr() for t in given])
     except CudaError as error:
         raise BackendUnavailableError(f"attend: {error}") from error
+    if made.shape[3] == width and q.is_contiguous():
+        return made, lse
+    out = empty_output(q, width)
+    if out.is_contiguous() and made.shape[3] == width:
+        return made, lse
+    return out.copy_(made[..., :width]), lse
 
 
-def _forward(
+def _nothing(q: Tensor, width: int, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Results where there are no queries, no keys or no values."""
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    if sink is not None:
+        lse.copy_(sink[:, None])
+    return empty_output(q, width).zero_(), lse
+
+
+def _launches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     keep: Tensor | None,
     sink: Tensor | None,
     scale: float,
-    work: Work,
+    plan: list[Tensor],
+    ints: tuple[int, ...],
+    _kind: str,
 ) -> tuple[Tensor, Tensor]:
-    (batch, heads, nq, _), width = q.shape, v.shape[3]
-    out = empty_output(q, width)
-    lse = torch.empty(batch, heads, nq, dtype=torch.float32, device=q.device)
-    if not lse.numel():
-        return out, lse
-    logits = None if sink is None else sink.float().contiguous()
-    if not k.shape[2] or not width:
-        out.zero_()
-        lse.copy_(torch.full_like(lse, -torch.inf) if logits is None else logits[:, None])
-        return out, lse
+    """Output (B, Hq, Nq, Dv or more), contiguous, and lse; while a call is recorded."""
+    work = unpack(plan, ints)
+    batch, heads, nq, _ = q.shape
+    logits = None if sink is None else sink.to(torch.float32).contiguous()
     operands = _aligned(q, k, v, bool(work.items.shape[0]))
-    made = out
-    if operands[2].shape[3] != width or not out.is_contiguous():
-        made = q.new_empty(batch, heads, nq, operands[2].shape[3])
+    out = q.new_empty(batch, heads, nq, operands[2].shape[3])
+    lse = q.new_empty(batch, heads, nq, dtype=torch.float32)
     if work.lead[0] > 1 and batch * heads > MOST_MATRICES:
         raise UnsupportedError(
             f"attend: {batch} batch entries of {heads} heads with patterns of their own; give at "
@@ -74,8 +93,8 @@ def _forward(
     for first in range(0, batch, step):
         some = slice(first, first + step)
         kept = None if keep is None else keep[some]
-        _run(made[some], lse[some], [t[some] for t in operands], kept, logits, scale, work)
-    return (out if made is out else out.copy_(made[..., :width])), lse
+        _run(out[some], lse[some], [t[some] for t in operands], kept, logits, scale, work)
+    return out, lse
 
 
 def _aligned(q: Tensor, k: Tensor, v: Tensor, units: bool) -> list[Tensor]:
@@ -109,8 +128,8 @@ def _run(
     if work.slots:
         size = (batch * heads, work.slots, UNIT)
         partial = (
-            torch.empty(*size, width, dtype=torch.float32, device=q.device),
-            torch.empty(size, dtype=torch.float32, device=q.device),
+            q.new_empty(*size, width, dtype=torch.float32),
+            q.new_empty(*size, dtype=torch.float32),
         )
     jobs: list[Callable[[], None]] = []
     if work.items.shape[0]:
@@ -139,10 +158,15 @@ def _run(
 
 def _values(v: Tensor, found: Tables, keep: Tensor | None) -> Tensor:
     """V, zero where units bring along keys that nobody keeps: zero times theirs may be NaN."""
-    if found.dead is not None:
-        v = v.masked_fill(found.dead[..., None], 0)
-    if keep is not None:
-        v = v.masked_fill(~keep[:, None, :, None], 0)
+    if found.dead is None and keep is None:
+        return v
+    return _step(_blanked, v, found.dead, keep)
+
+
+def _blanked(v: Tensor, dead: Tensor | None, keep: Tensor | None) -> Tensor:
+    for mask in (dead, None if keep is None else ~keep[:, None]):
+        if mask is not None:
+            v = v.masked_fill(mask[..., None].to(v.device), 0)
     return v
 
 
@@ -150,8 +174,17 @@ def _kept(keep: Tensor, work: Work, found: Tables) -> tuple[Tensor, Tensor | Non
     """Bits of the keys that a mask keeps, and of gathered ones where there are any."""
     gathered = None
     if work.key_rows.shape[1]:
-        gathered = gathered_bits(keep, work.key_rows, found.key_patterns)
-    return unit_bits(keep), gathered
+        gathered = _step(gathered_bits, keep, work.key_rows, found.key_patterns)
+    return _step(unit_bits, keep), gathered
+
+
+def _step(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
+    """What torch does of the call that is being recorded."""
+    recording = current()
+    assert recording is not None
+    made: Any = recording.work(function, arguments, {})
+    result: Tensor = made
+    return result
 
 
 def _packed(
@@ -160,9 +193,11 @@ def _packed(
     """Gathered rows of q, k and v; the tensors themselves where a plan gathers none."""
     if not (work.key_rows.shape[1] or work.query_rows.shape[1]):
         return None
-    pq, pk, pv = q, k, v
-    if work.key_rows.shape[1]:
-        pk, pv = gather([k, v], work.key_rows, found.key_patterns)
+    keys = (work.key_rows, found.key_patterns)
+    wanted = [(k, *keys), (v, *keys)] if work.key_rows.shape[1] else []
     if work.query_rows.shape[1]:
-        (pq,) = gather([q], work.query_rows, found.query_patterns)
+        wanted.append((q, work.query_rows, found.query_patterns))
+    made = gather(*wanted)
+    pk, pv = made[:2] if work.key_rows.shape[1] else (k, v)
+    pq = made[-1] if work.query_rows.shape[1] else q
     return pq, pk, pv

@@ -25,6 +25,7 @@ def gathered_bits(keep: Tensor, key_rows: Tensor, patterns: Tensor) -> Tensor:
         key_rows: int32 (U, n), keys of each pattern's gathered units, −1 = none.
         patterns: int32 (B, Hp), the distinct pattern of each matrix.
     """
+    key_rows, patterns = (t.to(keep.device) for t in (key_rows, patterns))  # while recording
     rows = key_rows[patterns.long()].long()
     kept = keep[:, None].expand(-1, rows.shape[1], -1).gather(2, rows.clamp(min=0))
     return unit_bits(kept & (rows >= 0))

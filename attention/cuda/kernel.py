@@ -86,7 +86,7 @@ def positive(scale: float, q: Tensor, packed: Tensor) -> tuple[float, Tensor, Te
     """A positive scale, and q and gathered q for it: kernels take maxima before they scale."""
     if scale > 0:
         return scale, q, packed
-    q, packed = (t * (0 if scale == 0 else -1) for t in (q, packed))
+    q, packed = (torch.mul(t, 0 if scale == 0 else -1) for t in (q, packed))
     return -scale or 1.0, q, packed
 
 

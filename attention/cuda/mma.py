@@ -12,6 +12,7 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.steps import by_value
 from mixgrain.primitives.cuda.parts import CODES, tf32
 
 from .kernel import positive
@@ -173,9 +174,9 @@ def fused(
     scale, q, pq = positive(scale, q, pq)
     size = q.element_size()
     operands = np.zeros(1, OPERANDS)
-    operands["operand"][0] = [
-        (t.data_ptr(), *(t.stride(d) * size for d in range(3))) for t in (q, k, v, pq, pk, pv)
-    ]
+    given = (q, k, v, pq, pk, pv)
+    operands["operand"][0] = [(0, *(t.stride(d) * size for d in range(3))) for t in given]
+    places = [(32 * n, t.data_ptr()) for n, t in enumerate(given)]
     ratios = heads // k.shape[1], heads // pk.shape[1]
     sizes = heads, pk.shape[1], rows, k.shape[2], pk.shape[2] // 64, width
     operands["sizes"][0] = sizes
@@ -186,7 +187,7 @@ def fused(
         (starts.shape[0] - 1,),
         how.threads,
         (
-            operands.view(f"V{OPERANDS.itemsize}"),
+            by_value(operands, places),
             plan.view("V32")[0],
             masks.data_ptr(),
             *(0 if t is None else t.data_ptr() for t in bits),

@@ -3,8 +3,8 @@
 //     to[b, h, n, :] = from[b, h / ratio, list[pattern(b, h), n], :]      zeros where the list says −1
 //
 //   tensors   from (B, H, N, D), any strides but the last; to (B, Hp, n, D), contiguous
-//             lists int32 (U, n); patterns int32 (B, Hp): the distinct pattern of each matrix
-//   grid      (ceil(n / 8), B · Hp, operands)     a warp copies one row
+//             list int32 (U, n), patterns int32 (B, Hp): the distinct pattern of each matrix; each operand's own
+//   grid      (ceil(most n / 8), B · most Hp, operands)     a warp copies one row
 //   block     256 threads
 //   smem      none
 //   needs     sm_80; rows 16-byte aligned
@@ -14,22 +14,24 @@
 struct Operand {
     const char *from;
     char *to;
-    i64 batch, head, row;  // strides of `from`, bytes
-    i64 bytes;             // of a row, a multiple of 16
-    i64 ratio;             // packed heads to one head
+    const int *list, *patterns;
+    i64 batch, head, row;     // strides of `from`, bytes
+    i64 bytes;                // of a row, a multiple of 16
+    int ratio, heads, count;  // packed heads to one head, Hp, n
+    int matrices;             // B · Hp
 };
 struct Operands {
     Operand at[3];
 };
 
 extern "C" __global__ void __launch_bounds__(256)
-    gather_rows(const __grid_constant__ Operands operands, const int *__restrict__ lists,
-                const int *__restrict__ patterns, int count, int heads) {
-    const int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (n >= count) return;
+    gather_rows(const __grid_constant__ Operands operands) {
+    const int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, matrix = blockIdx.y;
     const Operand &mine = operands.at[blockIdx.z];
-    const int matrix = blockIdx.y, b = matrix / heads, h = matrix - b * heads;
-    const int row = __ldg(lists + i64(__ldg(patterns + matrix)) * count + n);
+    const int count = mine.count;
+    if (n >= count || matrix >= mine.matrices) return;
+    const int b = matrix / mine.heads, h = matrix - b * mine.heads;
+    const int row = __ldg(mine.list + i64(__ldg(mine.patterns + matrix)) * count + n);
     const char *from = mine.from + b * mine.batch + h / mine.ratio * mine.head + i64(row) * mine.row;
     char *to = mine.to + (i64(matrix) * count + n) * mine.bytes;
     for (i64 at = 16 * lane; at < mine.bytes; at += 512) {
