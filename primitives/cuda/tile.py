@@ -128,7 +128,7 @@ def spmm(
         out = out.mT if tokens else out
         lines, tiles = tables[0].numel() - 1, len(tables[1])
         index = x.device.index
-        thin = tile_thin.cut(index, lines, tiles, inner, width) if _hopper(index) else None
+        thin = tile_thin.cut(facts(index), lines, tiles, inner, width) if _hopper(index) else None
         if thin is None:
             _few(out, values, x, tables, scale, transposed, bias)
         else:

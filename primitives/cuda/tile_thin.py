@@ -1,4 +1,4 @@
-"""TileLayout times few columns on Hopper: x whole in shared memory, tiles shared by warps evenly."""
+"""TileLayout times few columns on Hopper: x whole in shared memory, even shares of tiles."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.derived import derived
-from mixgrain.cuda.device import facts
+from mixgrain.cuda.device import DeviceFacts
 from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
 from .parts import CODES, MOST_MATRICES, ready
 
-WARPS, RING, FAR, TOUCH = 16, 8, 0, 0
-# What a cluster's exchange costs, as bytes that a multiprocessor brings meanwhile; and a CTA's most lines.
-EXCHANGE, MOST_LINES = 24_576, 128
+WARPS = 16
+# Slabs that a cluster's CTAs take, and the share of all multiprocessors that such clusters find
+# room on: an H200's do not come in whole fours.
+SPLITS = {1: 1.0, 2: 1.0, 4: 0.88}
+# What a cluster's exchange costs, as bytes that a multiprocessor brings meanwhile.
+EXCHANGE = 30_000
+# Of a CTA; what its table of segments holds.
+MOST_LINES = 128
 
 
 class Thin(NamedTuple):
@@ -36,35 +41,48 @@ class Thin(NamedTuple):
     split: int
     per: int
 
+    @property
+    def ring(self) -> int:
+        """Tiles that a warp has under way."""
+        return 8 if self.blocks == 1 else 5
+
+    def staged(self, inner: int) -> int:
+        """Bytes of x in shared memory."""
+        return 8 * self.blocks * (cuda_tile.slab_of(inner, self.split) * SIZE * 2 + 16)
+
+    @property
+    def sums(self) -> int:
+        """Bytes of segments."""
+        return (WARPS + self.per) * self.blocks * 640
+
     def shared(self, inner: int) -> int:
-        """Dynamic shared memory of a CTA, bytes: x, tiles on their way, segments, what others send."""
-        columns = 8 * self.blocks
-        x = columns * (cuda_tile.slab_of(inner, self.split) * SIZE * 2 + 16)
-        sent = self.per * columns * 64 if self.split > 1 else 0
-        return x + WARPS * RING * 512 + (WARPS + self.per) * columns * 80 + sent
+        """Dynamic shared memory of a CTA, bytes; what others of the cluster send comes last."""
+        sent = self.per * self.blocks * 512 if self.split > 1 else 0
+        return self.staged(inner) + WARPS * self.ring * 512 + self.sums + sent
 
 
 @functools.lru_cache(maxsize=4096)
-def cut(index: int, lines: int, tiles: int, inner: int, width: int) -> Thin | None:
-    """The way that brings the fewest bytes to each multiprocessor; None where x is too long for all.
+def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> Thin | None:
+    """The way that brings fewest bytes to each multiprocessor; None where x is too long for all.
 
     It is one for any number of matrices: sums are added up in an order of its own.
     """
-    there = facts(index)
+    room = there.shared_bytes - 2048  # the driver keeps some, and there are static tables
     found: list[tuple[float, Thin]] = []
     for blocks in (1,) if width <= 8 else (2,) if width <= 16 else (2, 4):
         chunks = -(-width // (8 * blocks))
-        for split in (1, 2, 4, 8):
-            groups = max(there.multiprocessors // (chunks * split), 1)
-            per = min(max(-(-lines // groups), 1), MOST_LINES)
-            while per > 1 and Thin(blocks, split, per).shared(inner) > there.shared_bytes - 2048:
+        for split, share in SPLITS.items():
+            clusters = int(there.multiprocessors * share) // split
+            per = min(-(-lines // max(clusters // chunks, 1)), MOST_LINES)
+            while per > 1 and Thin(blocks, split, per).shared(inner) > room:
                 per = -(-per // 2)
-            how = Thin(blocks, split, per)
-            if how.shared(inner) > there.shared_bytes - 2048:
+            how = Thin(blocks, split, max(per, 1))
+            if how.shared(inner) > room:
                 continue
-            waves = -(-(-(-lines // per) * chunks * split) // there.multiprocessors)
-            x = min(width, 8 * blocks) * cuda_tile.slab_of(inner, split) * SIZE * 2
-            each = x + 512 * tiles * per / (max(lines, 1) * split)
+            waves = -(-(-(-lines // how.per) * chunks) // max(clusters, 1))
+            # Sums pass through shared memory twice, at three times the rate of what comes from L2.
+            tiles_of = 512 * tiles * how.per / (max(lines, 1) * split)
+            each = how.staged(inner) * min(width / (8 * blocks), 1) + tiles_of + how.sums * 2 / 3
             found.append((waves * each + EXCHANGE * (split > 1), how))
     return min(found)[1] if found else None
 
@@ -101,7 +119,7 @@ def spmm(
     )
     wide = inner % 8 == 0 and ready(x, 2, 3)
     quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
-    run = kernel(thin_request(how.blocks, how.split, x.dtype, out.dtype, transposed, wide), device)
+    run = kernel(thin_request(how, x.dtype, out.dtype, transposed, wide), device)
     for start in range(0, out.shape[0], MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
@@ -131,26 +149,18 @@ def spmm(
         )
 
 
-@functools.lru_cache(maxsize=256)
 def thin_request(
-    blocks: int,
-    split: int,
-    dtype: torch.dtype,
-    out: torch.dtype,
-    transposed: bool,
-    wide: bool,
+    how: Thin, dtype: torch.dtype, out: torch.dtype, transposed: bool, wide: bool
 ) -> Request:
     """The kernel; ``wide`` copies of 16 bytes bring x."""
     constants = {
-        "BLOCKS": blocks,
+        "BLOCKS": how.blocks,
         "WARPS": WARPS,
-        "RING": RING,
-        "SPLIT": split,
+        "RING": how.ring,
+        "SPLIT": how.split,
         "DTYPE": CODES[dtype],
         "OUT": CODES[out],
         "TRANSPOSED": int(transposed),
         "WIDE": int(wide),
-        "FAR": FAR,
-        "TOUCH": TOUCH,
     }
     return request("spmm_tile_thin_sm90", constants, flush=True)

@@ -97,7 +97,7 @@ def segments(
     lines, column = lines_of(bounds), cells[:, 0].long()
     slab = slab_of(inner, split)
     ctas = split * -(-(bounds.numel() - 1) // per)
-    order = torch.sort(lines // per * split + column // slab, stable=True)
+    order = torch.sort(lines // per * split + column // slab, stable=True)  # by CTA
     cta, lines, column = order.values, lines[order.indices] % per, column[order.indices]
     counts = torch.bincount(cta, minlength=ctas)
     place = torch.arange(len(cta), device=cta.device) - running(counts).long()[cta]
