@@ -12,6 +12,9 @@ __device__ __forceinline__ u32 cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Its halves, where nothing that was written before is read after.
+__device__ __forceinline__ void cluster_here() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // The address in the cluster's window of what lies at `address` in the CTA of this rank.
 __device__ __forceinline__ u32 cluster_address(u32 address, u32 rank) {
     u32 r;
@@ -25,6 +28,10 @@ __device__ __forceinline__ float cluster_load(u32 address) {
     float v;
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
     return v;
+}
+__device__ __forceinline__ void cluster_store(u32 address, const float4 &v) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
 }
 // A box to the same place of every CTA in `mask`, completing on the barrier at the same place there.
 __device__ __forceinline__ void tma_multicast(u32 to, const TensorMap &map, u32 barrier, u16 mask, int c0, int c1,

@@ -18,7 +18,7 @@ from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
 from ..plans.plan import PartPlan
-from . import block
+from . import block, tile_thin
 from .block_sm90 import laid_out, walks
 from .parts import CODES, MOST_MATRICES, aligned, aligned_values
 from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
@@ -126,7 +126,13 @@ def spmm(
     if chosen is None:
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
-        _few(out, values, x, tables, scale, transposed, bias)
+        lines, tiles = tables[0].numel() - 1, len(tables[1])
+        index = x.device.index
+        thin = tile_thin.cut(facts(index), lines, tiles, inner, width) if _hopper(index) else None
+        if thin is None:
+            _few(out, values, x, tables, scale, transposed, bias)
+        else:
+            tile_thin.spmm(out, values, x, tables, thin, scale, transposed, bias)
         return out
     x = laid_out(aligned(x.mT)).mT if tokens else laid_out(aligned(x))
     # Aligning pads the last dimension with zeros: inner positions that no tile meets, or columns.

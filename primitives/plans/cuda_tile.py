@@ -72,6 +72,69 @@ def shares(bounds: Tensor, cells: Tensor, warps: int) -> tuple[Tensor, int]:
     return made.view(-1, warps, span, 2), most
 
 
+def segments(
+    bounds: Tensor, cells: Tensor, per: int, split: int, warps: int, inner: int
+) -> tuple[Tensor, Tensor, int]:
+    """Work of CTAs that take some lines and one slab of inner positions each.
+
+    Warps share the cells of a CTA evenly; the cells of one line with one warp are a segment.
+
+    Args:
+        bounds: int32 (lines + 1,), of ``part``.
+        cells: int32 (tiles, 2), of ``part``.
+        per: lines of a CTA.
+        split: slabs.
+        warps: of a CTA.
+        inner: inner positions of the matrix.
+
+    Returns:
+        work int32 (CTAs, pitch), CTA = split * group of lines + slab: for each warp its first
+        cell, number of its cells, its first segment of the CTA, 0, and the first ``span`` of its
+        cells, up to 32; then segments before each line of the CTA, and one more for all. cells
+        int32 (tiles, 2): 4 * inner tile of the slab + 2 where it hangs over the edge + 1 where a
+        segment ends; number in memory. span.
+    """
+    lines, column = lines_of(bounds), cells[:, 0].long()
+    slab = slab_of(inner, split)
+    ctas = split * -(-(bounds.numel() - 1) // per)
+    order = torch.sort(lines // per * split + column // slab, stable=True)  # by CTA
+    cta, lines, column = order.values, lines[order.indices] % per, column[order.indices]
+    counts = torch.bincount(cta, minlength=ctas)
+    place = torch.arange(len(cta), device=cta.device) - running(counts).long()[cta]
+    warp = ((place + 1) * warps - 1) // counts[cta]
+    new = torch.ones_like(cta, dtype=torch.bool)
+    key = (cta * warps + warp) * per + lines
+    new[1:] = key[1:] != key[:-1]
+    last = torch.cat([new[1:], new[:1]])  # the first cell is new
+    word = column % slab * 4 + ((column + 1) * SIZE > inner) * 2 + last
+    made = torch.stack([word.int(), cells[order.indices, 1]], 1)
+
+    ends = torch.zeros(ctas, per + 1, dtype=torch.int64, device=cta.device)
+    found = torch.bincount((cta * per + lines)[new], minlength=ctas * per)
+    ends[:, 1:] = found.view(ctas, per).cumsum(1)
+    sizes = torch.bincount(cta * warps + warp, minlength=ctas * warps)
+    first = running(sizes)[:-1].long()
+    of_warp = torch.bincount((cta * warps + warp)[new], minlength=ctas * warps).view(ctas, warps)
+    before = (of_warp.cumsum(1) - of_warp).flatten()
+    heads = torch.stack([first, sizes, before, torch.zeros_like(first)], 1).int()
+    span, most = 4, int(sizes.max()) if sizes.numel() else 0
+    while span < min(most, 32):
+        span *= 2
+    early = made.new_zeros(ctas * warps, span, 2)
+    if len(made):
+        at = torch.arange(span, device=cta.device)
+        which = (first[:, None] + at).clamp(max=len(made) - 1)
+        early = torch.where((at < sizes[:, None])[..., None], made[which], 0)
+    records = torch.cat([heads, early.flatten(1)], 1).view(ctas, warps * (4 + 2 * span))
+    padding = made.new_zeros(ctas, -(per + 1) % 4)
+    return torch.cat([records, ends.int(), padding], 1), made, span
+
+
+def slab_of(inner: int, split: int) -> int:
+    """Inner tiles of a slab."""
+    return max(-(-inner // (SIZE * split)), 1)
+
+
 def lines_of(bounds: Tensor) -> Tensor:
     """int64 (tiles,): the line of each cell."""
     lines = torch.arange(bounds.numel() - 1, device=bounds.device)

@@ -8,7 +8,7 @@ import torch
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import build
 from mixgrain.cuda.errors import MissingError
-from mixgrain.primitives.cuda import block_sm90, nm_scores, nm_sm90, union_sm90
+from mixgrain.primitives.cuda import block_sm90, nm_scores, nm_sm90, tile_thin, union_sm90
 
 try:
     nvrtc.library()
@@ -45,6 +45,11 @@ def requests():
     for wide, split in itertools.product((8, 16, 32, 64, 128), (1, 2, 4)):
         for dtype in (*HALVES, torch.float32):
             yield nm_sm90.thin_request(dtype, nm_sm90.Thin(1, wide, split, 4))
+    for blocks, split in itertools.product((1, 2, 4), tile_thin.SPLITS):
+        for transposed, wide in itertools.product((False, True), (False, True)):
+            how = tile_thin.Thin(blocks, split, 4)
+            yield tile_thin.thin_request(how, HALVES[0], HALVES[0], transposed, wide)
+        yield tile_thin.thin_request(how, HALVES[1], torch.float32, False, True)
 
 
 @pytest.mark.compile

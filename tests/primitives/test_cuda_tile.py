@@ -27,6 +27,7 @@ EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0*
 KERNELS = {
     "best": None,
     "few": "few",
+    "few, no clusters": "few, no clusters",
     **{f"many, TMA, {n}": (True, n) for n in range(3)},
     **{f"many, {n}": (False, n) for n in range(3)},
 }
@@ -39,8 +40,10 @@ def kernel(request, monkeypatch):
     if isinstance(chosen, tuple) and chosen[0] and not tile._hopper(0):
         pytest.skip("TMA needs compute capability 9.0")
     clear_caches()  # of calls prepared otherwise
-    if chosen == "few":
+    if isinstance(chosen, str):
         monkeypatch.setattr(tile, "_choose", lambda *_: None)
+        if chosen != "few":
+            monkeypatch.setattr(tile, "_hopper", lambda _: False)
     elif chosen is not None:
         bulk, way = chosen
         monkeypatch.setattr(tile, "_choose", lambda *given: tile.cuts(bulk, given[-1])[way])

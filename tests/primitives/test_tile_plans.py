@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.device import pretending
+from mixgrain.cuda.device import facts, pretending
 from mixgrain.cuda.recording import Launch, Operand, Recording, recorded
 from mixgrain.formats.tile import TileLayout
-from mixgrain.primitives.cuda import launch_code, tile
+from mixgrain.primitives.cuda import launch_code, tile, tile_thin
 from mixgrain.primitives.plans import cuda_tile
 
 SHAPES = [(203, 331), (16, 16), (700, 5), (1040, 264), (0, 40), (40, 0)]
@@ -77,6 +77,50 @@ def test_shares_of_a_line_are_all_of_it(shape, d, warps):
                 assert some == cells[first : first + len(some)].tolist()
                 at, largest = at + count, max(largest, count)
         assert at == len(cells) and largest == most
+
+
+@pytest.mark.parametrize("per, split", [(1, 1), (3, 2), (20, 4)])
+@pytest.mark.parametrize("d", [0.02, 0.4, 2.0])
+@pytest.mark.parametrize("shape", [*SHAPES, (32, 9000)])
+def test_segments_of_a_line_are_all_of_it(shape, d, per, split):
+    warps = 4
+    for bounds, cells, inner, tiles in sides(layout_of(shape, d)):
+        work, made, span = cuda_tile.segments(bounds, cells, per, split, warps, inner)
+        slab, lines = cuda_tile.slab_of(inner, split), bounds.numel() - 1
+        assert len(work) == split * -(-lines // per) and not work.shape[1] % 4
+        found, at = set(), 0
+        for cta, record in enumerate(work.tolist()):
+            heads = [record[w * (4 + 2 * span) :][: 4 + 2 * span] for w in range(warps)]
+            ends = record[warps * (4 + 2 * span) :][: per + 1]
+            counts, segment = [head[1] for head in heads], 0
+            assert max(counts) - min(counts) <= 1  # evenly
+            for first, count, before, _, *early in heads:
+                assert first == at and (before == segment or not count)
+                some = made[first : first + min(count, 32)].flatten().tolist()
+                assert early[: len(some)] == some and not any(early[len(some) :])
+                for word, number in made[first : first + count].tolist():
+                    line = max(n for n in range(per) if ends[n] <= segment)
+                    column = cta % split * slab + word // 4
+                    assert segment < ends[line + 1] and word // 4 < slab
+                    assert (word & 2 > 0) == (16 * column + 16 > inner)
+                    found.add((cta // split * per + line, column, number))
+                    segment += word & 1
+                at += count
+            assert segment == ends[-1] < warps + per
+        assert found == tiles and at == len(tiles)
+
+
+@pytest.mark.parametrize("width", [1, 8, 16, 40, 128, 256])
+@pytest.mark.parametrize("shape", [*SHAPES, (8192, 8192), (64, 200_000), (200_000, 64)])
+def test_few_columns_fit_shared_memory(shape, width):
+    lines, tiles = -(-shape[0] // 16), -(-shape[0] // 16) * -(-shape[1] // 16) // 5
+    with pretending("90a"):
+        how = tile_thin.cut(facts(0), lines, tiles, shape[1], width)
+    if how is None:
+        assert shape[1] == 200_000
+    else:
+        assert how.shared(shape[1]) + 2048 <= 232_448
+        assert 8 * how.blocks * -(-width // (8 * how.blocks)) >= width
 
 
 @pytest.mark.parametrize("side, most", [(16, 96), (4, 16), (16, 5)])

@@ -1,0 +1,166 @@
+"""TileLayout times few columns on Hopper: x whole in shared memory, even shares of tiles."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
+from mixgrain.cuda.device import DeviceFacts
+from mixgrain.cuda.launch import kernel
+from mixgrain.formats.tile import SIZE
+
+from ..plans import cuda_tile
+from .parts import CODES, MOST_MATRICES, ready
+
+WARPS = 16
+# Slabs that a cluster's CTAs take, and the share of all multiprocessors that such clusters find
+# room on: an H200's do not come in whole fours.
+SPLITS = {1: 1.0, 2: 1.0, 4: 0.88}
+# What a cluster's exchange costs, as bytes that a multiprocessor brings meanwhile.
+EXCHANGE = 30_000
+# Of a CTA; what its table of segments holds.
+MOST_LINES = 128
+
+
+class Thin(NamedTuple):
+    """How spmm_tile_thin_sm90 is cut.
+
+    Attributes:
+        blocks: of 8 columns of x that a CTA takes.
+        split: slabs of inner positions, each a CTA's of a cluster.
+        per: lines of tiles of a CTA.
+    """
+
+    blocks: int
+    split: int
+    per: int
+
+    @property
+    def ring(self) -> int:
+        """Tiles that a warp has under way."""
+        return 8 if self.blocks == 1 else 5
+
+    def staged(self, inner: int) -> int:
+        """Bytes of x in shared memory."""
+        return 8 * self.blocks * (cuda_tile.slab_of(inner, self.split) * SIZE * 2 + 16)
+
+    @property
+    def sums(self) -> int:
+        """Bytes of segments."""
+        return (WARPS + self.per) * self.blocks * 640
+
+    def shared(self, inner: int) -> int:
+        """Dynamic shared memory of a CTA, bytes; what others of the cluster send comes last."""
+        sent = self.per * self.blocks * 512 if self.split > 1 else 0
+        return self.staged(inner) + WARPS * self.ring * 512 + self.sums + sent
+
+
+@functools.lru_cache(maxsize=4096)
+def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> Thin | None:
+    """The way that brings fewest bytes to each multiprocessor; None where x is too long for all.
+
+    It is one for any number of matrices: sums are added up in an order of its own.
+    """
+    room = there.shared_bytes - 2048  # the driver keeps some, and there are static tables
+    found: list[tuple[float, Thin]] = []
+    for blocks in (1,) if width <= 8 else (2,) if width <= 16 else (2, 4):
+        chunks = -(-width // (8 * blocks))
+        for split, share in SPLITS.items():
+            clusters = int(there.multiprocessors * share) // split
+            per = min(-(-lines // max(clusters // chunks, 1)), MOST_LINES)
+            while per > 1 and Thin(blocks, split, per).shared(inner) > room:
+                per = -(-per // 2)
+            how = Thin(blocks, split, max(per, 1))
+            if how.shared(inner) > room:
+                continue
+            waves = -(-(-(-lines // how.per) * chunks) // max(clusters, 1))
+            # Sums pass through shared memory twice, at three times the rate of what comes from L2.
+            tiles_of = 512 * tiles * how.per / (max(lines, 1) * split)
+            each = how.staged(inner) * min(width / (8 * blocks), 1) + tiles_of + how.sums * 2 / 3
+            found.append((waves * each + EXCHANGE * (split > 1), how))
+    return min(found)[1] if found else None
+
+
+def spmm(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    tables: list[Tensor],
+    how: Thin,
+    scale: float,
+    transposed: bool,
+    bias: Tensor | None,
+) -> None:
+    """Scale · S x, or scale · Sᵀ x when transposed, plus the bias of each row, to ``out``.
+
+    Args:
+        out: (F, 1, rows, D), any strides, made for this.
+        values: (F, slots), rows at 16 bytes.
+        x: (F, 1, inner, D), any strides.
+        tables: bounds and cells of ``plans.cuda_tile.part``.
+        how: from ``cut``.
+        scale: multiplies the product.
+        transposed: multiply by the transpose.
+        bias: (rows,) of x's dtype, or None.
+    """
+    bounds, cells = tables
+    _, _, rows, width = out.shape
+    inner, device = x.shape[2], x.device.index
+    work, links, span = derived(
+        bounds,
+        ("segments", how.per, how.split),
+        lambda: cuda_tile.segments(bounds, cells, how.per, how.split, WARPS, inner),
+    )
+    wide = inner % 8 == 0 and ready(x, 2, 3)
+    quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
+    run = kernel(thin_request(how, x.dtype, out.dtype, transposed, wide), device)
+    for start in range(0, out.shape[0], MOST_MATRICES):
+        to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
+        run(
+            (work.shape[0], -(-width // (8 * how.blocks)), to.shape[0]),
+            32 * WARPS,
+            (
+                right.data_ptr(),
+                *(np.int64(right.stride(d)) for d in (0, 2, 3)),
+                weights.data_ptr(),
+                np.int64(weights.shape[1]),
+                work.data_ptr(),
+                np.int32(work.shape[1]),
+                np.int32(span),
+                links.data_ptr(),
+                np.int32(how.per),
+                np.int32(cuda_tile.slab_of(inner, how.split) * SIZE),
+                np.float32(scale),
+                0 if bias is None else bias.data_ptr(),
+                to.data_ptr(),
+                *(np.int64(to.stride(d)) for d in (0, 2, 3)),
+                np.int32(quads),
+                np.int32(rows),
+                np.int32(inner),
+                np.int32(width),
+            ),
+            how.shared(inner),
+        )
+
+
+def thin_request(
+    how: Thin, dtype: torch.dtype, out: torch.dtype, transposed: bool, wide: bool
+) -> Request:
+    """The kernel; ``wide`` copies of 16 bytes bring x."""
+    constants = {
+        "BLOCKS": how.blocks,
+        "WARPS": WARPS,
+        "RING": how.ring,
+        "SPLIT": how.split,
+        "DTYPE": CODES[dtype],
+        "OUT": CODES[out],
+        "TRANSPOSED": int(transposed),
+        "WIDE": int(wide),
+    }
+    return request("spmm_tile_thin_sm90", constants, flush=True)
