@@ -264,6 +264,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "tile-decode-16": lambda: linear_tile("tile-decode-16", 8192, 8192, 16),
     "spmm-row-n64-fp16": lambda: spmm_row(64, torch.float16, "fp16"),
     "spmm-row-n64-bf16": lambda: spmm_row(64, torch.bfloat16, "bf16"),
+    "spmm-row-n512-fp16": lambda: spmm_row(512, torch.float16, "fp16"),
     "spmm-row-n64-fp32": lambda: spmm_row(64, torch.float32, "fp32"),
     "sddmm-row-n64-fp32": lambda: sddmm_row(64, torch.float32, "fp32"),
     "sddmm-row-n512-fp32": lambda: sddmm_row(512, torch.float32, "fp32"),

@@ -1,0 +1,87 @@
+"""Tables of RowLayout for the kernel that expands entries to dense tiles, read as it reads them."""
+
+import pytest
+import torch
+from cases import row_layout
+from torch import Tensor
+
+from mixgrain.primitives.cuda import expand_sm90
+from mixgrain.primitives.plans import cuda_expand, cuda_row
+from mixgrain.primitives.plans.plan import PartPlan
+
+SHAPES = [(203, 331), (16, 16), (700, 5), (5, 1300), (1040, 264)]
+
+
+def part_of(shape: tuple[int, int], d: float = 0.1) -> tuple[Tensor, PartPlan]:
+    """The masks of three entries, the first and the last alike, and their part."""
+    g = torch.Generator().manual_seed(0)
+    masks = torch.rand(2, *shape, generator=g) < torch.tensor([d, d / 8])[:, None, None]
+    masks[:, 1::7] = False
+    return masks[[0, 1, 0]], cuda_row.part(row_layout(masks, (0, 1, 0), (1, 3)))
+
+
+def side_of(part: PartPlan, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Items, splits, indices and order."""
+    columns, items, splits, t_rows, order, t_items, t_splits = part.tensors
+    return (t_items, t_splits, t_rows, order) if transposed else (items, splits, columns, None)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles_hold_every_entry_at_its_place(shape, transposed):
+    masks, part = part_of(shape)
+    numbers = torch.zeros(masks.shape, dtype=torch.int64)
+    numbers[masks] = torch.arange(1, int(masks.sum()) + 1)  # slot + 1
+    numbers = numbers.mT if transposed else numbers
+    rows, inner = numbers.shape[1:]
+    items, _, indices, order = side_of(part, transposed)
+    made = cuda_expand.table(items, indices, order, 3, rows, inner)
+    sizes = cuda_expand.sizes(items, indices, 3, rows, inner)
+    everything = torch.ones(len(sizes), dtype=torch.bool)
+    records = cuda_expand.taken_records(sizes[:, 1], everything)
+    lines = -(-rows // 128)
+    assert sorted(records[:, 0].tolist()) == list(range(3 * lines))
+    assert int(records[:, 2].sum()) == len(made.chunks) - 3
+    found = torch.zeros(3, lines * 128, -(-inner // 64) * 64, dtype=torch.int64)
+    for line, first, count in records.tolist():
+        positions = 0
+        for chunk in range(first, first + count):
+            number, begin = made.chunks[chunk].tolist()
+            end = int(made.chunks[chunk + 1, 1])
+            slot, byte = made.scattered[begin:end].long().T
+            assert end > begin and bool((slot.diff() > 0).all())
+            row, piece, within = byte // 128, byte // 16 % 8, byte // 2 % 8
+            place = 64 * number + (piece ^ (row % 8)) * 8 + within
+            tile = found[line // lines, line % lines * 128 :]
+            assert not tile[row, place].any()
+            tile[row, place] = slot + 1
+            positions += end - begin
+        assert sizes[line].tolist() == [positions, count]
+    assert not made.chunks[-3:, 0].any() and (made.chunks[-3:, 1] == len(indices)).all()
+    assert torch.equal(found[:, :rows, :inner], numbers)
+    assert int(found.count_nonzero()) == len(indices)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 2000)])
+def test_what_is_left_are_the_rows_of_the_other_lines(shape, transposed):
+    _, part = part_of(shape, d=0.9)
+    rows = shape[1 if transposed else 0]
+    items, splits, *_ = side_of(part, transposed)
+    lines = -(-rows // 128)
+    taken = torch.arange(3 * lines) % 2 == 0
+    rest, cut, long = cuda_expand.left(items, splits, taken, rows)
+    away = {e * rows + r for e in range(3) for r in range(rows) if taken[e * lines + r // 128]}
+    assert rest.tolist() == [item for item in items.tolist() if item[0] not in away]
+    assert cut.tolist() == [split for split in splits.tolist() if split[0] not in away]
+    assert ((rest[:, 1] & 0xFFFF) > cuda_row.SHORT).tolist() == [i < long for i in range(len(rest))]
+
+
+def test_which_kernel_it_is_depends_on_nothing_beside_a_line():
+    sizes = torch.tensor([[52_000, 128], [410, 128], [0, 0], [8192, 1], [60, 1]])
+    taken = expand_sm90.chosen(sizes, 8192, 512, 132)
+    assert taken.tolist() == [True, False, False, True, False]
+    for n in range(len(sizes)):
+        assert expand_sm90.chosen(sizes[n : n + 1], 8192, 512, 132).item() == taken[n]
+    # A product too small for the device is cheaper to gather.
+    assert not expand_sm90.chosen(sizes[:1], 128, 64, 132).any()
