@@ -7,7 +7,7 @@
 //   out       (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
 //   x         (F, E, inner, D)  by a 4-D tensor map, any strides, boxes of 64 columns × 64
 //   values    (F, slots)        16-bit elements
-//   scattered (n) int2          slot, byte of the swizzled tile; by line, chunk, slot
+//   scattered (n) int2          slot, 1 + byte of the swizzled tile; by line, chunk, slot
 //   chunks    (c + 3) int2      chunk of 64 inner positions, its first entry; then the end, three times
 //   bounds    (E · rows + 1), indices, order: CSR as spmm_row has it, for what is summed up again
 //   tiles     (n) int4          see walk.cuh; line = entry · groups + group of 128 rows
@@ -23,6 +23,7 @@
 // not finite in x shows: every sum that met it is not finite. Those sums alone are made again, entry by entry.
 #include "types.cuh"
 #include "tma.cuh"
+#include "mma.cuh"
 #include "wgmma.cuh"
 #include "result.cuh"
 #include "walk.cuh"
@@ -32,28 +33,28 @@ constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
 constexpr int kRows = 128, kConsumers = 256, kProducers = 128, kPanels = kWide / 64;
 constexpr u32 kLeft = kRows * 128, kPanel = 64 * 128, kRight = kPanels * kPanel, kStage = kLeft + kRight;
-constexpr int kEach = 8, kPiece = kEach * kProducers;  // entries of a producer's that are under way together
+// Pieces of entries: of each producer, pieces whose values are under way, and pieces that are so themselves.
+constexpr int kEach = 4, kPiece = kEach * kProducers, kDeep = MG_DEEP, kAhead = 4;
 using sum_t = DtypeOf<kPartial ? 2 : kDtype>::type;
 
 // The entries of a tile in pieces of at most kPiece, none of them in two chunks.
 struct Pieces {
-    const int2 *at;
-    int2 now, soon, later;
-    int from, left;
+    const int2 *at;  // of the chunk after this one
+    int from, begin, end, after, left;
 
     __device__ __forceinline__ Pieces(const int2 *chunks, int count)
-        : at(chunks), now(__ldg(at)), soon(__ldg(at + 1)), later(__ldg(at + 2)), from(now.y), left(count) {}
-    __device__ __forceinline__ int count() const { return min(soon.y - from, kPiece); }
-    // Chunk, whether the piece opens it, whether it closes it; −1 after the last piece.
-    __device__ __forceinline__ int note() const {
-        return left <= 0 ? -1 : now.x * 4 + (from == now.y) * 2 + (from + kPiece >= soon.y);
+        : at(chunks + 1), from(__ldg(&chunks->y)), begin(from), end(__ldg(&chunks[1].y)), after(__ldg(&chunks[2].y)), left(count) {}
+    __device__ __forceinline__ int count() const { return left > 0 ? min(end - from, kPiece) : 0; }
+    // Bits: there is a piece; it opens its chunk; it closes it.
+    __device__ __forceinline__ u32 code() const {
+        return left > 0 ? 4 + (from == begin) * 2 + (from + kPiece >= end) : 0;
     }
     __device__ __forceinline__ void next() {
         from += kPiece;
-        if (from < soon.y) return;
+        if (from < end) return;
         --left, ++at;
-        now = soon, soon = later, from = now.y;
-        later = __ldg(at + 2);
+        from = begin = end, end = after;
+        if (left > 0) after = __ldg(&at[1].y);
     }
 };
 
@@ -69,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
+    __shared__ alignas(8) int2 coming[kAhead][kPiece];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -88,68 +90,92 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     if (warp >= kConsumers / 32) {  // producers
         if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         const int mine = threadIdx.x - kConsumers;
-        u32 parity = 1;  // barriers of an empty ring let the first round pass
+        int loading = 0;
+        u32 parity = 1, parity_x = 1;  // barriers of an empty ring let the first round pass
         while (walk.next(tile)) {
-            const int column = tile.w % across * kWide, matrix = tile.w / across, entry = tile.x / groups;
-            const u16 *const from = reinterpret_cast<const u16 *>(values) + matrix * values_free;
             if (tile.z == 0) continue;
+            // Rows of x are asked for as soon as there is room, ahead of the entries that multiply them.
+            const int column = tile.w % across * kWide, entry = tile.x / groups, matrix = tile.w / across;
+            const int2 *chunk = chunks + tile.y;
+            int number = __ldg(&chunk->x), unloaded = tile.z, ahead = 0;
+            const auto load = [&]() {
+                const u32 to = ring + loading * kStage + kLeft, barrier = full + 8 * loading;
+                barrier_expect(barrier, kRight);
+#pragma unroll
+                for (int p = 0; p < kPanels; ++p)
+                    tma_load(to + p * kPanel, x_map, barrier, column + 64 * p, number * 64, entry, matrix);
+                number = __ldg(&(++chunk)->x), --unloaded, ++ahead;
+                if (++loading == kStages) loading = 0, parity_x ^= 1;
+            };
+            const u64 from = reinterpret_cast<u64>(values) + 2 * matrix * values_free;
             Pieces pieces(chunks + tile.y, tile.z);
-            // Entries are looked up two pieces ahead, their values one piece ahead.
-            int2 soon[kEach];
-            int to[kEach];
-            u16 value[kEach];
+            // Each thread asks for entries kAhead pieces before their values, and reads but its own.
+            u32 codes = 0, slot = 0;  // of the pieces under way, the first in the low bits; place in the ring
             const auto ask = [&]() {
-                const int note = pieces.note(), count = note < 0 ? 0 : pieces.count();
+                const int count = pieces.count();
                 const int2 *const at = scattered + pieces.from + mine;
 #pragma unroll
-                for (int u = 0; u < kEach; ++u) {
-                    soon[u].y = -1;
-                    if (mine + u * kProducers < count) soon[u] = __ldg(at + u * kProducers);
+                for (int u = 0; u < kEach; ++u) {  // where there is none: zeros
+                    const bool there = mine + u * kProducers < count;
+                    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(
+                                     shared_address(&coming[slot][mine + u * kProducers])),
+                                 "l"(there ? at + u * kProducers : scattered), "r"(there ? 8 : 0)
+                                 : "memory");
                 }
-                if (note >= 0) pieces.next();
-                return note;
+                copy_commit();
+                slot = (slot + 1) % kAhead;
+                const u32 code = pieces.code();
+                if (code) pieces.next();
+                return code;
             };
-            const auto look_up = [&]() {
+            int to[kDeep][kEach];
+            u16 value[kDeep][kEach];
+            const auto look_up = [&](int d) {
+                copy_wait<kAhead - 1>();
 #pragma unroll
                 for (int u = 0; u < kEach; ++u) {
-                    to[u] = soon[u].y;
-                    if (to[u] >= 0) value[u] = __ldg(from + soon[u].x);
+                    const int2 entry = coming[slot][mine + u * kProducers];
+                    to[d][u] = entry.y;
+                    if (entry.y) value[d][u] = __ldg(reinterpret_cast<const u16 *>(from) + entry.x);
                 }
             };
-            int next = ask();
-            look_up();
-            int upcoming = ask();
-            while (next >= 0) {
-                const int note = next;
-                const u32 at = ring + stage * kStage;
-                if (note & 2) {
-                    barrier_wait(empty + 8 * stage, parity);
-                    if (mine == 0) {
-                        barrier_expect(full + 8 * stage, kRight);
 #pragma unroll
-                        for (int p = 0; p < kPanels; ++p)
-                            tma_load(at + kLeft + p * kPanel, x_map, full + 8 * stage, column + 64 * p, note / 4 * 64,
-                                     entry, matrix);
+            for (int n = 0; n < kAhead; ++n) codes |= ask() << 4 * n;
+#pragma unroll
+            for (int d = 0; d < kDeep; ++d) look_up(d), codes |= ask() << 4 * (kAhead + d);
+            while (codes) {
+#pragma unroll
+                for (int d = 0; d < kDeep; ++d) {
+                    const u32 at = ring + stage * kStage;
+                    if (codes & 2) {
+                        barrier_wait(empty + 8 * stage, parity);
+                        if (mine == 0) {
+                            if (ahead == 0) load();
+                            --ahead;
+                            while (unloaded && ahead < kStages - 1 && barrier_passed(empty + 8 * loading, parity_x)) load();
+                        }
+                        __syncwarp();
+#pragma unroll
+                        for (int n = 0; n < kLeft / 16 / kProducers; ++n)
+                            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + (n * kProducers + mine) * 16),
+                                         "r"(0)
+                                         : "memory");
+                        named_barrier(1, kProducers);
                     }
 #pragma unroll
-                    for (int n = 0; n < kLeft / 16 / kProducers; ++n)
-                        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + (n * kProducers + mine) * 16),
-                                     "r"(0)
-                                     : "memory");
-                    named_barrier(1, kProducers);
+                    for (int u = 0; u < kEach; ++u)
+                        if (to[d][u])
+                            asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + to[d][u] - 1), "h"(value[d][u]) : "memory");
+                    if (codes & 1) {
+                        proxy_fence();
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(full + 8 * stage);
+                        if (++stage == kStages) stage = 0, parity ^= 1;
+                    }
+                    codes >>= 4;
+                    look_up(d);
+                    codes |= ask() << 4 * (kAhead + kDeep - 1);
                 }
-#pragma unroll
-                for (int u = 0; u < kEach; ++u)
-                    if (to[u] >= 0) asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + to[u]), "h"(value[u]) : "memory");
-                if (note & 1) {
-                    proxy_fence();
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(full + 8 * stage);
-                    if (++stage == kStages) stage = 0, parity ^= 1;
-                }
-                next = upcoming;
-                look_up();
-                upcoming = ask();
             }
         }
         return;

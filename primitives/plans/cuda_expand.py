@@ -28,7 +28,7 @@ class Table(NamedTuple):
     """The entries of a row part, or of its transpose, by line and chunk.
 
     Attributes:
-        scattered: int32 (n, 2), slot counted from the part's first and byte of the swizzled tile.
+        scattered: int32 (n, 2), slot counted from the part's first; 1 + byte of the swizzled tile.
         chunks: int32 (c + 3, 2), number along the inner side and first entry.
         bounds: int32 (E * rows + 1,), first position of each row.
     """
@@ -90,7 +90,7 @@ def table(
     row, key, across = _keys(bounds, indices, rows, inner)
     place = indices.long() % INNER
     # Swizzled rows of 128 bytes: 16-byte pieces are exchanged within each row.
-    byte = row * 128 + (((place // 8) ^ (row % 8)) * 8 + place % 8) * 2
+    byte = row * 128 + (((place // 8) ^ (row % 8)) * 8 + place % 8) * 2 + 1
     slot = torch.arange(len(key), device=key.device) if order is None else order.long()
     if order is not None:
         by_slot = torch.argsort(slot)
