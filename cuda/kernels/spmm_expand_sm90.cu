@@ -33,28 +33,37 @@ constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
 constexpr int kRows = 128, kConsumers = 256, kProducers = 128, kPanels = kWide / 64;
 constexpr u32 kLeft = kRows * 128, kPanel = 64 * 128, kRight = kPanels * kPanel, kStage = kLeft + kRight;
-// Pieces of entries: of each producer, pieces whose values are under way, and pieces that are so themselves.
-constexpr int kEach = 4, kPiece = kEach * kProducers, kDeep = MG_DEEP, kAhead = 4;
+constexpr int kFillers = kProducers / 32;  // warps, each with a chunk of its own
+constexpr int kEach = 16, kPiece = kEach * 32;  // entries that a warp has under way
 using sum_t = DtypeOf<kPartial ? 2 : kDtype>::type;
 
-// The entries of a tile in pieces of at most kPiece, none of them in two chunks.
+// The entries of every kFillers-th chunk of a tile in pieces of at most kPiece, none of them in two chunks.
 struct Pieces {
-    const int2 *at;  // of the chunk after this one
-    int from, begin, end, after, left;
+    const int2 *const chunks;
+    int at, number, from, begin, end, left;  // of this chunk: its place, number along the inner side, entries
+    int soon, soon_begin, soon_end;          // of the next
 
-    __device__ __forceinline__ Pieces(const int2 *chunks, int count)
-        : at(chunks + 1), from(__ldg(&chunks->y)), begin(from), end(__ldg(&chunks[1].y)), after(__ldg(&chunks[2].y)), left(count) {}
+    __device__ __forceinline__ Pieces(const int2 *chunks, int first, int count) : chunks(chunks), at(first - kFillers), left(count + 1) {
+        load();
+        enter();
+    }
+    __device__ __forceinline__ void load() {
+        const int2 *const next = chunks + at + kFillers;
+        if (left > 1) soon = __ldg(&next->x), soon_begin = __ldg(&next->y), soon_end = __ldg(&next[1].y);
+    }
+    __device__ __forceinline__ void enter() {
+        number = soon, from = begin = soon_begin, end = soon_end;
+        --left, at += kFillers;
+        load();
+    }
     __device__ __forceinline__ int count() const { return left > 0 ? min(end - from, kPiece) : 0; }
-    // Bits: there is a piece; it opens its chunk; it closes it.
-    __device__ __forceinline__ u32 code() const {
-        return left > 0 ? 4 + (from == begin) * 2 + (from + kPiece >= end) : 0;
+    // Chunk, whether the piece opens it, whether it closes it; −1 after the last piece.
+    __device__ __forceinline__ int note() const {
+        return left > 0 ? number * 4 + (from == begin) * 2 + (from + kPiece >= end) : -1;
     }
     __device__ __forceinline__ void next() {
         from += kPiece;
-        if (from < end) return;
-        --left, ++at;
-        from = begin = end, end = after;
-        if (left > 0) after = __ldg(&at[1].y);
+        if (from >= end) enter();
     }
 };
 
@@ -70,120 +79,97 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
-    __shared__ alignas(8) int2 coming[kAhead][kPiece];
+    __shared__ alignas(8) int2 coming[kFillers][kPiece];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-    // The first tile is asked for while the barriers are made.
-    Walk walk(tiles, each);
     if (threadIdx.x == kConsumers) tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)
-            barrier_init(full + 8 * s, kProducers / 32 + 1), barrier_init(empty + 8 * s, kConsumers / 32);
+            barrier_init(full + 8 * s, 2), barrier_init(empty + 8 * s, kConsumers / 32);
         barrier_init_fence();
     }
     __syncthreads();
 
     int4 tile;
-    int stage = 0;
 
     if (warp >= kConsumers / 32) {  // producers
-        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-        const int mine = threadIdx.x - kConsumers;
-        int loading = 0;
-        u32 parity = 1, parity_x = 1;  // barriers of an empty ring let the first round pass
-        while (walk.next(tile)) {
-            if (tile.z == 0) continue;
-            // Rows of x are asked for as soon as there is room, ahead of the entries that multiply them.
+        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
+        const int mine = warp - kConsumers / 32;
+        Walk walk(tiles, each);
+        int2 *const my = coming[mine] + lane;  // what this lane asks for, and nobody else reads
+        u32 before = 0;                        // chunks of the tiles before
+        for (; walk.next(tile); before += tile.z) {
+            if (mine >= tile.z) continue;
             const int column = tile.w % across * kWide, entry = tile.x / groups, matrix = tile.w / across;
-            const int2 *chunk = chunks + tile.y;
-            int number = __ldg(&chunk->x), unloaded = tile.z, ahead = 0;
-            const auto load = [&]() {
-                const u32 to = ring + loading * kStage + kLeft, barrier = full + 8 * loading;
-                barrier_expect(barrier, kRight);
-#pragma unroll
-                for (int p = 0; p < kPanels; ++p)
-                    tma_load(to + p * kPanel, x_map, barrier, column + 64 * p, number * 64, entry, matrix);
-                number = __ldg(&(++chunk)->x), --unloaded, ++ahead;
-                if (++loading == kStages) loading = 0, parity_x ^= 1;
-            };
-            const u64 from = reinterpret_cast<u64>(values) + 2 * matrix * values_free;
-            Pieces pieces(chunks + tile.y, tile.z);
-            // Each thread asks for entries kAhead pieces before their values, and reads but its own.
-            u32 codes = 0, slot = 0;  // of the pieces under way, the first in the low bits; place in the ring
+            const u16 *const from = reinterpret_cast<const u16 *>(values) + matrix * values_free;
+            Pieces pieces(chunks, tile.y + mine, (tile.z - mine + kFillers - 1) / kFillers);
             const auto ask = [&]() {
-                const int count = pieces.count();
-                const int2 *const at = scattered + pieces.from + mine;
+                const int count = pieces.count() - lane, note = pieces.note();
+                const int2 *const at = scattered + pieces.from + lane;
 #pragma unroll
-                for (int u = 0; u < kEach; ++u) {  // where there is none: zeros
-                    const bool there = mine + u * kProducers < count;
-                    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(
-                                     shared_address(&coming[slot][mine + u * kProducers])),
-                                 "l"(there ? at + u * kProducers : scattered), "r"(there ? 8 : 0)
+                for (int u = 0; u < kEach; ++u)  // zeros where there is none
+                    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(my + 32 * u)),
+                                 "l"(at + 32 * u), "r"(32 * u < count ? 8 : 0)
                                  : "memory");
-                }
                 copy_commit();
-                slot = (slot + 1) % kAhead;
-                const u32 code = pieces.code();
-                if (code) pieces.next();
-                return code;
+                if (note >= 0) pieces.next();
+                return note;
             };
-            int to[kDeep][kEach];
-            u16 value[kDeep][kEach];
-            const auto look_up = [&](int d) {
-                copy_wait<kAhead - 1>();
+            int to[kEach];
+            u16 value[kEach];
+            const auto look_up = [&]() {
+                copy_wait<0>();
 #pragma unroll
                 for (int u = 0; u < kEach; ++u) {
-                    const int2 entry = coming[slot][mine + u * kProducers];
-                    to[d][u] = entry.y;
-                    if (entry.y) value[d][u] = __ldg(reinterpret_cast<const u16 *>(from) + entry.x);
+                    if (u % 8 == 0) __syncwarp();  // fewer at once, in fewer registers
+                    const int2 found = my[32 * u];
+                    to[u] = found.y;
+                    value[u] = __ldg(from + found.x);  // where there is none: of slot 0
                 }
             };
+            // Values are looked up a piece ahead, entries two.
+            int note = ask();
+            look_up();
+            int next = ask();
+            for (u32 n = before + mine; note >= 0; note = next, next = ask()) {
+                const u32 stage = n % kStages, at = ring + stage * kStage;
+                if (note & 2) {
+                    // Barriers of an empty ring let the first round pass.
+                    barrier_wait(empty + 8 * stage, n / kStages % 2 ^ 1);
+                    if (lane == 0) {
+                        barrier_expect(full + 8 * stage, kRight);
 #pragma unroll
-            for (int n = 0; n < kAhead; ++n) codes |= ask() << 4 * n;
-#pragma unroll
-            for (int d = 0; d < kDeep; ++d) look_up(d), codes |= ask() << 4 * (kAhead + d);
-            while (codes) {
-#pragma unroll
-                for (int d = 0; d < kDeep; ++d) {
-                    const u32 at = ring + stage * kStage;
-                    if (codes & 2) {
-                        barrier_wait(empty + 8 * stage, parity);
-                        if (mine == 0) {
-                            if (ahead == 0) load();
-                            --ahead;
-                            while (unloaded && ahead < kStages - 1 && barrier_passed(empty + 8 * loading, parity_x)) load();
-                        }
-                        __syncwarp();
-#pragma unroll
-                        for (int n = 0; n < kLeft / 16 / kProducers; ++n)
-                            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + (n * kProducers + mine) * 16),
-                                         "r"(0)
-                                         : "memory");
-                        named_barrier(1, kProducers);
+                        for (int p = 0; p < kPanels; ++p)
+                            tma_load(at + kLeft + p * kPanel, x_map, full + 8 * stage, column + 64 * p, note / 4 * 64,
+                                     entry, matrix);
                     }
 #pragma unroll
-                    for (int u = 0; u < kEach; ++u)
-                        if (to[d][u])
-                            asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + to[d][u] - 1), "h"(value[d][u]) : "memory");
-                    if (codes & 1) {
-                        proxy_fence();
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(full + 8 * stage);
-                        if (++stage == kStages) stage = 0, parity ^= 1;
-                    }
-                    codes >>= 4;
-                    look_up(d);
-                    codes |= ask() << 4 * (kAhead + kDeep - 1);
+                    for (int i = 0; i < kLeft / 512; ++i)
+                        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + lane * 16 + i * 512), "r"(0)
+                                     : "memory");
+                    __syncwarp();
                 }
+#pragma unroll
+                for (int u = 0; u < kEach; ++u)
+                    if (to[u]) asm volatile("st.shared.u16 [%0], %1;" ::"r"(at + to[u] - 1), "h"(value[u]) : "memory");
+                if (note & 1) {
+                    proxy_fence();
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(full + 8 * stage);
+                    n += kFillers;
+                }
+                look_up();
             }
         }
         return;
     }
 
-    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
     const int group = warp / 4;
+    int stage = 0;
     u32 parity = 0;
+    Walk walk(tiles, each);
 
     while (walk.next(tile)) {
         float acc[kWide / 2];

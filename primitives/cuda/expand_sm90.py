@@ -26,8 +26,6 @@ from .block_sm90 import CODES, TILES, laid_out, operand_map, walks
 # Stages of 128 × 64 of S and 64 rows of x, by columns of a CTA.
 STAGES = {64: 8, 128: 6, 256: 4}
 THREADS = 384
-# Pieces of entries whose values are under way.
-DEEP = 3
 # Cycles of a multiprocessor: of a product with a tile, by columns of a CTA; of expanding a tile and
 # each entry of it, where that takes longer.
 PRODUCT = {64: 300, 128: 600, 256: 1200}
@@ -201,7 +199,6 @@ def spmm_request(dtype: torch.dtype, wide: int, transposed: bool, partial: bool)
         "DTYPE": CODES[dtype],
         "WIDE": wide,
         "STAGES": STAGES[wide],
-        "DEEP": DEEP,
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }
