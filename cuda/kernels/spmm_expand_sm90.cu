@@ -1,7 +1,7 @@
 // spmm_expand_sm90: out = scale · S x or scale · Sᵀ x, S of single entries, on wgmma.
 //
-// A CTA takes 128 rows and walks the chunks of 64 inner positions that hold an entry of them. One warpgroup
-// spreads a chunk's entries over a dense 128 × 64 tile in shared memory, where the others multiply it: many
+// A CTA takes kRows rows and walks the chunks of 64 inner positions that hold an entry of them. One warpgroup
+// spreads a chunk's entries over a dense tile in shared memory, where the others multiply it: many
 // columns of x then cost what a dense product costs, and not a gathered row for every entry.
 //
 //   out       (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
@@ -10,12 +10,12 @@
 //   scattered (n) int2          slot, 1 + byte of the swizzled tile; by line, chunk, slot
 //   chunks    (c + 3) int2      chunk of 64 inner positions, its first entry; then the end, three times
 //   bounds    (E · rows + 1), indices, order: CSR as spmm_row has it, for what is summed up again
-//   tiles     (n) int4          see walk.cuh; line = entry · groups + group of 128 rows
+//   tiles     (n) int4          see walk.cuh; line = entry · groups + group of kRows rows
 //
-//   grid   CTAs that walk their tiles of 128 rows × kWide columns
-//   block  256 consumers + 128 producers
-//   smem   kStages of 128 × 64 of S and 64 × kWide of x
-//   floor  2 · chunks · 128 · 64 · D FLOP at 800 TFLOP/s; shared memory: 80 B of operands a cycle of products,
+//   grid   CTAs that walk their tiles of kRows × kWide columns
+//   block  2 · kRows consumers + 128 producers
+//   smem   kStages of kRows × 64 of S and 64 × kWide of x
+//   floor  2 · chunks · kRows · 64 · D FLOP at 800 TFLOP/s; shared memory: 80 B of operands a cycle of products,
 //          and the tiles' coming in, of 128
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x, fewer than 2³¹ slots, no run-time mask
 //
@@ -28,11 +28,14 @@
 #include "result.cuh"
 #include "walk.cuh"
 
-constexpr int kWide = MG_WIDE, kStages = MG_STAGES;
+constexpr int kRows = MG_ROWS, kWide = MG_WIDE, kStages = MG_STAGES;
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
+static_assert(kRows == 64 || kRows == 128, "ROWS must be 64 or 128");
 static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
-constexpr int kRows = 128, kConsumers = 256, kProducers = 128, kPanels = kWide / 64;
+constexpr int kConsumers = 2 * kRows, kProducers = 128, kPanels = kWide / 64;
 constexpr u32 kLeft = kRows * 128, kPanel = 64 * 128, kRight = kPanels * kPanel, kStage = kLeft + kRight;
+// Sums of 256 columns leave no room for a fair share of registers.
+constexpr bool kUneven = kWide == 256 && kConsumers == 256;
 constexpr int kFillers = kProducers / 32;  // warps, each with a chunk of its own
 constexpr int kEach = 16, kPiece = kEach * 32;  // entries that a warp has under way
 using sum_t = DtypeOf<kPartial ? 2 : kDtype>::type;
@@ -94,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     int4 tile;
 
     if (warp >= kConsumers / 32) {  // producers
-        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
+        if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
         const int mine = warp - kConsumers / 32;
         Walk walk(tiles, each);
         int2 *const my = coming[mine] + lane;  // what this lane asks for, and nobody else reads
@@ -165,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         return;
     }
 
-    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+    if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
     const int group = warp / 4;
     int stage = 0;
     u32 parity = 0;
@@ -211,20 +214,32 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
 
         __syncwarp();  // what other lanes stored is read below
         const int column = column0 + lane * 8;
+        const bool mine = lane * 8 < kWide && column < width;
+        const operand_t *const from = x + matrix * x_free + entry * x_entry + column;
 #pragma unroll 1
         for (int n = 0; n < 16 && row0 + n < rows; ++n) {
-            if (!((n < 8 ? bad_low : bad_high) >> (n % 8 * 4) & 15) || lane * 8 >= kWide || column >= width) continue;
-            const operand_t *const from = x + matrix * x_free + entry * x_entry + column;
+            if (!((n < 8 ? bad_low : bad_high) >> (n % 8 * 4) & 15)) continue;
             float sum[8] = {};
             const int *const ends = bounds + static_cast<i64>(entry) * rows + row0 + n;
-#pragma unroll 4
-            for (int i = __ldg(ends); i < __ldg(ends + 1); ++i) {
-                const int slot = kTransposed ? __ldg(order + i) : i;
-                const float weight = to_float(values[matrix * values_free + slot]);
-                const Vec<operand_t> right = global16(from + __ldg(indices + i) * x_row);
+            const int end = __ldg(ends + 1);
+            for (int i = __ldg(ends); i < end; i += 32) {
+                int index = 0;
+                float weight = 0.f;
+                if (i + lane < end) {
+                    index = __ldg(indices + i + lane);
+                    weight = to_float(values[matrix * values_free + (kTransposed ? __ldg(order + i + lane) : i + lane)]);
+                }
+#pragma unroll 8
+                for (int k = 0; k < min(32, end - i); ++k) {
+                    const int j = __shfl_sync(0xFFFFFFFFu, index, k);
+                    const float w = __shfl_sync(0xFFFFFFFFu, weight, k);
+                    if (!mine) continue;
+                    const Vec<operand_t> right = global16(from + j * x_row);
 #pragma unroll
-                for (int c = 0; c < 8; ++c) sum[c] = fmaf(weight, to_float(right.at[c]), sum[c]);
+                    for (int c = 0; c < 8; ++c) sum[c] = fmaf(w, to_float(right.at[c]), sum[c]);
+                }
             }
+            if (!mine) continue;
             sum_t *const line = to + static_cast<i64>(row0 + n) * width + column;
 #pragma unroll
             for (int c = 0; c < 8; ++c)

@@ -23,15 +23,13 @@ from ..plans import cuda_expand
 from ..plans.plan import PartPlan
 from .block_sm90 import CODES, TILES, laid_out, operand_map, walks
 
-# Stages of 128 × 64 of S and 64 rows of x, by columns of a CTA.
+# Stages of 64 inner positions of S and x, by columns of a CTA.
 STAGES = {64: 8, 128: 6, 256: 4}
-THREADS = 384
-# Cycles of a multiprocessor: of a product with a tile, by columns of a CTA; of expanding a tile and
-# each entry of it, where that takes longer.
-PRODUCT = {64: 300, 128: 600, 256: 1200}
-EXPANSION, ENTRY = 450, 0.7
+# Cycles of a multiprocessor: of a tile, by rows and columns of a CTA, and of each entry in it.
+TILE = {64: {64: 480, 128: 600, 256: 780}, 128: {64: 600, 128: 730, 256: 1150}}
+ENTRY = 0.8
 # Bytes of rows of x that it gathers in a cycle.
-GATHER = 39
+GATHER = 44
 
 
 def _hopper(index: int) -> bool:
@@ -78,6 +76,7 @@ def spmm(
         return part
     entries, rows, width = out.shape[1:]
     inner, wide = x.shape[2], wide_of(width)
+    tall = tall_of(rows, width, there.multiprocessors)
     indices, items = part.tensors[3 if transposed else 0], part.tensors[5 if transposed else 1]
     made = derived(
         items,
@@ -88,21 +87,21 @@ def spmm(
         return part
     tables = derived(
         items,
-        "expanded",
+        ("expanded", tall),
         lambda: cuda_expand.table(
-            items, indices, order if transposed else None, entries, rows, inner
+            items, indices, order if transposed else None, entries, rows, inner, tall
         ),
     )
     x = laid_out(x)
     partial = out.dtype == torch.float32
     lines, across = made.records.shape[0], -(-width // wide)
-    run = kernel(spmm_request(x.dtype, wide, transposed, partial), there.index)
+    run = kernel(spmm_request(x.dtype, tall, wide, transposed, partial), there.index)
     for start in range(0, out.shape[0], step := max(1, TILES // (lines * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
         tiles = walks(made.records, across, to.shape[0], there.multiprocessors)
         run(
             (tiles.shape[0],),
-            THREADS,
+            2 * tall + 128,
             (
                 operand_map(right, cuda_expand.INNER),
                 weights.data_ptr() + part.starts[0] * values.element_size(),
@@ -116,7 +115,7 @@ def spmm(
                 tables.bounds.data_ptr(),
                 indices.data_ptr(),
                 order.data_ptr() if transposed else 0,
-                np.int32(-(-rows // cuda_expand.ROWS)),
+                np.int32(-(-rows // tall)),
                 np.int32(entries),
                 np.int32(across),
                 np.float32(scale),
@@ -124,7 +123,7 @@ def spmm(
                 np.int32(rows),
                 np.int32(width),
             ),
-            shared(wide),
+            shared(tall, wide),
         )
     if made.items is None or made.splits is None:
         return None
@@ -141,9 +140,14 @@ def wide_of(width: int) -> int:
     return 64 if width <= 64 else 128 if width <= 128 else 256
 
 
-def shared(wide: int) -> int:
+def tall_of(rows: int, width: int, multiprocessors: int) -> int:
+    """Rows of a CTA: fewer where there would be too few CTAs, if this were the only matrix."""
+    return 128 if -(-rows // 128) * -(-width // wide_of(width)) > 0.7 * multiprocessors else 64
+
+
+def shared(tall: int, wide: int) -> int:
     """Dynamic shared memory of a CTA, bytes."""
-    return STAGES[wide] * 128 * (cuda_expand.ROWS + wide) + 1024
+    return STAGES[wide] * 128 * (tall + wide) + 1024
 
 
 def chosen(sizes: Tensor, rows: int, width: int, multiprocessors: int) -> Tensor:
@@ -156,13 +160,13 @@ def chosen(sizes: Tensor, rows: int, width: int, multiprocessors: int) -> Tensor
         multiprocessors: of the device.
     """
     positions, chunks = sizes.double().unbind(1)
-    wide = wide_of(width)
+    wide, tall = wide_of(width), tall_of(rows, width, multiprocessors)
     across = -(-width // wide)
-    tile = (EXPANSION + ENTRY * positions / chunks.clamp(min=1)).clamp(min=PRODUCT[wide])
+    tiles = TILE[tall][wide] * chunks + ENTRY * positions
     # Multiprocessors without a tile, if this were the only matrix and entry: which kernel it is
     # must not depend on the others.
-    idle = max(1.0, multiprocessors / (-(-rows // cuda_expand.ROWS) * across))
-    return tile * chunks * across * idle < positions * width * 2 / GATHER
+    idle = max(1.0, multiprocessors / (-(-rows // tall) * across))
+    return tiles * across * idle < positions * width * 2 / GATHER
 
 
 def _lines(
@@ -176,8 +180,11 @@ def _lines(
 ) -> Lines:
     indices = part.tensors[3 if transposed else 0]
     items, splits = part.tensors[5:7] if transposed else part.tensors[1:3]
+    tall = tall_of(rows, width, multiprocessors)
     sizes = derived(
-        items, "sizes", lambda: cuda_expand.sizes(items, indices, entries, rows, inner)
+        items,
+        ("sizes", tall),
+        lambda: cuda_expand.sizes(items, indices, entries, rows, inner, tall),
     )
     taken = chosen(sizes, rows, width, multiprocessors)
     if not taken.any():
@@ -186,17 +193,20 @@ def _lines(
     records = cuda_expand.taken_records(sizes[:, 1].to(items.device), there)
     if taken.all():
         return Lines(records, None, None, [])
-    items, splits, long = cuda_expand.left(items, splits, there, rows)
+    items, splits, long = cuda_expand.left(items, splits, there, rows, tall)
     # Partial results keep their places.
     partials = part.scalars[2 if transposed else 0] if splits.shape[0] else 0
     return Lines(records, items, splits, [partials, long])
 
 
 @functools.lru_cache(maxsize=64)
-def spmm_request(dtype: torch.dtype, wide: int, transposed: bool, partial: bool) -> Request:
+def spmm_request(
+    dtype: torch.dtype, tall: int, wide: int, transposed: bool, partial: bool
+) -> Request:
     """The kernel; ``partial`` writes float32."""
     constants = {
         "DTYPE": CODES[dtype],
+        "ROWS": tall,
         "WIDE": wide,
         "STAGES": STAGES[wide],
         "TRANSPOSED": int(transposed),

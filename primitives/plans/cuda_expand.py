@@ -1,6 +1,6 @@
 """Row parts as the kernel that expands them to dense tiles takes them, made from ``cuda_row.part``.
 
-A line is 128 rows of the result, a chunk 64 inner positions that some row of a line has an entry at:
+A line is 64 or 128 (``tall``) rows of the result, a chunk 64 inner positions that some row of a line has an entry at:
 
     4 × 6, in lines of 2 and chunks of 3        line 0: chunk 0 of a, c;  chunk 1 of b
         a . . . . b                             line 1: chunk 1 of d, e
@@ -19,7 +19,7 @@ from torch import Tensor
 from .cuda_block import longest_first, records, running
 from .cuda_row import SHORT
 
-ROWS, INNER = 128, 64  # spmm_expand_sm90: a tile of S
+INNER = 64  # spmm_expand_sm90: inner positions of a tile of S
 # Rows behind the last chunk, which producers read ahead.
 AHEAD = 3
 
@@ -45,17 +45,21 @@ def row_bounds(items: Tensor, rows: int) -> Tensor:
     return running(counts)
 
 
-def _keys(bounds: Tensor, indices: Tensor, rows: int, inner: int) -> tuple[Tensor, Tensor, int]:
+def _keys(
+    bounds: Tensor, indices: Tensor, rows: int, inner: int, tall: int
+) -> tuple[Tensor, Tensor, int]:
     """Row of each position; line * chunks of a line + chunk; chunks of a line."""
-    lines, across = -(-rows // ROWS), max(-(-inner // INNER), 1)
+    lines, across = -(-rows // tall), max(-(-inner // INNER), 1)
     row = torch.arange(len(bounds) - 1, device=bounds.device)
-    line = row // rows * lines + row % rows // ROWS
-    row = torch.repeat_interleave(row % rows % ROWS, bounds.diff().long())
+    line = row // rows * lines + row % rows // tall
+    row = torch.repeat_interleave(row % rows % tall, bounds.diff().long())
     line = torch.repeat_interleave(line, bounds.diff().long())
     return row, line * across + indices.long() // INNER, across
 
 
-def sizes(items: Tensor, indices: Tensor, entries: int, rows: int, inner: int) -> Tensor:
+def sizes(
+    items: Tensor, indices: Tensor, entries: int, rows: int, inner: int, tall: int
+) -> Tensor:
     """int64 (lines, 2) on the CPU: positions and chunks of each line.
 
     Args:
@@ -64,17 +68,18 @@ def sizes(items: Tensor, indices: Tensor, entries: int, rows: int, inner: int) -
         entries: E.
         rows: of the result, of one entry.
         inner: positions that are summed over.
+        tall: rows of a line.
     """
     bounds = row_bounds(items, entries * rows)
-    _, key, across = _keys(bounds, indices, rows, inner)
-    lines = entries * -(-rows // ROWS)
+    _, key, across = _keys(bounds, indices, rows, inner, tall)
+    lines = entries * -(-rows // tall)
     positions = torch.bincount(key // across, minlength=lines)
     chunks = torch.bincount(torch.unique(key) // across, minlength=lines)
     return torch.stack([positions, chunks], 1).cpu()
 
 
 def table(
-    items: Tensor, indices: Tensor, order: Tensor | None, entries: int, rows: int, inner: int
+    items: Tensor, indices: Tensor, order: Tensor | None, entries: int, rows: int, inner: int, tall: int
 ) -> Table:
     """All entries by line, chunk and slot.
 
@@ -85,9 +90,10 @@ def table(
         entries: E.
         rows: of the result, of one entry.
         inner: positions that are summed over.
+        tall: rows of a line.
     """
     bounds = row_bounds(items, entries * rows)
-    row, key, across = _keys(bounds, indices, rows, inner)
+    row, key, across = _keys(bounds, indices, rows, inner, tall)
     place = indices.long() % INNER
     # Swizzled rows of 128 bytes: 16-byte pieces are exchanged within each row.
     byte = row * 128 + (((place // 8) ^ (row % 8)) * 8 + place % 8) * 2 + 1
@@ -117,14 +123,14 @@ def taken_records(chunks: Tensor, taken: Tensor) -> Tensor:
 
 
 def left(
-    items: Tensor, splits: Tensor, taken: Tensor, rows: int
+    items: Tensor, splits: Tensor, taken: Tensor, rows: int, tall: int
 ) -> tuple[Tensor, Tensor, int]:
     """The row items and splits of the lines that are not taken, and how many items are long."""
-    lines = -(-rows // ROWS)
+    lines = -(-rows // tall)
 
     def open_(row: Tensor) -> Tensor:
         row = row.long()
-        return ~taken[row // rows * lines + row % rows // ROWS]
+        return ~taken[row // rows * lines + row % rows // tall]
 
     rest = items[open_(items[:, 0])].contiguous()
     long = int(((rest[:, 1] & 0xFFFF) > SHORT).sum())

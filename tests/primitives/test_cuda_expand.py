@@ -34,24 +34,25 @@ def hopper():
         pytest.skip("spmm_expand_sm90 needs sm_90a")
 
 
-@pytest.fixture(params=["all", "every other"], autouse=True)
-def expanded(request, monkeypatch):
-    """Which lines are expanded, whatever they cost."""
-
-    def chosen(sizes, rows, width, multiprocessors):
-        step = 1 if request.param == "all" else 2
-        return torch.arange(len(sizes)) % step == 0
-
+@pytest.fixture(
+    params=[(1, 64), (1, 128), (2, 128)], ids=["all, 64", "all, 128", "every other"], autouse=True
+)
+def step(request, monkeypatch):
+    """Which lines are expanded, and their rows, whatever that costs."""
+    every, tall = request.param
     clear_caches()  # of calls prepared for other kernels
-    monkeypatch.setattr(expand_sm90, "chosen", chosen)
-    yield request.param
+    monkeypatch.setattr(
+        expand_sm90, "chosen", lambda sizes, *_: torch.arange(len(sizes)) % every == 0
+    )
+    monkeypatch.setattr(expand_sm90, "tall_of", lambda *_: tall)
+    yield every
     clear_caches()
 
 
 @pytest.fixture
-def all_expanded(expanded, monkeypatch):
+def all_expanded(step, monkeypatch):
     """Every line is; nothing is left to gather."""
-    if expanded != "all":
+    if step > 1:
         pytest.skip("of what is expanded alone")
     monkeypatch.setattr(row, "spmm_row", None)
 

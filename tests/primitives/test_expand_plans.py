@@ -26,23 +26,24 @@ def side_of(part: PartPlan, transposed: bool) -> tuple[Tensor, Tensor, Tensor, T
     return (t_items, t_splits, t_rows, order) if transposed else (items, splits, columns, None)
 
 
+@pytest.mark.parametrize("tall", [64, 128])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiles_hold_every_entry_at_its_place(shape, transposed):
+def test_tiles_hold_every_entry_at_its_place(shape, transposed, tall):
     masks, part = part_of(shape)
     numbers = torch.zeros(masks.shape, dtype=torch.int64)
     numbers[masks] = torch.arange(1, int(masks.sum()) + 1)  # slot + 1
     numbers = numbers.mT if transposed else numbers
     rows, inner = numbers.shape[1:]
     items, _, indices, order = side_of(part, transposed)
-    made = cuda_expand.table(items, indices, order, 3, rows, inner)
-    sizes = cuda_expand.sizes(items, indices, 3, rows, inner)
+    made = cuda_expand.table(items, indices, order, 3, rows, inner, tall)
+    sizes = cuda_expand.sizes(items, indices, 3, rows, inner, tall)
     everything = torch.ones(len(sizes), dtype=torch.bool)
     records = cuda_expand.taken_records(sizes[:, 1], everything)
-    lines = -(-rows // 128)
+    lines = -(-rows // tall)
     assert sorted(records[:, 0].tolist()) == list(range(3 * lines))
     assert int(records[:, 2].sum()) == len(made.chunks) - 3
-    found = torch.zeros(3, lines * 128, -(-inner // 64) * 64, dtype=torch.int64)
+    found = torch.zeros(3, lines * tall, -(-inner // 64) * 64, dtype=torch.int64)
     for line, first, count in records.tolist():
         positions = 0
         for chunk in range(first, first + count):
@@ -53,7 +54,7 @@ def test_tiles_hold_every_entry_at_its_place(shape, transposed):
             byte = byte - 1
             row, piece, within = byte // 128, byte // 16 % 8, byte // 2 % 8
             place = 64 * number + (piece ^ (row % 8)) * 8 + within
-            tile = found[line // lines, line % lines * 128 :]
+            tile = found[line // lines, line % lines * tall :]
             assert not tile[row, place].any()
             tile[row, place] = slot + 1
             positions += end - begin
@@ -63,16 +64,17 @@ def test_tiles_hold_every_entry_at_its_place(shape, transposed):
     assert int(found.count_nonzero()) == len(indices)
 
 
+@pytest.mark.parametrize("tall", [64, 128])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 2000)])
-def test_what_is_left_are_the_rows_of_the_other_lines(shape, transposed):
+def test_what_is_left_are_the_rows_of_the_other_lines(shape, transposed, tall):
     _, part = part_of(shape, d=0.9)
     rows = shape[1 if transposed else 0]
     items, splits, *_ = side_of(part, transposed)
-    lines = -(-rows // 128)
+    lines = -(-rows // tall)
     taken = torch.arange(3 * lines) % 2 == 0
-    rest, cut, long = cuda_expand.left(items, splits, taken, rows)
-    away = {e * rows + r for e in range(3) for r in range(rows) if taken[e * lines + r // 128]}
+    rest, cut, long = cuda_expand.left(items, splits, taken, rows, tall)
+    away = {e * rows + r for e in range(3) for r in range(rows) if taken[e * lines + r // tall]}
     assert rest.tolist() == [item for item in items.tolist() if item[0] not in away]
     assert cut.tolist() == [split for split in splits.tolist() if split[0] not in away]
     assert ((rest[:, 1] & 0xFFFF) > cuda_row.SHORT).tolist() == [i < long for i in range(len(rest))]
