@@ -93,6 +93,8 @@ def spmm(
         ),
     )
     x = laid_out(x)
+    if any(x.stride(d) % 8 for d in range(3)):  # of dimensions of one index, which a map has too
+        x = x.clone(memory_format=torch.contiguous_format)
     partial = out.dtype == torch.float32
     lines, across = made.records.shape[0], -(-width // wide)
     run = kernel(spmm_request(x.dtype, tall, wide, transposed, partial), there.index)

@@ -5,7 +5,10 @@ import torch
 from cases import row_layout
 from torch import Tensor
 
-from mixgrain.primitives.cuda import expand_sm90
+from mixgrain.cuda.device import pretending
+from mixgrain.cuda.recording import Launch, Recording, recorded
+from mixgrain.primitives.cuda import expand_sm90, launch_code
+from mixgrain.primitives.cuda.calls import describe
 from mixgrain.primitives.plans import cuda_expand, cuda_row
 from mixgrain.primitives.plans.plan import PartPlan
 
@@ -88,3 +91,41 @@ def test_which_kernel_it_is_depends_on_nothing_beside_a_line():
         assert expand_sm90.chosen(sizes[n : n + 1], 8192, 512, 132).item() == taken[n]
     # A product too small for the device is cheaper to gather.
     assert not expand_sm90.chosen(sizes[:1], 128, 64, 132).any()
+
+
+HALF, FLOAT = torch.float16, torch.float32
+
+
+def launched(
+    name: str, arch: str, x: Tensor, value: torch.dtype = HALF, keep: Tensor | None = None
+) -> list[str]:
+    """The kernels of a product with 1000 × 700, half of which is kept in one of two entries."""
+    g = torch.Generator().manual_seed(0)
+    masks = torch.rand(2, 1000, 700, generator=g) < torch.tensor([0.5, 0.001])[:, None, None]
+    plan = cuda_row.cuda(row_layout(masks, (0, 1), (1, 2)))
+    values = torch.empty(x.shape[0], plan.dims[0], dtype=value)
+    recording = Recording(0)
+    described = describe(recording, (values, x, keep, False, *plan, 1.0, x.dtype))
+    with pretending(arch), recorded(recording):
+        launch_code(name)(*described)
+    return [step.kernel.wanted.name for step in recording.steps if isinstance(step, Launch)]
+
+
+@pytest.mark.parametrize("name, inner", [("spmm", 700), ("spmm_t", 1000)])
+def test_dense_lines_are_expanded_and_thin_ones_gathered(name, inner):
+    x = torch.empty(1, 2, inner, 1024, dtype=HALF)
+    both = launched(name, "90a", x)
+    assert both[0] == "spmm_expand_sm90" and set(both[1:]) == {"spmm_row"}
+    assert set(launched(name, "90a", x.expand(70, -1, -1, -1))) == set(both)
+    odd = torch.empty(1, 2 * inner * 1024 + 3, dtype=HALF)[:, :-3].view(1, 2, inner, 1024)
+    assert launched(name, "90a", odd) == both
+    # What there is no expansion for: other devices, dtypes, masks, few columns.
+    keep = torch.ones(1, 2, 700, dtype=torch.bool)
+    for others in (
+        launched(name, "90", x),
+        launched(name, "90a", x.float(), FLOAT),
+        launched(name, "90a", x, FLOAT),
+        launched(name, "90a", x, keep=keep),
+        launched(name, "90a", x[..., :8].contiguous()),
+    ):
+        assert "spmm_row" in others and "spmm_expand_sm90" not in others
