@@ -1,8 +1,8 @@
 // spmm_expand_sm90: out = scale · S x or scale · Sᵀ x, S of single entries, on wgmma.
 //
-// A CTA takes kRows rows and walks the chunks of 64 inner positions that hold an entry of them. One warpgroup
-// spreads a chunk's entries over a dense tile in shared memory, where the others multiply it: many
-// columns of x then cost what a dense product costs, and not a gathered row for every entry.
+// A CTA takes kRows rows and walks the chunks of 64 inner positions that hold an entry of them. Each producer
+// warp spreads the entries of a chunk of its own over a dense tile in shared memory, where the consumers
+// multiply it: many columns of x then cost what a dense product costs, not a gathered row for every entry.
 //
 //   out       (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
 //   x         (F, E, inner, D)  by a 4-D tensor map, any strides, boxes of 64 columns × 64
@@ -14,16 +14,17 @@
 //
 //   grid   CTAs that walk their tiles of kRows × kWide columns
 //   block  2 · kRows consumers + 128 producers
-//   smem   kStages of kRows × 64 of S and 64 × kWide of x
+//   smem   kStages of kRows × 64 of S and 64 × kWide of x; 512 entries of each producer warp
 //   floor  2 · chunks · kRows · 64 · D FLOP at 800 TFLOP/s; shared memory: 80 B of operands a cycle of products,
 //          and the tiles' coming in, of 128
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x, fewer than 2³¹ slots, no run-time mask
 //
 // A dense tile multiplies rows of x that a row of S has no use for by zero, and 0 · NaN is NaN. So all that is
-// not finite in x shows: every sum that met it is not finite. Those sums alone are made again, entry by entry.
+// not finite in x shows: every sum that met it is not finite. Those sums alone are made again, entry by entry,
+// which takes longer than gathering all of it in the first place would have.
 #include "types.cuh"
 #include "tma.cuh"
-#include "mma.cuh"
+#include "copy.cuh"
 #include "wgmma.cuh"
 #include "result.cuh"
 #include "walk.cuh"
@@ -132,6 +133,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
                 }
             };
             // Values are looked up a piece ahead, entries two.
+            copy_wait<0>();  // for what was asked for after the last piece of the tile before
             int note = ask();
             look_up();
             int next = ask();
