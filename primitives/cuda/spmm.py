@@ -14,7 +14,7 @@ from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import kernel
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm, nm_within, panel, row, tile
+from . import block, expand_sm90, nm, nm_within, panel, row, tile
 from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
 
@@ -129,7 +129,11 @@ def _product(
     size = (*size[:3], x.shape[3])
     if len(parts) == 1:
         out = x.new_empty(size, dtype=dtype)
-        _KINDS[parts[0].kind](out, values, x, keep, keep_rows, parts[0], scale, transposed, False)
+        left: PartPlan | None = parts[0]
+        if parts[0].kind == "crow" and keep is None:
+            left = expand_sm90.spmm(out, values, x, parts[0], scale, transposed)
+        if left is not None:
+            _KINDS[left.kind](out, values, x, keep, keep_rows, left, scale, transposed, False)
         return out[..., :width].contiguous()
     # Each lane is summed in the order of its parts, then coarse + fine: always the same bits.
     sums: dict[bool, Tensor] = {}

@@ -8,7 +8,14 @@ import torch
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import build
 from mixgrain.cuda.errors import MissingError
-from mixgrain.primitives.cuda import block_sm90, nm_scores, nm_sm90, tile_thin, union_sm90
+from mixgrain.primitives.cuda import (
+    block_sm90,
+    expand_sm90,
+    nm_scores,
+    nm_sm90,
+    tile_thin,
+    union_sm90,
+)
 
 try:
     nvrtc.library()
@@ -29,6 +36,9 @@ def requests():
     for size, dtype, wide in itertools.product((16, 32), HALVES, union_sm90.STAGES):
         for transposed, partial in itertools.product((False, True), (False, True)):
             yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
+    for tall, dtype, wide in itertools.product((64, 128), HALVES, expand_sm90.STAGES):
+        for transposed, partial in itertools.product((False, True), (False, True)):
+            yield expand_sm90.spmm_request(dtype, tall, wide, transposed, partial)
     flags = itertools.product((False, True), repeat=4)
     for (within, given, keep, first), panels in itertools.product(flags, nm_scores.CUTS):
         # What differs by dtype and by n:m is one instruction, or a few left out.
@@ -73,6 +83,8 @@ def test_shared_memory_fits_a_multiprocessor(size, width):
     cut = block_sm90.tile(size, width)
     assert cut.shared(size) <= 232_448 - 1024  # the static barriers besides
     assert union_sm90.spmm_shared(union_sm90.wide_of(width)) <= 232_448 - 1024
+    # Its static memory: barriers, and 8 bytes of every entry under way.
+    assert expand_sm90.shared(128, expand_sm90.wide_of(width)) <= 232_448 - 1024 - 4 * 512 * 8
     panels = -(-min(width, 256) // 64)
     for within in (False, True):
         needed, ctas = nm_scores.sm90_shared(within, panels), nm_scores.CUTS[panels][2]
