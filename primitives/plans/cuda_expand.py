@@ -1,10 +1,11 @@
 """Row parts as the kernel that expands them to dense tiles takes them, made from ``cuda_row.part``.
 
-A line is 64 or 128 (``tall``) rows of the result, a chunk 64 inner positions that some row of a line has an entry at:
+A line is 64 or 128 (``tall``) rows of the result, a chunk 64 inner positions that some row of a
+line has an entry at:
 
     4 × 6, in lines of 2 and chunks of 3        line 0: chunk 0 of a, c;  chunk 1 of b
         a . . . . b                             line 1: chunk 1 of d, e
-        . c . . . .                             scattered: a c b d e, each with its place in the tile
+        . c . . . .                             scattered: a c b d e, with places in their tiles
         . . . d . .                             chunks: (0, 0) (1, 2) (1, 3) and the end (0, 5) × 3
         . . . . e .                             sizes: (3, 2) (2, 1), positions and chunks
 """
