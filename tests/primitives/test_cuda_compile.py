@@ -118,7 +118,8 @@ def chosen(arch: str) -> list[service.Request]:
     for wanted in found:
         by_name.setdefault(wanted.name, []).append(wanted)
     step = 9 if arch in ("80", "90a") else 37
-    return [w for all_of in by_name.values() for w in all_of[::step]] + rounded() + tile_cuts(arch)
+    some = [w for all_of in by_name.values() for w in all_of[::step]] + rounded() + tile_cuts(arch)
+    return list(dict.fromkeys(some))  # what is built twice comes from the cache
 
 
 def _warned(wanted: service.Request, log: str) -> bool:
