@@ -179,10 +179,9 @@ def _kept(keep: Tensor, work: Work, found: Tables) -> tuple[Tensor, Tensor | Non
 
 
 def _step(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor:
-    """What torch does of the call that is being recorded."""
+    """What torch does of a call, which may be being recorded."""
     recording = current()
-    assert recording is not None
-    made: Any = recording.work(function, arguments, {})
+    made: Any = recording.work(function, arguments, {}) if recording else function(*arguments)
     result: Tensor = made
     return result
 

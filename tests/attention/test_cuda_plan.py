@@ -1,8 +1,8 @@
 """Plans of the fused CUDA kernels, made on the CPU and read literally."""
 
-import contextlib
 import itertools
 import sys
+import types
 
 import fused_interpreter as literal
 import pytest
@@ -218,9 +218,12 @@ def on_cpu(monkeypatch) -> None:
     for name, value in {
         "rows": rows,
         "merge": merge,
-        "gather": lambda xs, rows, pattern: [literal.pack(x, rows, pattern) for x in xs],
+        "gather": lambda *wanted: [literal.pack(*given) for given in wanted],
         "unpack": keep_work,
-        "using": lambda device: contextlib.nullcontext(),
+        "calls": types.SimpleNamespace(
+            of=lambda name, launch_code, arguments: lambda *_: launch_code(*arguments),
+            given=lambda arguments: [],
+        ),
     }.items():
         monkeypatch.setattr(cuda_forward, name, value)
 
