@@ -29,7 +29,8 @@ def derived(source: Tensor, key: Hashable, make: Callable[[], V]) -> V:
     """
     kept: dict[Hashable, Any] = _kept.setdefault(source, {})
     if key not in kept:
-        kept[key] = _apart(source, make) if source.is_cuda else make()
+        made = _apart(source, make) if source.is_cuda else make()
+        kept.setdefault(key, made)  # another thread may have been faster
     found: V = kept[key]
     return found
 

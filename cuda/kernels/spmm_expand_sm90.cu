@@ -38,6 +38,7 @@ constexpr u32 kLeft = kRows * 128, kPanel = 64 * 128, kRight = kPanels * kPanel,
 // Sums of 256 columns leave no room for a fair share of registers.
 constexpr bool kUneven = kWide == 256 && kConsumers == 256;
 constexpr int kFillers = kProducers / 32;  // warps, each with a chunk of its own
+static_assert(kStages >= kFillers, "a stage for each warp that fills");
 constexpr int kEach = 16, kPiece = kEach * 32;  // entries that a warp has under way
 using sum_t = DtypeOf<kPartial ? 2 : kDtype>::type;
 
@@ -104,10 +105,13 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         int2 *const my = coming[mine] + lane;  // what this lane asks for, and nobody else reads
         u32 before = 0;                        // chunks of the tiles before
         for (; walk.next(tile); before += tile.z) {
-            if (mine >= tile.z) continue;
+            // Chunks are dealt by their number in all the ring: a warp is never a round ahead of what it knows to
+            // be free.
+            const int first = (mine - before) & (kFillers - 1);
+            if (first >= tile.z) continue;
             const int column = tile.w % across * kWide, entry = tile.x / groups, matrix = tile.w / across;
             const u16 *const from = reinterpret_cast<const u16 *>(values) + matrix * values_free;
-            Pieces pieces(chunks, tile.y + mine, (tile.z - mine + kFillers - 1) / kFillers);
+            Pieces pieces(chunks, tile.y + first, (tile.z - first + kFillers - 1) / kFillers);
             const auto ask = [&]() {
                 const int count = pieces.count() - lane, note = pieces.note();
                 const int2 *const at = scattered + pieces.from + lane;
@@ -137,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
             int note = ask();
             look_up();
             int next = ask();
-            for (u32 n = before + mine; note >= 0; note = next, next = ask()) {
+            for (u32 n = before + first; note >= 0; note = next, next = ask()) {
                 const u32 stage = n % kStages, at = ring + stage * kStage;
                 if (note & 2) {
                     // Barriers of an empty ring let the first round pass.

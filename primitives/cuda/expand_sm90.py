@@ -76,6 +76,9 @@ def spmm(
         return part
     entries, rows, width = out.shape[1:]
     inner, wide = x.shape[2], wide_of(width)
+    # Where no line could ever be taken, nothing is counted; and the kernel's positions are ints.
+    if ENTRY * -(-width // wide) >= width * 2 / GATHER or order.numel() >= 2**31 - 1024:
+        return part
     tall = tall_of(rows, width, there.multiprocessors)
     indices, items = part.tensors[3 if transposed else 0], part.tensors[5 if transposed else 1]
     made = derived(

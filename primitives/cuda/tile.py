@@ -181,9 +181,7 @@ def _few(
     # Where a wave has room for a matrix, more warps share a line. They add up in another order, so
     # the number of matrices has no part in it.
     warps = 8 if width <= 16 or lines * chunks <= 3 * there.multiprocessors else 4
-    shares, most = derived(
-        bounds, ("shares", warps), lambda: cuda_tile.shares(bounds, cells, warps)
-    )
+    shares, most = derived(cells, ("shares", warps), lambda: cuda_tile.shares(bounds, cells, warps))
     ring = 12 if most > 6 and there.shared_bytes > 160_000 else 6
     wanted = few_request(blocks, warps, ring, x.dtype, out.dtype, transposed, pairs)
     run = kernel(wanted, x.device.index)
@@ -236,7 +234,7 @@ def _wide(
     device = x.device.index
     grain = 4 if tokens else 1
     links, unions, records = derived(
-        bounds,
+        cells,
         (how.warps, grain),
         lambda: cuda_tile.groups(bounds, cells, how.warps, grain, inner),
     )

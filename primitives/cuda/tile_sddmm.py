@@ -47,7 +47,7 @@ def sddmm(
     bounds, cells = part.tensors[:2]
     across = -(-columns // SIZE)
     chunks, listed = derived(
-        bounds,
+        cells,
         ("regions", side),
         lambda: cuda_tile.regions(bounds, cells, side, warps * each, across),
     )

@@ -42,7 +42,7 @@ def blocks_of(part: PartPlan) -> PartPlan:
     bounds, cells, t_bounds, t_cells = part.tensors
     rows, columns = part.scalars
     return derived(
-        bounds,
+        cells,
         "blocks",
         lambda: cuda_tile.as_blocks(bounds, cells, t_bounds, t_cells, (rows, columns)),
     )

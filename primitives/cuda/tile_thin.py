@@ -113,7 +113,7 @@ def spmm(
     _, _, rows, width = out.shape
     inner, device = x.shape[2], x.device.index
     work, links, span = derived(
-        bounds,
+        cells,
         ("segments", how.per, how.split),
         lambda: cuda_tile.segments(bounds, cells, how.per, how.split, WARPS, inner),
     )

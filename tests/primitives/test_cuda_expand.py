@@ -86,6 +86,39 @@ def test_full_rows_take_several_pieces(shape, dtype):
     check_exact(Case(shape, density(2.0), free=(2,), dim=136), dtype, dtype, seed=1)
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_many_tiles_of_a_cta(width):
+    """Lines of 7 chunks, some of them full: chunks go to the filling warps across tiles."""
+    rows, inner = 128 * 6 * facts(0).multiprocessors, 448
+    held = torch.arange(inner) < 64
+    every = torch.arange(rows) % 5 == 0
+    mask = (every[:, None] & held) | (torch.arange(inner) == (torch.arange(rows) % inner)[:, None])
+    layout = row_layout(mask[None], (0,), (1, 1)).to(DEVICE)
+    values = integers(layout.slots, seed=1)
+    x = integers(inner, width, seed=2)
+    dense = torch.zeros(rows, inner)
+    dense[mask] = values
+    ours = spmm(SparseTensor(layout, values.to(DEVICE).half()), x.to(DEVICE).half())
+    assert torch.equal(ours.cpu(), (dense @ x).half())
+
+
+@pytest.mark.parametrize("width", [64, 128, 264])
+def test_short_lines_before_long_ones(width):
+    """A warp that had nothing to fill for some tiles still knows which stages are free."""
+    rows, inner = 128 * 3 * facts(0).multiprocessors, 1024
+    long = torch.arange(rows) // 128 % 3 == 0
+    mask = torch.zeros(rows, inner, dtype=torch.bool)
+    mask[:, 5] = True
+    mask |= long[:, None] & (torch.arange(inner) % 32 == (torch.arange(rows) % 32)[:, None])
+    layout = row_layout(mask[None], (0,), (1, 1)).to(DEVICE)
+    values = integers(3, layout.slots, seed=1)
+    x = integers(3, inner, width, seed=2)
+    dense = torch.zeros(3, rows, inner)
+    dense[:, mask] = values
+    ours = spmm(SparseTensor(layout, values.to(DEVICE).half()), x.to(DEVICE).half())
+    assert torch.equal(ours.cpu(), (dense @ x).half())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 72, 264])
 def test_only_rows_that_keep_a_key_see_it(width, dtype):

@@ -106,6 +106,27 @@ def test_integers_are_exact(function, tokens, dtype, kernel):
     exact(function, (203, 331), tokens, 0.4, dtype)
 
 
+@pytest.mark.parametrize("tokens", [8, 72, 300])
+@pytest.mark.parametrize("first", ["transpose", "gradient"])
+def test_a_layout_and_its_transpose(first, tokens, kernel):
+    """They share tensors; what is derived for one is not the other's."""
+    layout, there = weight(203, 331, 0.4)
+    values, y = integers(layout.slots, seed=1), integers(203, tokens, seed=2)
+    expected = reference.dense_of(SparseTensor(layout, values.double())).mT @ y.double()
+    w, y = SparseTensor(there, values.to(DEVICE).half()), y.to(DEVICE).half()
+
+    def turned() -> Tensor:
+        return spmm(w.T, y)
+
+    def gradient() -> Tensor:
+        x = torch.zeros(331, tokens, device=DEVICE, dtype=y.dtype, requires_grad=True)
+        return torch.autograd.grad(spmm(w, x), x, y)[0]
+
+    calls = [turned, gradient] if first == "transpose" else [gradient, turned]
+    for call in calls:
+        assert torch.equal(call().cpu().double(), expected.half().double())
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (5, 700), (700, 5), (512, 256), (1040, 264), (33, 1)])
 @pytest.mark.parametrize("function", [linear, spmm], ids=["linear", "spmm"])
 def test_shapes_are_exact(function, shape, kernel):
