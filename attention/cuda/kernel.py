@@ -86,8 +86,9 @@ def positive(scale: float, q: Tensor, packed: Tensor) -> tuple[float, Tensor, Te
     """A positive scale, and q and gathered q for it: kernels take maxima before they scale."""
     if scale > 0:
         return scale, q, packed
-    q, packed = (torch.mul(t, 0 if scale == 0 else -1) for t in (q, packed))
-    return -scale or 1.0, q, packed
+    factor = 0 if scale == 0 else -1
+    turned = torch.mul(q, factor)
+    return -scale or 1.0, turned, turned if packed is q else torch.mul(packed, factor)
 
 
 def walks(dtype: torch.dtype, width: int, device: int) -> int:
