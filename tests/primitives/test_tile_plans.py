@@ -209,3 +209,28 @@ def test_as_many_ctas_fit_a_multiprocessor_as_are_counted_on(bulk, room, tokens)
         assert how.each * (how.shared + 16 * how.stages + 1024) <= room
         assert how.threads * how.each <= 1024
     assert 4 * (tile.few_shared(2, 8, 12 if bulk else 6) + 1024) <= (1 if bulk else 2) * room
+
+
+@pytest.mark.parametrize("width", [8, 300])
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_a_layout_and_its_transpose_share_no_tables(arch, width):
+    """Numbers of tiles differ between them, whoever is planned first."""
+    layout = layout_of((320, 480))
+
+    def pointers(of: TileLayout, name: str) -> set[int]:
+        recording = Recording(0)
+        values = torch.empty(1, of.slots, dtype=torch.half, device="meta")
+        x = torch.empty(1, 1, width, 320, dtype=torch.half, device="meta")
+        given = [recording.given(t, 0) for t in (values, x)]
+        with recorded(recording):
+            launch_code(name)(
+                given[0], given[1].mT, None, False, *cuda_tile.cuda(of), 1.0, torch.half
+            )
+        launches = [step for step in recording.steps if isinstance(step, Launch)]
+        return {a for a in launches[-1].arguments if type(a) is int and a}
+
+    with pretending(arch):
+        ours, theirs = pointers(layout.T, "spmm"), pointers(layout, "spmm_t")
+    assert ours and theirs
+    # The bounds are the same numbers; what links tiles to their values is not.
+    assert not (ours & theirs) - {layout.t_offsets.data_ptr()}
