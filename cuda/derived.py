@@ -20,7 +20,7 @@ def derived(source: Tensor, key: Hashable, make: Callable[[], V]) -> V:
     """What ``make`` makes, made once and kept as long as the tensor it is made from.
 
     Args:
-        source: a tensor of a plan.
+        source: a tensor of a plan that no other plan has: a layout and its transpose share some.
         key: tells what is derived from one tensor apart.
         make: may allocate, copy and read back; on CUDA it is called in a thread of its own.
 

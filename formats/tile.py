@@ -201,14 +201,12 @@ class TileLayout(Layout):
         """The transposed layout: the two orders change places; key negated."""
         order = torch.empty_like(self.t_order)
         order[self.t_order.long()] = torch.arange(self.tiles, device=self.device).int()
-        # Views: what kernels derive is kept by tensor, and tiles are numbered otherwise here.
-        offsets, t_offsets = (t.view_as(t) for t in (self.t_offsets, self.tile_offsets))
         return replace(
             self,
             shape=(self.shape[1], self.shape[0]),
-            tile_offsets=offsets,
+            tile_offsets=self.t_offsets,
             tile_columns=self.t_rows,
-            t_offsets=t_offsets,
+            t_offsets=self.tile_offsets,
             t_rows=self.tile_columns,
             t_order=order,
             key=-self.key,
