@@ -98,6 +98,7 @@ def test_import_is_light_and_touches_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     nowhere = str(tmp_path / "file" / "home")  # below a file: not even root can make it
     places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), nowhere)
+    places["PYTHONDONTWRITEBYTECODE"] = ""  # else every run compiles: that is not what is measured
     seconds = []
     for _ in range(5):  # the least of several: a loaded machine only adds
         lines = python(EVERYTHING, CUDA_VISIBLE_DEVICES="", **places).splitlines()
