@@ -8,6 +8,7 @@ from torch import Tensor
 import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.attention.cuda import choice
+from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.errors import UnsupportedError
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +34,11 @@ CASES = {
 def which(request, monkeypatch):
     """The kernel of units that this device would take, then the one that every device can."""
     if request.param == "mma":
+        clear_caches()  # of calls prepared for the other kernel
         monkeypatch.setattr(choice, "unit_kernel", lambda *_: "mma")
-    return request.param
+    yield request.param
+    if request.param == "mma":
+        clear_caches()
 
 
 def inputs(

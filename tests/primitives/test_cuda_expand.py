@@ -17,7 +17,8 @@ from mixgrain.cuda.device import facts
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import reference
-from mixgrain.primitives.cuda import expand_sm90, row
+from mixgrain.primitives.cuda import expand_sm90
+from mixgrain.primitives.cuda import spmm as launching
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.spmm import spmm
 
@@ -54,7 +55,7 @@ def all_expanded(step, monkeypatch):
     """Every line is; nothing is left to gather."""
     if step > 1:
         pytest.skip("of what is expanded alone")
-    monkeypatch.setattr(row, "spmm_row", None)
+    monkeypatch.delitem(launching._KINDS, "crow")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
