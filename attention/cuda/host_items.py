@@ -192,8 +192,10 @@ def _cut(
     items[:, :groups], items[:, 3], items[:, 4] = unit, begin, n
     number = np.arange(len(slot_item)) - (slots.cumsum() - slots)[slot_pattern]
     items[slot_item, 5 + slot_group] = number
+    masked = np.zeros(len(steps) + 1, np.int64)
+    np.cumsum((steps[:, 1:] >= 0).sum(1), out=masked[1:])
     return HostItems(
-        items, steps, item_cost(own.sum(1), n, groups),
+        items, steps, item_cost(own.sum(1), masked[begin + n] - masked[begin], n, groups),
         np.bincount(pattern, minlength=patterns).tolist(), slots.tolist(),
         line[slot_item, slot_group], slot_pattern,
     )  # fmt: skip

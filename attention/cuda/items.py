@@ -44,7 +44,7 @@ class Items(NamedTuple):
         items: int32 (I, 8): query unit of each of three warpgroups (−1 = none), first step; steps,
             slot of each warpgroup's result (−1 = the output).
         steps: int32 (S, 4): key unit, mask for each warpgroup (−1 = all kept, −2 = not its).
-        costs: int32 (I,), what an item costs, in tenths of a step.
+        costs: int32 (I,), what an item costs, in hundreds of cycles.
         item_counts: items of each pattern.
         slot_counts: slots of each pattern.
         slot_line: int64 (slots,), the line each slot belongs to, by pattern and slot.
@@ -77,15 +77,16 @@ def limits(counts: Tensor, pattern: Tensor, patterns: int, D: int) -> Tensor:
     return (share.clamp(min=SHORTEST if D <= 128 else SHORTEST_WIDE) + 3) // 4 * 4
 
 
-def item_cost(own: Any, steps: Any, groups: int) -> Any:
-    """What items cost, measured on an H200, in tenths of a step that is all warpgroups'.
+def item_cost(own: Any, masked: Any, steps: Any, groups: int) -> Any:
+    """What items cost, measured on an H200, in hundreds of cycles.
 
     Args:
         own: units that warpgroups compute, all together.
+        masked: how many of them are partial.
         steps: steps of the item.
         groups: warpgroups.
     """
-    return 7 * own // groups + 3 * steps + 30
+    return 10 * (own + masked) // groups + 7 * steps + 17
 
 
 def make_items(
@@ -199,7 +200,9 @@ def _cut(
     items[:, :groups], items[:, 3], items[:, 4] = unit.int(), begin.int(), n.int()
     items[:, 5 : 5 + groups] = number.int()
     counts = torch.stack([torch.bincount(pattern, minlength=patterns), slots]).tolist()
-    costs = item_cost(own.sum(1), n, groups)
+    masked = torch.zeros(len(steps) + 1, dtype=torch.int64, device=device)
+    torch.cumsum((steps[:, 1:] >= 0).sum(1), 0, out=masked[1:])
+    costs = item_cost(own.sum(1), masked[begin + n] - masked[begin], n, groups)
     return Items(
         items, steps, costs.to(torch.int32), counts[0], counts[1],
         line[slot_item, slot_group], slot_pattern,

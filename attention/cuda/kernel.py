@@ -29,12 +29,14 @@ class Cut(NamedTuple):
         stages: key units that each ring holds, one ring for K, one for V.
         groups: consumer warpgroups, each with a query unit of an item.
         streams: independent streams of items in a CTA.
+        queries: places for query units, more than groups.
     """
 
     dim: int
     stages: int
     groups: int
     streams: int = 1
+    queries: int = 4
 
     @property
     def threads(self) -> int:
@@ -44,7 +46,7 @@ class Cut(NamedTuple):
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        units = self.streams * (self.groups + 1 + 2 * self.stages)
+        units = self.streams * (self.queries + 2 * self.stages)
         return units * -(-self.dim // 64) * 8192 + 1024
 
 
@@ -52,7 +54,8 @@ def cut(width: int) -> Cut:
     """The cut for a head dimension, 8 … 256."""
     dim = next(d for d in DIMS if d >= width)
     stages = {32: 5, 64: 5, 96: 5, 128: 5, 192: 3, 256: 2}[dim]
-    return Cut(dim, stages, groups(width), 2 if dim <= 64 else 1)
+    queries = 3 if dim > 128 else 4
+    return Cut(dim, stages, groups(width), 2 if dim <= 64 else 1, queries)
 
 
 def groups(width: int) -> int:
@@ -69,6 +72,7 @@ def fused_request(dtype: torch.dtype, how: Cut, masked: bool = False) -> Request
         "STAGES": how.stages,
         "GROUPS": how.groups,
         "STREAMS": how.streams,
+        "QUERIES": how.queries,
         "MASKED": int(masked),
     }
     return request("fused_sm90", constants, flush=True)

@@ -19,6 +19,8 @@ from .upload import upload
 
 # Bytes of K and V that are worked on at a time: what stays in L2 beside Q and the output.
 RESIDENT = 24 << 20
+# The end is as many of the shortest items as take every CTA this part of its longest item's time.
+SPARE = 4
 # Beyond this many tiles, a walk by strides is even enough.
 DEALT = 4096
 
@@ -109,6 +111,8 @@ def _walk(
 ) -> tuple[Ints, Ints, Ints]:
     """Heads whose keys fit L2 together are worked on together, longest items first.
 
+    The shortest items of all of them come last: an end made of the last heads alone would be ragged.
+
     Args:
         costs: of every item.
         item_starts: the items of each pattern.
@@ -128,7 +132,9 @@ def _walk(
     together = max(1, RESIDENT // max(head_bytes, 1))
     sections = -(-batch * kv // together)
     of = np.arange(batch * heads) // (heads // kv) * sections // (batch * kv)
-    items, matrices = [], []
+    dearest = int(max((costs[i[0]] for i in longest if len(i)), default=0))
+    spare = ctas * dearest // (SPARE * max(sections, 1))
+    parts, late = [], []
     edges = np.searchsorted(of, np.arange(sections + 1))
     for first, last in itertools.pairwise(edges.tolist()):
         mine = np.arange(first, last)
@@ -138,9 +144,13 @@ def _walk(
         if len(same) > 1:
             order = np.argsort(-costs[item], kind="stable")
             item, matrix = item[order], matrix[order]
-        items.append(item)
-        matrices.append(matrix)
-    item, matrix = np.concatenate(items), np.concatenate(matrices)
+        cut = len(item) - int((costs[item][::-1].cumsum() <= spare).sum())
+        parts.append((item[:cut], matrix[:cut]))
+        late.append((item[cut:], matrix[cut:]))
+    item, matrix = (np.concatenate(axis) for axis in zip(*parts, *late, strict=True))
+    end = len(item) - sum(len(of) for of, _ in late)
+    order = end + np.argsort(-costs[item[end:]], kind="stable")
+    item[end:], matrix[end:] = item[order], matrix[order]
     total = len(item)
     ctas = max(1, min(ctas, total))
     if ctas < total <= DEALT:

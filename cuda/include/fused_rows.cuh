@@ -18,16 +18,17 @@ constexpr int kStreams = MG_STREAMS, kConsumers = 128 * kGroups * kStreams;
 constexpr int kMany = kStreams == 2 ? 112 : kGroups == 3 ? 160 : 232, kFew = kGroups == 2 && kStreams == 1 ? 40 : 32;
 static_assert(kStreams == 1 || (kStreams == 2 && kGroups == 2), "two streams are of two warpgroups");
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
-constexpr int kQueries = kGroups + 1;  // places of Q
+constexpr int kQueries = MG_QUERIES;  // places of Q
+static_assert(kQueries > kGroups && kQueries <= 2 * kGroups, "QUERIES must be more than GROUPS, at most twice as many");
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kQueries + 2 * kStages) * kUnit;
 constexpr bool kMasked = MG_MASKED;      // by keys, at run time
 constexpr int kPacked = 1 << 24;
 // The reference point of a row's exponentials moves when weights of a unit add up to more than this in a lane;
-// in partial units at once: few keys may be kept there, and then the largest weight should be 1, which P
-// holds exactly.
+// in partial units when one is more than 2: few keys may be kept there, and then the largest weight should be
+// about 1.
 constexpr float kMost = 256.f;
 
-// What the producer says to a consumer warpgroup of an item.
+// What a consumer warpgroup is told of an item.
 struct Info {
     int unit, count, slot, matrix;
     int own;  // steps up to the last of its own
@@ -144,24 +145,29 @@ struct Rows {
             }
         }
     }
-    // Weights and sums of a unit against references that move to the maxima; rescales O, also where it is 0:
-    // with a condition ptxas no longer sees that warps stay together, and leaves uniform registers.
-    __device__ __forceinline__ void outgrow(float log2_scale) {
+    // Weights and sums of a unit against references that move to the maxima, and by what O has to be rescaled.
+    __device__ __forceinline__ void lead(float log2_scale, float (&grown)[2]) {
         // Four maxima a row: a chain of 16 would take longer than the exponentials.
-        float top[2][4], base[2], grown[2], sum[2][2];
+        float top[2][4], reach[2], base[2], sum[2][2];
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             float &t = top[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
             t = i < 8 ? s[i] : fmaxf(t, s[i]);
         }
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float reach = quad_max(fmaxf(fmaxf(top[h][0], top[h][1]), fmaxf(top[h][2], top[h][3]))) * log2_scale;
-            const bool far = reach > m[h];
-            grown[h] = far ? exp2_fast(m[h] - reach) : 1.f;
-            m[h] = far ? reach : m[h];
-            base[h] = m[h] == -kInfinity ? 0.f : m[h];
-        }
+        for (int h = 0; h < 2; ++h)
+            reach[h] = fmaxf(fmaxf(top[h][0], top[h][1]), fmaxf(top[h][2], top[h][3])) * log2_scale, grown[h] = 1.f;
+        // No weight above 2: nothing moves.
+        if (__any_sync(0xFFFFFFFFu, reach[0] > m[0] + 1.f || reach[1] > m[1] + 1.f))
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                reach[h] = quad_max(reach[h]);
+                const bool far = reach[h] > m[h];
+                grown[h] = far ? exp2_fast(m[h] - reach[h]) : 1.f;
+                m[h] = far ? reach[h] : m[h];
+            }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) base[h] = m[h] == -kInfinity ? 0.f : m[h];
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             s[i] = exp2_fast(fmaf(s[i], log2_scale, -base[i / 2 % 2]));
@@ -170,6 +176,10 @@ struct Rows {
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) l[h] = fmaf(l[h], grown[h], sum[h][0] + sum[h][1]);
+    }
+    // Also where O is 0: with a condition ptxas no longer sees that warps stay together, and leaves uniform
+    // registers.
+    __device__ __forceinline__ void rescale(const float (&grown)[2]) {
         if (__any_sync(0xFFFFFFFFu, grown[0] != 1.f || grown[1] != 1.f))
 #pragma unroll
             for (int i = 0; i < kDim / 2; ++i) o[i] *= grown[i / 2 % 2];

@@ -14,9 +14,9 @@
 //   partial_out (B · H, slots, 64, width), partial_lse (B · H, slots, 64) float32
 //
 //   grid   persistent CTAs, each with one or two streams that walk their tiles
-//   block  128 consumers for each of two or three query units of a stream + a warp each that brings and one
-//          that writes
-//   smem   a ring of Q for all warpgroups and one more, which takes their results too; rings of kStages units
+//   block  128 consumers for each of two or three query units of a stream + two warps: one brings K and V, one
+//          carries Q in and results out
+//   smem   a ring of Q with places to spare, which take the results too; rings of kStages units
 //          of K and of V
 //   floor  4 · 64 · 64 · D FLOP a kept unit and warpgroup at 800 TFLOP/s
 //   needs  sm_90a, width % 8 == 0, 16-byte aligned rows
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                float *__restrict__ lse, int rows, int width,
                float *__restrict__ partial_out, float *__restrict__ partial_lse, int slots) {
     extern __shared__ u8 raw[];
-    __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + 3 * kQueries];
+    __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + 2 * kQueries];
     // One stands until the place of its Q is free again.
     __shared__ Info all_infos[kStreams][kQueries];
     // What each warpgroup has to do with a stage's unit.
@@ -51,12 +51,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const u32 q_at = ((shared_address(raw) + 1023) & ~1023u) + stream * kStream;
     const u32 ring_k = q_at + kQueries * kUnit, ring_v = ring_k + kStages * kUnit;
     const u32 full = shared_address(barriers[stream]), empty = full + 8 * kStages;
-    const u32 full_q = empty + 8 * kStages, done_q = full_q + 8 * kQueries, empty_q = done_q + 8 * kQueries;
+    const u32 full_q = empty + 8 * kStages, done_q = full_q + 8 * kQueries;
     Info (&infos)[kQueries] = all_infos[stream];
     if (threadIdx.x % (128 * kGroups) == 0 && consumes) {
         for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, 4 * kGroups);
         for (int n = 0; n < kQueries; ++n)
-            barrier_init(full_q + 8 * n, 1), barrier_init(done_q + 8 * n, 4), barrier_init(empty_q + 8 * n, 1);
+            barrier_init(full_q + 8 * n, 1), barrier_init(done_q + 8 * n, 4);
         barrier_init_fence();
     }
     __syncthreads();
@@ -67,69 +67,87 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFew));
         const int role = (warp - kConsumers / 32) / kStreams;
         if (role > 1 || begin == end) return;
-        if (role == 1) {  // the writer: results leave in the order in which Q came
-            if (lane > 0) return;
-            Ring<kQueries> ring(0);
-            for (int n = (end - begin) * kGroups; n > 0; --n, ring.advance()) {
-                barrier_wait(done_q + 8 * ring.stage, ring.parity);
-                const Info &info = infos[ring.stage];
-                if (info.unit >= 0 && info.slot < 0) {
+        const auto ready = [&](int t) { return t < end ? tiles[t] : make_int2(0, 0); };
+        const int4 none = make_int4(0, -2, -2, -2);
+        if (role == 1) {
+            // The carrier: as a place of Q is left, the result there goes out and the next Q comes in. Each of
+            // the first lanes keeps what concerns its warpgroup; what the next item needs is asked for an item
+            // ahead, one step of the way at a time.
+            const int *numbers = reinterpret_cast<const int *>(items);
+            const int mine = min(lane, kGroups - 1), all = (end - begin) * kGroups;
+            int2 tile = ready(begin), coming = ready(begin + 1);
+            int unit = numbers[8 * tile.x + mine], slot = numbers[8 * tile.x + 5 + mine];
+            int first = numbers[8 * tile.x + 3], count = numbers[8 * tile.x + 4];
+            int4 chunk = lane < count ? steps[first + lane] : none;
+            int next_unit = 0, next_slot = 0, next_first = 0, next_count = 0, own = 0, group = 0;
+            int4 next_chunk = none;
+            Ring<kQueries> ring(1);
+            for (int n = 0, t = begin; n < all + kQueries; ++n) {
+                const u32 at = q_at + ring.stage * kUnit, filled = full_q + 8 * ring.stage;
+                if (n >= kQueries) {
+                    barrier_wait(done_q + 8 * ring.stage, ring.parity);
+                    const Info &info = infos[ring.stage];
+                    if (lane == 0 && info.unit >= 0 && info.slot < 0) {
 #pragma unroll
-                    for (int p = 0; p < kPanels; ++p)
-                        tma_store(out_map, q_at + ring.stage * kUnit + p * kPanel, 64 * p, info.unit * 64,
-                                  info.matrix % heads, info.matrix / heads);
-                    tma_store_commit();
-                    tma_store_wait_read<0>();
+                        for (int p = 0; p < kPanels; ++p)
+                            tma_store(out_map, at + p * kPanel, 64 * p, info.unit * 64, info.matrix % heads,
+                                      info.matrix / heads);
+                        tma_store_commit();
+                        tma_store_wait_read<0>();
+                    }
+                    __syncwarp();
                 }
-                barrier_arrive(empty_q + 8 * ring.stage);
+                if (n < all) {
+                    if (group == 0) {
+                        const int by[3] = {chunk.y, chunk.z, chunk.w};
+#pragma unroll
+                        for (int g = 0; g < kGroups; ++g) {
+                            const u32 its = __ballot_sync(0xFFFFFFFFu, by[g] != -2);
+                            own = lane == g ? 32 - __clz(its) : own;
+                        }
+                        if (count > 32) own = count;
+                        next_unit = numbers[8 * coming.x + mine], next_slot = numbers[8 * coming.x + 5 + mine];
+                        next_first = numbers[8 * coming.x + 3], next_count = numbers[8 * coming.x + 4];
+                    } else if (group == 1) {
+                        next_chunk = lane < next_count ? steps[next_first + lane] : none;
+                    }
+                    if (lane == group) {
+                        infos[ring.stage] = Info{unit, count, slot, tile.y, own};
+                        if (unit < 0) {
+                            barrier_arrive(filled);
+                        } else {
+                            barrier_expect(filled, kUnit);
+                            const int b = tile.y / heads, h = tile.y % heads;
+#pragma unroll
+                            for (int p = 0; p < kPanels; ++p)
+                                tma_load(at + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled, 64 * p,
+                                         (unit & (kPacked - 1)) * 64, h, b);
+                        }
+                    }
+                    __syncwarp();
+                    if (++group == kGroups) {
+                        group = 0, ++t;
+                        tile = coming, coming = ready(t + 1);
+                        unit = next_unit, slot = next_slot, first = next_first, count = next_count, chunk = next_chunk;
+                    }
+                }
+                ring.advance();
             }
             return;
         }
-        // The producer: its lanes look at 32 steps at a time.
+        // The producer of keys and values: its lanes look at 32 steps at a time.
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         Ring<kStages> ring(1);
-        Ring<kQueries> queries(1);
-        const auto ready = [&](int t) { return t < end ? tiles[t] : make_int2(0, 0); };
         int2 tile = ready(begin), coming = ready(begin + 1);
-        int4 head = items[2 * tile.x], tail = items[2 * tile.x + 1];
-        const int4 none = make_int4(0, -2, -2, -2);
-        int4 chunk = lane < tail.x ? steps[head.w + lane] : none;
+        int2 span = make_int2(items[2 * tile.x].w, items[2 * tile.x + 1].x);  // of steps
+        int4 chunk = lane < span.y ? steps[span.x + lane] : none;
         for (int t = begin; t < end; ++t) {
             // The next tile's item is asked for now, its first steps a step later.
-            const int4 next_head = items[2 * coming.x], next_tail = items[2 * coming.x + 1];
-            const int2 later = ready(t + 2);
-            const int b = tile.y / heads, h = tile.y % heads, count = tail.x;
+            const int2 next = make_int2(items[2 * coming.x].w, items[2 * coming.x + 1].x), later = ready(t + 2);
+            const int b = tile.y / heads, h = tile.y % heads, count = span.y;
             int4 next_chunk = none;
-            int asked = 0;  // of the item's query units
-            // Keys of the new item come before the Q whose place is not free yet, but the ring must not be full
-            // of them.
-            const auto ask = [&](bool wait) {
-                for (; asked < kGroups; ++asked, queries.advance()) {
-                    const u32 place = empty_q + 8 * queries.stage;
-                    if (wait)
-                        barrier_wait(place, queries.parity);
-                    else if (!__all_sync(0xFFFFFFFFu, barrier_passed(place, queries.parity)))
-                        return;
-                    const int unit = asked == 0 ? head.x : asked == 1 ? head.y : head.z;
-                    const int mark = asked == 0 ? chunk.y : asked == 1 ? chunk.z : chunk.w;
-                    const u32 own = __ballot_sync(0xFFFFFFFFu, mark != -2);
-                    if (lane > 0) continue;
-                    const u32 filled = full_q + 8 * queries.stage;
-                    infos[queries.stage] = Info{unit, count, asked == 0 ? tail.y : asked == 1 ? tail.z : tail.w, tile.y,
-                                                count > 32 ? count : 32 - __clz(own)};
-                    if (unit < 0) {
-                        barrier_arrive(filled);
-                        continue;
-                    }
-                    barrier_expect(filled, kUnit);
-#pragma unroll
-                    for (int p = 0; p < kPanels; ++p)
-                        tma_load(q_at + queries.stage * kUnit + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled,
-                                 64 * p, (unit & (kPacked - 1)) * 64, h, b);
-                }
-            };
             for (int i = 0; i < count; ++i) {
-                if (i > 0 && i % 32 == 0) chunk = i + lane < count ? steps[head.w + i + lane] : none;
+                if (i > 0 && i % 32 == 0) chunk = i + lane < count ? steps[span.x + i + lane] : none;
                 const int key = __shfl_sync(0xFFFFFFFFu, chunk.x, i % 32);
                 barrier_wait(empty + 8 * ring.stage, ring.parity);
                 if (lane == i % 32) marks[stream][ring.stage] = chunk;
@@ -147,12 +165,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                         tma_load(at + ring_v - ring_k + p * kPanel, packed ? packed_v_map : v_map, filled, 64 * p, row, from, b);
                 }
                 ring.advance();
-                if (asked < kGroups) ask(i >= kStages - 2);
-                if (i == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
+                if (i == 0 && lane < next.y) next_chunk = steps[next.x + lane];
             }
-            if (asked < kGroups) ask(true);  // an item of few steps
-            if (count == 0 && lane < next_tail.x) next_chunk = steps[next_head.w + lane];
-            tile = coming, coming = later, head = next_head, tail = next_tail, chunk = next_chunk;
+            if (count == 0 && lane < next.y) next_chunk = steps[next.x + lane];
+            tile = coming, coming = later, span = next, chunk = next_chunk;
         }
         return;
     }
@@ -185,8 +201,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         barrier_wait(full_q + 8 * place, parity_q);
         const Info &info = infos[place];
         const u32 query_at = q_at + place * kUnit, done_at = done_q + 8 * place;
-        parity_q ^= place > 0;
-        place = place > 0 ? place - 1 : kGroups;
+        place += kGroups;
+        if (place >= kQueries) place -= kQueries, parity_q ^= 1;
         r.start();
         const u64 queries = wgmma_descriptor(uniform(query_at), 1);
         const auto let_go = [&] {
@@ -225,11 +241,17 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             const bool partial = kMasked || mark >= 0;
             if (partial) r.keep(word);
             // The product goes on meanwhile, until it has read P.
-            const bool exact = partial || fresh, follows = !exact && r.follow(log2_scale);
+            float grown[2] = {1.f, 1.f};
+            const bool leads = partial || fresh;
+            bool follows = false;
+            if (leads)
+                r.lead(log2_scale, grown);
+            else
+                follows = r.follow(log2_scale);
             wgmma_wait<0>();
             if (held < kStages) release(held);
-            if (!exact && !follows) r.again(query_at, ring_k + stage * kUnit, row16);
-            if (!follows) r.outgrow(log2_scale), fresh = r.open();
+            if (!leads && !follows) r.again(query_at, ring_k + stage * kUnit, row16), r.lead(log2_scale, grown);
+            if (!follows) r.rescale(grown), fresh = r.open();
             r.pack();
             held = stage;
         }
