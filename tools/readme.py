@@ -14,6 +14,7 @@ from typing import Any
 
 from mixgrain.formats.errors import MixgrainError
 
+from .demo.finetune import Outcome, cells
 from .demo.report import TABLE, read_table, signed
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -24,6 +25,11 @@ SPEED_BEGIN = (
     "<!-- benchmarks: written by python -m mixgrain.tools.readme from benchmarks/h200.json -->"
 )
 SPEED_END = "<!-- end of benchmarks -->"
+TUNED = README.parent / "benchmarks" / "finetune.json"
+TUNED_BEGIN = (
+    "<!-- fine-tuning: written by python -m mixgrain.tools.readme from benchmarks/finetune.json -->"
+)
+TUNED_END = "<!-- end of fine-tuning -->"
 
 
 def demo_section(table: dict[str, Any] | None) -> str:
@@ -52,6 +58,23 @@ def demo_section(table: dict[str, Any] | None) -> str:
         f" {table['mass_contexts']} contexts. Attention: {table['attention']}; products: "
         f"{table['products']}; "
         f"{table['device']}, torch {versions['torch']}, mixgrain {versions['mixgrain']}.",
+    ]
+    return "\n".join(lines)
+
+
+def tuned_section(measured: dict[str, Any]) -> str:
+    """What pruning and fine-tuning the demo's model gave, in Markdown."""
+    heads, *rows = cells([Outcome(**row) for row in measured["rows"]])
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in (heads, rule, *rows)]
+    how = measured["settings"]
+    lines += [
+        "",
+        f"Bits per byte; ± the standard deviation over {how['seeds']} seeds, each of {how['steps']} "
+        f"steps of {how['batch']} × {how['length']} bytes; scored on {how['contexts']} held-out "
+        f"contexts of {how['length scored']} bytes in {how['dtype']}. MB: the blocks' weights in "
+        f"float32, positions included. Tokens per second of forward passes of {how['together']} "
+        f"contexts. {how['device']}, torch {how['torch']}, mixgrain {how['mixgrain']}.",
     ]
     return "\n".join(lines)
 
@@ -130,7 +153,12 @@ def replaced(text: str, begin: str, end: str, body: str) -> str:
     return f"{before}{begin}\n\n{body}\n\n{end}{after}"
 
 
-def renewed(text: str, table: dict[str, Any] | None, speed: dict[str, Any] | None = None) -> str:
+def renewed(
+    text: str,
+    table: dict[str, Any] | None,
+    speed: dict[str, Any] | None = None,
+    tuned: dict[str, Any] | None = None,
+) -> str:
     """README's text with its generated sections written anew.
 
     Raises:
@@ -140,14 +168,16 @@ def renewed(text: str, table: dict[str, Any] | None, speed: dict[str, Any] | Non
     text = replaced(text, BEGIN, END, body)
     if speed is not None and SPEED_BEGIN in text:
         text = replaced(text, SPEED_BEGIN, SPEED_END, speed_section(speed))
+    if tuned is not None and TUNED_BEGIN in text:
+        text = replaced(text, TUNED_BEGIN, TUNED_END, tuned_section(tuned))
     return text
 
 
-def read_speed() -> dict[str, Any] | None:
-    """The benchmarks of the checkout, or None in an installed package, which has none."""
-    if not SPEED.exists():
+def read_measured(path: Path) -> dict[str, Any] | None:
+    """Figures of the checkout, or None in an installed package, which has none."""
+    if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(SPEED.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -161,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     options = top.parse_args(argv)
     try:
         old = options.readme.read_text(encoding="utf-8")
-        new = renewed(old, read_table(TABLE), read_speed())
+        new = renewed(old, read_table(TABLE), read_measured(SPEED), read_measured(TUNED))
     except (MixgrainError, OSError, ValueError) as error:
         print(f"{options.readme}: {error}", file=sys.stderr)
         return 2

@@ -53,8 +53,8 @@ class Cut(NamedTuple):
 def cut(width: int) -> Cut:
     """The cut for a head dimension, 8 … 256."""
     dim = next(d for d in DIMS if d >= width)
-    stages = {32: 5, 64: 5, 96: 5, 128: 5, 192: 3, 256: 2}[dim]
-    queries = 3 if dim > 128 else 4
+    stages = {32: 5, 64: 5, 96: 4, 128: 4, 192: 3, 256: 2}[dim]
+    queries = {32: 4, 64: 4, 96: 6, 128: 6, 192: 3, 256: 3}[dim]
     return Cut(dim, stages, groups(width), 2 if dim <= 64 else 1, queries)
 
 

@@ -111,7 +111,7 @@ def _walk(
 ) -> tuple[Ints, Ints, Ints]:
     """Heads whose keys fit L2 together are worked on together, longest items first.
 
-    The shortest items of all of them come last: an end made of the last heads alone would be ragged.
+    The shortest items of all of them come last: an end made of the last heads alone is ragged.
 
     Args:
         costs: of every item.

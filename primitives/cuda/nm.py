@@ -69,8 +69,9 @@ def stored(part: PartPlan, shape: tuple[int, int], entries: int) -> Stored:
     n, m, encoding, inside = part.scalars[:4]
     if inside:
         raise UnsupportedError(
-            "no CUDA kernels for an NMLayout within a BlockLayout in this version; it runs on cpu: "
-            "move tensors and layout with .cpu() and .to('cpu')"
+            "no CUDA kernels of linear and of scores at given positions for an NMLayout within a "
+            "BlockLayout in this version (spmm and softmax have them); they run on cpu: move "
+            "tensors and layout with .cpu() and .to('cpu')"
         )
     rows, columns = shape[::-1] if part.kind == "nm_t" else shape
     lines, groups = padded(rows, columns, m, ENCODINGS[encoding])

@@ -114,7 +114,8 @@ def test_links_lead_somewhere() -> None:
 
 def test_numbers_are_those_of_the_table() -> None:
     assert readme.SPEED_BEGIN in TEXT
-    new = readme.renewed(TEXT, read_table(TABLE), readme.read_speed())
+    speed, tuned = (readme.read_measured(path) for path in (readme.SPEED, readme.TUNED))
+    new = readme.renewed(TEXT, read_table(TABLE), speed, tuned)
     assert new == TEXT, "run python -m mixgrain.tools.readme"
 
 
@@ -140,6 +141,28 @@ def test_section_is_written_between_its_marks(tmp_path: Path) -> None:
     assert readme.renewed(new, TABLE_EXAMPLE) == new
     with pytest.raises(ValueError, match="once each"):
         readme.renewed("no marks", TABLE_EXAMPLE)
+
+
+def test_what_was_tuned_is_written_between_its_marks() -> None:
+    rows = [
+        {"name": name, "kept": kept, "bytes": 2 * 10**6, "before": before, "after": after,
+         "speeds": speeds, "apart": 0.0}
+        for name, kept, before, after, speeds in (
+            ("dense", 1.0, 0.5, [0.5, 0.25], [100.0, 100.0]),
+            ("2:4", 0.5, 2.5, [0.75, 0.5], [150.0, 150.0]),
+        )
+    ]  # fmt: skip
+    settings = {"seeds": 2, "steps": 3, "batch": 4, "length": 64, "contexts": 5, "together": 1,
+                "length scored": 128, "dtype": "bfloat16", "device": "G", "torch": "2",
+                "mixgrain": "0"}  # fmt: skip
+    text = f"{readme.BEGIN}\n{readme.END}\n{readme.TUNED_BEGIN}\nold\n{readme.TUNED_END}\n"
+    new = readme.renewed(text, TABLE_EXAMPLE, None, {"settings": settings, "rows": rows})
+    assert "old" not in new
+    assert (
+        "| 2:4 | 50.0% | 2.0 | 2.500 | +2.000 | 0.625 ±0.177 | +0.250 ±0.000 | 150 ±0 | 1.50 |"
+        in new
+    )
+    assert "scored on 5 held-out contexts of 128 bytes in bfloat16" in new
 
 
 def test_check_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -259,8 +259,8 @@ def spread(values: list[float], digits: int = 3) -> str:
     return mean if len(values) < 2 else f"{mean} ±{statistics.stdev(values):,.{digits}f}"
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """The outcomes as text; differences are paired, seed by seed."""
+def cells(outcomes: list[Outcome]) -> list[list[str]]:
+    """The table's rows, heads first; differences are paired, seed by seed."""
     dense = outcomes[0]
     rows = [
         ["weights", "kept", "MB", "pruned", "over dense", "fine-tuned", "over dense", "tokens/s",
@@ -278,7 +278,12 @@ def table(outcomes: list[Outcome]) -> str:
                 "" if own else f"{statistics.fmean(o.speeds) / statistics.fmean(dense.speeds):.2f}",
             ]
         )  # fmt: skip
-    lines = align(rows)
+    return rows
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The outcomes as text."""
+    lines = align(cells(outcomes))
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 
@@ -357,6 +362,7 @@ def run(
               f" byte apart, {limit:.0e} allowed")  # fmt: skip
     if out is not None:
         given = {"device": machine, "dtype": words, "torch": torch.__version__,
+                 "mixgrain": mg.__version__, "length scored": base.config.context,
                  **{k: v for k, v in vars(settings).items() if isinstance(v, int)}}  # fmt: skip
         rows = [vars(o) for o in outcomes]
         out.write_text(json.dumps({"settings": given, "rows": rows}, indent=1) + "\n")
