@@ -70,8 +70,8 @@ def tuned_section(measured: dict[str, Any]) -> str:
     how = measured["settings"]
     lines += [
         "",
-        f"Bits per byte; ± the standard deviation over {how['seeds']} seeds, each of {how['steps']} "
-        f"steps of {how['batch']} × {how['length']} bytes; scored on {how['contexts']} held-out "
+        f"Bits per byte; ± the standard deviation over {how['seeds']} seeds, each of "
+        f"{how['steps']} steps of {how['batch']} × {how['length']} bytes; scored on {how['contexts']} held-out "
         f"contexts of {how['length scored']} bytes in {how['dtype']}. MB: the blocks' weights in "
         f"float32, positions included. Tokens per second of forward passes of {how['together']} "
         f"contexts. {how['device']}, torch {how['torch']}, mixgrain {how['mixgrain']}.",
