@@ -71,10 +71,11 @@ def tuned_section(measured: dict[str, Any]) -> str:
     lines += [
         "",
         f"Bits per byte; ± the standard deviation over {how['seeds']} seeds, each of "
-        f"{how['steps']} steps of {how['batch']} × {how['length']} bytes; scored on {how['contexts']} held-out "
-        f"contexts of {how['length scored']} bytes in {how['dtype']}. MB: the blocks' weights in "
-        f"float32, positions included. Tokens per second of forward passes of {how['together']} "
-        f"contexts. {how['device']}, torch {how['torch']}, mixgrain {how['mixgrain']}.",
+        f"{how['steps']} steps of {how['batch']} × {how['length']} bytes; scored on "
+        f"{how['contexts']} held-out contexts of {how['length scored']} bytes in {how['dtype']}. "
+        "MB: the blocks' weights in float32, positions included. Tokens per second of forward "
+        f"passes of {how['together']} contexts. {how['device']}, torch {how['torch']}, mixgrain "
+        f"{how['mixgrain']}.",
     ]
     return "\n".join(lines)
 
