@@ -42,23 +42,23 @@ class Thin(NamedTuple):
     per: int
 
     @property
-    def ring(self) -> int:
-        """Tiles that a warp has under way."""
-        return 8 if self.blocks == 1 else 5
+    def group(self) -> int:
+        """Tiles of a batch; a warp has two batches under way."""
+        return 4
 
-    def staged(self, inner: int) -> int:
+    def staged(self, inner: int, width: int) -> int:
         """Bytes of x in shared memory."""
-        return 8 * self.blocks * (cuda_tile.slab_of(inner, self.split) * SIZE * 2 + 16)
+        return min(8 * self.blocks, width) * (cuda_tile.slab_of(inner, self.split) * SIZE * 2 + 16)
 
     @property
     def sums(self) -> int:
         """Bytes of segments."""
         return (WARPS + self.per) * self.blocks * 640
 
-    def shared(self, inner: int) -> int:
+    def shared(self, inner: int, width: int) -> int:
         """Dynamic shared memory of a CTA, bytes; what others of the cluster send comes last."""
-        sent = self.per * self.blocks * 512 if self.split > 1 else 0
-        return self.staged(inner) + WARPS * self.ring * 512 + self.sums + sent
+        sent = -(-self.per // self.split) * self.split * self.blocks * 512 * (self.split > 1)
+        return (MOST_LINES + 2) * 8 + self.staged(inner, width) + self.sums + sent
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,15 +74,15 @@ def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> T
         for split, share in SPLITS.items():
             clusters = int(there.multiprocessors * share) // split
             per = min(-(-lines // max(clusters // chunks, 1)), MOST_LINES)
-            while per > 1 and Thin(blocks, split, per).shared(inner) > room:
+            while per > 1 and Thin(blocks, split, per).shared(inner, width) > room:
                 per = -(-per // 2)
             how = Thin(blocks, split, max(per, 1))
-            if how.shared(inner) > room:
+            if how.shared(inner, width) > room:
                 continue
             waves = -(-(-(-lines // how.per) * chunks) // max(clusters, 1))
             # Sums pass through shared memory twice, at three times the rate of what comes from L2.
             tiles_of = 512 * tiles * how.per / (max(lines, 1) * split)
-            each = how.staged(inner) * min(width / (8 * blocks), 1) + tiles_of + how.sums * 2 / 3
+            each = how.staged(inner, width) + tiles_of + how.sums * 2 / 3
             found.append((waves * each + EXCHANGE * (split > 1), how))
     return min(found)[1] if found else None
 
@@ -145,7 +145,7 @@ def spmm(
                 np.int32(inner),
                 np.int32(width),
             ),
-            how.shared(inner),
+            how.shared(inner, width),
         )
 
 
@@ -156,7 +156,7 @@ def thin_request(
     constants = {
         "BLOCKS": how.blocks,
         "WARPS": WARPS,
-        "RING": how.ring,
+        "GROUP": how.group,
         "SPLIT": how.split,
         "DTYPE": CODES[dtype],
         "OUT": CODES[out],
