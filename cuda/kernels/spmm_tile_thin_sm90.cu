@@ -20,10 +20,10 @@
 //
 //   grid   (kSplit · groups of lines, tiles of columns, F) in clusters of kSplit
 //   block  kWarps warps
-//   smem   x by columns, segments, what the cluster's CTAs send
-//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.8 µs, 16
-//          tokens 17.2; reading the same bytes takes 12.2 of them and an empty kernel 2.9. 128 tokens are latency:
-//          768² 6.8, 768 -> 3072 9.1, 3072 -> 768 9.6; x reaches each multiprocessor at 40 bytes a cycle
+//   smem   what each line has, x by columns, segments, what the cluster's CTAs send
+//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.6 µs, 16
+//          tokens 15.4; reading the same bytes takes 12.2 of them and an empty kernel 3.3. 128 tokens are latency:
+//          768² 6.3, 768 -> 3072 7.9, 3072 -> 768 8.9; a kernel that loads and stores 200 KB takes 4.2
 //   needs  sm_90
 #include "types.cuh"
 #include "cluster.cuh"

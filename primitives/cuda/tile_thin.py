@@ -24,6 +24,8 @@ WARPS = 16
 SPLITS = {1: 1.0, 2: 1.0, 4: 0.88}
 # What a cluster's exchange costs, as bytes that a multiprocessor brings meanwhile.
 EXCHANGE = 30_000
+# Tiles of a warp that batches of two are for.
+SHORT = 8
 # Of a CTA; what its table of segments holds.
 MOST_LINES = 128
 
@@ -35,16 +37,13 @@ class Thin(NamedTuple):
         blocks: of 8 columns of x that a CTA takes.
         split: slabs of inner positions, each a CTA's of a cluster.
         per: lines of tiles of a CTA.
+        group: tiles of a batch; a warp has two batches under way.
     """
 
     blocks: int
     split: int
     per: int
-
-    @property
-    def group(self) -> int:
-        """Tiles of a batch; a warp has two batches under way."""
-        return 4
+    group: int
 
     def staged(self, inner: int, width: int) -> int:
         """Bytes of x in shared memory."""
@@ -69,14 +68,17 @@ def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> T
     """
     room = there.shared_bytes - 2048  # the driver keeps some, and there are static tables
     found: list[tuple[float, Thin]] = []
-    for blocks in (1,) if width <= 8 else (2,) if width <= 16 else (2, 4):
+    for blocks in (1,) if width <= 8 else (1, 2) if width <= 16 else (1, 2, 4):
         chunks = -(-width // (8 * blocks))
         for split, share in SPLITS.items():
             clusters = int(there.multiprocessors * share) // split
             per = min(-(-lines // max(clusters // chunks, 1)), MOST_LINES)
-            while per > 1 and Thin(blocks, split, per).shared(inner, width) > room:
+            while per > 1 and Thin(blocks, split, per, 4).shared(inner, width) > room:
                 per = -(-per // 2)
-            how = Thin(blocks, split, max(per, 1))
+            per = max(per, 1)
+            # Of few tiles a warp would ask for many twice.
+            few = tiles * per <= SHORT * WARPS * max(lines, 1) * split
+            how = Thin(blocks, split, per, 2 if few else 4)
             if how.shared(inner, width) > room:
                 continue
             waves = -(-(-(-lines // how.per) * chunks) // max(clusters, 1))

@@ -79,7 +79,8 @@ def segments(
 ) -> tuple[Tensor, Tensor, int]:
     """Work of CTAs that take some lines and one slab of inner positions each.
 
-    Lines are dealt to groups evenly. Warps share the cells of a CTA evenly; the cells of one line with one warp are a segment.
+    Lines are dealt to groups evenly. Warps share the cells of a CTA evenly; the cells of one line
+    with one warp are a segment.
 
     Args:
         bounds: int32 (lines + 1,), of ``part``.
