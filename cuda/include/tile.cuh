@@ -29,6 +29,15 @@ __device__ __forceinline__ void tile_copy_once(void *to, const operand_t *from, 
                  : "memory");
 }
 
+// A lane's share of such a tile, to registers.
+__device__ __forceinline__ uint4 tile_load_once(const void *from) {
+    uint4 v;
+    asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}
+
 // An 8 x 8 matrix, (row g, columns 2t, 2t + 1) in each lane, transposed.
 __device__ __forceinline__ u32 turned(u32 v) {
     u32 r;
@@ -66,4 +75,11 @@ template <bool kTurned> __device__ __forceinline__ void matrices(u32 (&r)[4], u3
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                      : "r"(address)
                      : "memory");
+}
+// Two of them, by addresses that lanes 0 … 15 give.
+__device__ __forceinline__ void two_matrices(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
 }

@@ -1,52 +1,66 @@
 // spmm_tile_thin_sm90: out = scale · S x or scale · Sᵀ x for few columns of x, S in 16 × 16 tiles.
 //
-// A CTA takes some lines of tiles, 8 kBlocks columns and one of kSplit slabs of inner positions. Its part of x
-// comes into shared memory whole and needs no table, so that it is under way while the warps still learn which
-// tiles are theirs. They share the CTA's tiles evenly, wherever lines end: a warp's part of a line is a segment
-// with a place of its own, and segments are added up in their order, then slabs in theirs.
+// A CTA takes some lines of tiles, 8 kBlocks columns and one of kSplit slabs of inner positions; lines are dealt
+// so that CTAs have equal numbers of tiles. Its part of x comes into shared memory whole and needs no table, so
+// that it is under way while the warps still learn which tiles are theirs. They share the CTA's tiles evenly,
+// wherever lines end: a warp's part of a line is a segment with a place of its own, and segments are added up in
+// their order, then slabs in theirs.
+//
+// Tiles go straight to registers, two batches of kGroup under way. All is latency and instructions: what a warp
+// does for a tile is counted, and nothing that a thread computes once waits for a table.
 //
 //   out      (F, rows, D) by strides, plus the bias of each row (nullptr: none)
 //   x        (F, inner, D) by strides; kWide: inner positions contiguous, columns at 16 bytes, inner % 8 == 0
 //   values   (F, slots), 512 bytes a tile
-//   work     (CTAs, pitch) int: for each warp its first cell, number of cells, first segment, 0, and its first
-//            `span` cells (32, or fewer where none has so many); then the segments before each line of the CTA
-//   cells    (tiles) int2: 4 · inner tile of the slab + 2 where it hangs over the edge + 1 where the segment ends;
+//   work     (CTAs, pitch) int: for each warp its first cell, its number of cells + 2²⁰ · its first segment, and its
+//            first `span` cells (32, or fewer where none has so many); then for each line of the CTA the segments
+//            before it and which line it is, and one more for all
+//   cells    (tiles) int2: 32 · inner tile of the slab + 2 where it hangs over the edge + 1 where the segment ends;
 //            number of the tile in memory
 //
 //   grid   (kSplit · groups of lines, tiles of columns, F) in clusters of kSplit
 //   block  kWarps warps
-//   smem   x by columns, kRing tiles for each warp, segments, what the cluster's CTAs send
-//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.8 µs, 16
-//          tokens 17.2; reading the same bytes takes 12.2 of them and an empty kernel 2.9. 128 tokens are latency:
-//          768² 6.8, 768 -> 3072 9.1, 3072 -> 768 9.6; x reaches each multiprocessor at 40 bytes a cycle
+//   smem   what each line has, x by columns, segments, what the cluster's CTAs send
+//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.6 µs, 16
+//          tokens 15.4; reading the same bytes takes 12.2 of them and an empty kernel 3.3. 128 tokens are latency:
+//          768² 6.3, 768 -> 3072 7.9, 3072 -> 768 8.9; a kernel that loads and stores 200 KB takes 4.2
 //   needs  sm_90
 #include "types.cuh"
 #include "cluster.cuh"
 #include "copy.cuh"
 #include "tile.cuh"
 
-constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS, kRing = MG_RING, kSplit = MG_SPLIT;
+constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS, kGroup = MG_GROUP, kSplit = MG_SPLIT;
 constexpr bool kTransposed = MG_TRANSPOSED, kWide = MG_WIDE;
 constexpr int kThreads = 32 * kWarps, kPairs = (kBlocks + 1) / 2, kMostLines = 128;
+constexpr int kTable = (kMostLines + 2) * 8;
 constexpr int kPitch = 20;  // floats of a segment's column of 16: lanes write to all banks
+constexpr int kOfLine = 4 * kColumns, kAtOnce = kThreads / kOfLine;  // threads that add up a line; lines at a time
 static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2 or 4");
-static_assert(kRing <= 32, "RING: no more than the cells that lanes hold");
-constexpr int kTogether = kWarps > kColumns ? kWarps / kColumns : 1;  // warps that bring one column of x
+static_assert(kGroup == 2 || kGroup == 4 || kGroup == 8, "GROUP must divide the cells that lanes hold");
+static_assert(kThreads % kOfLine == 0, "a thread has its place of every line");
 
-__device__ __forceinline__ u32 shared_word(u32 address) {
-    u32 r;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
-    return r;
+// Keeps what it has where not live; without a choice afterwards, which would wait for the load.
+__device__ __forceinline__ void pair_load(int2 &v, const int2 *from, bool live) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
+                 : "+r"(v.x), "+r"(v.y)
+                 : "l"(from), "r"(int(live)));
 }
 
 // Columns of x from `from` on, `live` inner positions of each, zeros up to a whole tile.
 __device__ __forceinline__ void stage_wide(u8 *to, int pitch, const operand_t *from, i64 x_column, int live, int columns) {
-    const int warp = threadIdx.x / 32;
+    // Warps that bring one column together, as bits.
+    const int few = columns > 8 ? 0 : columns > 4 ? 1 : columns > 2 ? 2 : columns > 1 ? 3 : 4;
+    const int bits = kWarps == 16 ? few : 0, warp = threadIdx.x / 32;
+    const int first = (warp & ((1 << bits) - 1)) * 32 + threadIdx.x % 32;
 #pragma unroll 1
-    for (int c = warp / kTogether; c < columns; c += kWarps / kTogether)
+    for (int c = warp >> bits; c < columns; c += kWarps >> bits) {
+        const operand_t *source = from + c * x_column;
+        u8 *column = to + c * pitch;
 #pragma unroll 1
-        for (int k = warp % kTogether * 32 + threadIdx.x % 32; k < (live + 15) / 16 * 2; k += kTogether * 32)
-            copy_async16(to + c * pitch + k * 16, from + c * x_column + k * 8, k * 8 < live);
+        for (int k = first; k < (live + 15) / 16 * 2; k += 32 << bits)
+            copy_async16(column + k * 16, source + k * 8, k * 8 < live);
+    }
 }
 __device__ __forceinline__ void stage_by_hand(u16 *to, int pitch, const u16 *from, i64 x_inner, i64 x_column, int live,
                                               int columns) {
@@ -69,34 +83,31 @@ __launch_bounds__(kThreads)
                         int span, const int2 *__restrict__ cells, int per, int slab, float scale,
                         const operand_t *__restrict__ bias, out_t *__restrict__ out, i64 out_free, i64 out_row,
                         i64 out_column, int quads, int rows, int inner, int width) {
-    extern __shared__ __align__(16) u8 raw[];
-    __shared__ int before[kMostLines + 1];  // segments before each line
+    extern __shared__ __align__(16) u8 dynamic[];
+    int2 *lines = reinterpret_cast<int2 *>(dynamic);  // segments before each line, and which it is
+    u8 *raw = dynamic + kTable;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int rank = blockIdx.x % kSplit, line = blockIdx.x / kSplit * per;
+    const int rank = blockIdx.x % kSplit;
     const int column = blockIdx.y * kColumns, columns = min(kColumns, width - column);
     const i64 f = blockIdx.z;
     const int begin = rank * slab, live = max(0, min(slab, inner - begin));
 
     // In shared memory, bytes: a column of x takes an odd number of 16, which ldmatrix reads without conflicts.
     const int pitch = 2 * slab + 16;
-    uint4 *ring = reinterpret_cast<uint4 *>(raw + kColumns * pitch) + warp * kRing * 32 + lane;
-    float *segments = reinterpret_cast<float *>(raw + kColumns * pitch + kWarps * kRing * 512);
+    float *segments = reinterpret_cast<float *>(raw + min(kColumns, width) * pitch);
     float4 *received = reinterpret_cast<float4 *>(segments + (kWarps + per) * kColumns * kPitch);
 
-    // A lane's own 16 bytes of a tile, which no other reads: no barrier but its own wait.
-    const operand_t *mine = values + f * slots + lane * 8;
-    const u64 policy = once_policy();
-    auto fetch = [&](int n, int count, int item) {
-        if (n < count) tile_copy_once(ring + n % kRing * 32, mine + static_cast<i64>(item) * 256, policy);
-        copy_commit();
-    };
-
-    // 1. What depends on nothing: tables, x, and for small work all tiles on their way to L2.
-    const int *from = work + static_cast<i64>(blockIdx.x) * work_pitch, stride = 4 + 2 * span;
-    const int4 head = __ldg(reinterpret_cast<const int4 *>(from + warp * stride));
-    int2 cell = lane < span ? __ldg(reinterpret_cast<const int2 *>(from + warp * stride + 4) + lane) : make_int2(0, 0);
-    const int ends = threadIdx.x <= per ? __ldg(from + kWarps * stride + threadIdx.x) : 0;
+    // 1. What depends on nothing: tables, for small work all tiles on their way to L2, x. Loads of tables have no
+    //    registers that nobody reads: what the compiler puts there waits for the load.
+    const int *from = work + static_cast<i64>(blockIdx.x) * work_pitch, stride = 2 + 2 * span;
+    const int2 head = __ldg(reinterpret_cast<const int2 *>(from + warp * stride));
+    int2 cell = lane < span ? __ldg(reinterpret_cast<const int2 *>(from + warp * stride + 2) + lane) : make_int2(0, 0);
+    const int2 *of_lines = reinterpret_cast<const int2 *>(from + kWarps * stride);
+    const int2 mine_of_lines = threadIdx.x <= per ? __ldg(of_lines + threadIdx.x) : make_int2(0, 0);
     if constexpr (kSplit > 1) cluster_here();
+    const u32 thread = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
+    if (gridDim.z == 1 && slots / 64 <= gridDim.x * gridDim.y * kThreads && thread < slots / 64)
+        prefetch_l2(values + static_cast<i64>(thread) * 64);
     const operand_t *origin = x + f * x_free + begin * x_inner + column * x_column;
     if constexpr (kWide)
         stage_wide(raw, pitch, origin, x_column, live, columns);
@@ -104,18 +115,40 @@ __launch_bounds__(kThreads)
         stage_by_hand(reinterpret_cast<u16 *>(raw), pitch / 2, reinterpret_cast<const u16 *>(origin), x_inner, x_column, live,
                       columns);
     copy_commit();
-    const u32 thread = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
-    if (gridDim.z == 1 && slots / 64 <= gridDim.x * gridDim.y * kThreads && thread < slots / 64)
-        prefetch_l2(values + static_cast<i64>(thread) * 64);
+
+    // What is needed later and depends on nothing either.
+    // Columns that are not there are the last that is; nobody keeps their sums.
+    u32 right[kPairs];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+        const int c = kBlocks == 1 ? lane % 8 : 16 * j + lane / 16 * 8 + lane % 8;
+        right[j] = address_in_shared(raw) + min(c, columns - 1) * pitch + lane / 8 % 2 * 16;
+        asm volatile("" : "+r"(right[j]));  // here, not again for every tile
+    }
 
     // 2. Tiles. Lane l holds cell l of 32, and of the 32 after them.
-    const int count = head.y;
-    auto ask = [&](int n) { return n + lane < count ? __ldg(cells + head.x + n + lane) : make_int2(0, 0); };
-#pragma unroll 1
-    for (int n = 0; n < kRing; ++n) fetch(n, count, __shfl_sync(~0u, cell.y, n));
-    int2 next = ask(32);
-    if (threadIdx.x <= per) before[threadIdx.x] = ends;
-    copy_wait<kRing>();  // x
+    // Past its last tile a warp reads that again, and what it finds in L1 no tile counts: after a load that may
+    // not be the compiler chooses, and waits for it. Without any tile it reads the table.
+    const int count = head.y & 0xFFFFF, last = count - 1;
+    const u8 *mine = reinterpret_cast<const u8 *>(count ? values + f * slots : reinterpret_cast<const operand_t *>(from));
+    mine += lane * 16;
+    asm volatile("" : "+l"(mine));
+    int2 next = make_int2(0, 0);
+    auto ask = [&](int n) { pair_load(next, cells + head.x + n + lane, n + lane < count); };
+    uint4 even[kGroup], odd[kGroup];
+    auto bring = [&](uint4(&to)[kGroup], int n, int number) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+            const int item = __shfl_sync(~0u, number, min(n + i, last));  // lane: of 32
+            to[i] = tile_load_once(mine + static_cast<i64>(item) * 512);
+        }
+    };
+    bring(even, 0, cell.y);
+    bring(odd, kGroup, cell.y);
+    int word = cell.x, number = cell.y;
+    ask(32);
+    if (threadIdx.x <= per) lines[threadIdx.x] = mine_of_lines;
+    copy_wait<0>();  // x
     __syncthreads();
 
     // 3. Products.
@@ -127,71 +160,83 @@ __launch_bounds__(kThreads)
             for (int c = 0; c < 4; ++c) acc[j][c] = 0.f;
     };
     clear();
-    // Columns that are not there are the last that is; nobody keeps their sums.
-    u32 right[kPairs];
+    float *segment = segments + (head.y >> 20) * kColumns * kPitch + 2 * t * kPitch + g;
+    auto multiply = [&](const uint4(&tiles)[kGroup], int n) {
+        int words[kGroup];
+        u32 b[kGroup][kPairs][4];
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j)
-        right[j] = address_in_shared(raw) + (kBlocks == 1 ? min(g, columns - 1) * pitch + 4 * t
-                                                          : min(16 * j + lane / 16 * 8 + lane % 8, columns - 1) * pitch + lane / 8 % 2 * 16);
-    float *segment = segments + head.z * kColumns * kPitch + 2 * t * kPitch + g;
-    int slot = 0;
-#pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-        if (n && n % 32 == 0) cell = next, next = ask(n + 32);
-        const int word = __shfl_sync(~0u, cell.x, n % 32), ahead = n % 32 + kRing;
-        copy_wait<kRing - 1>();
-        u32 w[4], b[kPairs][4];
-        tile_lines<kTransposed>(w, ring[slot * 32]);
+        for (int i = 0; i < kGroup; ++i) words[i] = __shfl_sync(~0u, word, n + i);
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-            if constexpr (kBlocks == 1)
-                b[0][0] = shared_word(right[0] + word / 4 * 32), b[0][1] = shared_word(right[0] + word / 4 * 32 + 16);
-            else
-                matrices<false>(b[j], right[j] + word / 4 * 32);
-        }
-        if (word & 2) tile_cut(w, inner % 16);
-        const u32 a[4] = {w[0], w[2], w[1], w[3]};
+        for (int i = 0; i < kGroup; ++i)  // of tiles that are not there the first is read, and not used
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j)
-            mma_16x8x16<operand_t>(acc[j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-        fetch(n + kRing, count, __shfl_sync(~0u, ahead < 32 ? cell.y : next.y, ahead % 32));
-        if (++slot == kRing) slot = 0;
-        if (word & 1) {
+            for (int j = 0; j < kPairs; ++j) {
+                if constexpr (kBlocks == 1)
+                    two_matrices(b[i][j], right[j] + (words[i] & ~31));
+                else
+                    matrices<false>(b[i][j], right[j] + (words[i] & ~31));
+            }
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+            if (n + i >= count) break;
+            u32 w[4];
+            tile_lines<kTransposed>(w, tiles[i]);
+            if (words[i] & 2) tile_cut(w, inner % 16);
+            const u32 a[4] = {w[0], w[2], w[1], w[3]};
 #pragma unroll
             for (int j = 0; j < kBlocks; ++j)
+                mma_16x8x16<operand_t>(acc[j], a, b[i][j / 2][j % 2 * 2], b[i][j / 2][j % 2 * 2 + 1]);
+            if (words[i] & 1) {
 #pragma unroll
-                for (int c = 0; c < 4; ++c) segment[(8 * j + c % 2) * kPitch + c / 2 * 8] = acc[j][c];
-            segment += kColumns * kPitch;
-            clear();
+                for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) segment[(8 * j + c % 2) * kPitch + c / 2 * 8] = acc[j][c];
+                segment += kColumns * kPitch;
+                clear();
+            }
         }
-    }
+    };
+    // A batch is brought as soon as the one two before it is used up: numbers run ahead of words.
+    auto turn = [&](int n) {
+        if (n % 32 == 0 && n < count) number = next.y;
+    };
+    int n = 0;
+#pragma unroll 1
+    do {
+        if (n && n % 32 == 0) {
+            word = next.x;
+            asm volatile("" : "+r"(word));
+            ask(n + 32);
+        }
+        multiply(even, n);
+        turn(n + 2 * kGroup);
+        bring(even, n + 2 * kGroup, number);
+        multiply(odd, n + kGroup);
+        bring(odd, n + 3 * kGroup, number);
+        n += 2 * kGroup;
+    } while (n < count);
     __syncthreads();
 
-    // 4. Sums, four rows of a line at once; neighbouring threads write neighbouring elements, whichever they are.
+    // 4. Sums. A thread has four rows of one column of every line it adds up; neighbouring threads write
+    //    neighbouring elements, whichever they are.
     const bool turned_out = out_column == 1 && width > 1;
-    auto place = [&](int at, int &l, int &c, int &r) {
-        const int rest = at % (kColumns * 4);
-        l = at / (kColumns * 4), c = turned_out ? rest % kColumns : rest / 4, r = turned_out ? rest / kColumns : rest % 4;
+    const int place = threadIdx.x % kOfLine, ahead = threadIdx.x / kOfLine;
+    const int c = turned_out ? place % kColumns : place / 4, r = turned_out ? place / kColumns : place % 4;
+    const float4 *of_place = reinterpret_cast<const float4 *>(segments + c * kPitch + 4 * r);
+    out_t *const to_place = out + f * out_free + (column + c) * out_column + 4 * r * out_row;
+    auto add = [](float4 &sum, const float4 &more) {
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     };
-    auto sum_of = [&](int at) {
-        int l, c, r;
-        place(at, l, c, r);
-        const float4 *v = reinterpret_cast<const float4 *>(segments + c * kPitch + 4 * r);
+    auto sum_of = [&](int l) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        const int last = before[l + 1];
+        const int last = lines[l + 1].x;
 #pragma unroll 1
-        for (int s = before[l]; s < last; ++s) {
-            const float4 more = v[s * (kColumns * kPitch / 4)];
-            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
+        for (int s = lines[l].x; s < last; ++s) add(sum, of_place[s * (kColumns * kPitch / 4)]);
         return sum;
     };
-    auto write = [&](int at, const float4 &sum) {
-        int l, c, r;
-        place(at, l, c, r);
-        const int row = (line + l) * 16 + 4 * r;
+    auto write = [&](int l, const float4 &sum) {
+        const int above = lines[l].y * 16, row = above + 4 * r;
         if (c >= columns || row >= rows) return;
-        out_t *to = out + f * out_free + row * out_row + (column + c) * out_column;
+        out_t *to = to_place + above * out_row;
         const float v[4] = {sum.x, sum.y, sum.z, sum.w};
         out_t y[4];
 #pragma unroll
@@ -206,33 +251,25 @@ __launch_bounds__(kThreads)
                 if (row + i < rows) to[i * out_row] = y[i];
         }
     };
-    const int all = per * kColumns * 4;
     if constexpr (kSplit == 1) {
 #pragma unroll 1
-        for (int at = threadIdx.x; at < all; at += kThreads) write(at, sum_of(at));
+        for (int l = ahead; l < per; l += kAtOnce) write(l, sum_of(l));
     } else {
-        // Each CTA of the cluster finishes its share of the sums; the others send theirs to it.
-        const int share = all / kSplit;
+        // Each CTA of the cluster finishes every kSplit-th line; the others send theirs to it.
+        const int each = (per + kSplit - 1) / kSplit * kOfLine;
+        const u32 here = shared_address(received + rank * each + place);
         cluster_wait();
 #pragma unroll 1
-        for (int r = 0; r < kSplit; ++r) {
-            const u32 to = cluster_address(shared_address(received + rank * share), r);
-#pragma unroll 1
-            for (int at = threadIdx.x; at < share; at += kThreads) {
-                const float4 sum = sum_of(r * share + at);
-                cluster_store(to + at * 16, sum);
-            }
-        }
+        for (int l = ahead; l < per; l += kAtOnce)
+            cluster_store(cluster_address(here + l / kSplit * kOfLine * 16, l % kSplit), sum_of(l));
         cluster_sync();
 #pragma unroll 1
-        for (int at = threadIdx.x; at < share; at += kThreads) {
-            float4 sum = received[at];
+        for (int l = rank + kSplit * ahead; l < per; l += kSplit * kAtOnce) {
+            const float4 *sent = received + l / kSplit * kOfLine + place;
+            float4 sum = sent[0];
 #pragma unroll
-            for (int s = 1; s < kSplit; ++s) {
-                const float4 v = received[s * share + at];
-                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-            }
-            write(rank * share + at, sum);
+            for (int s = 1; s < kSplit; ++s) add(sum, sent[s * each]);
+            write(l, sum);
         }
     }
 }

@@ -24,6 +24,8 @@ WARPS = 16
 SPLITS = {1: 1.0, 2: 1.0, 4: 0.88}
 # What a cluster's exchange costs, as bytes that a multiprocessor brings meanwhile.
 EXCHANGE = 30_000
+# Tiles of a warp that batches of two are for.
+SHORT = 8
 # Of a CTA; what its table of segments holds.
 MOST_LINES = 128
 
@@ -35,30 +37,27 @@ class Thin(NamedTuple):
         blocks: of 8 columns of x that a CTA takes.
         split: slabs of inner positions, each a CTA's of a cluster.
         per: lines of tiles of a CTA.
+        group: tiles of a batch; a warp has two batches under way.
     """
 
     blocks: int
     split: int
     per: int
+    group: int
 
-    @property
-    def ring(self) -> int:
-        """Tiles that a warp has under way."""
-        return 8 if self.blocks == 1 else 5
-
-    def staged(self, inner: int) -> int:
+    def staged(self, inner: int, width: int) -> int:
         """Bytes of x in shared memory."""
-        return 8 * self.blocks * (cuda_tile.slab_of(inner, self.split) * SIZE * 2 + 16)
+        return min(8 * self.blocks, width) * (cuda_tile.slab_of(inner, self.split) * SIZE * 2 + 16)
 
     @property
     def sums(self) -> int:
         """Bytes of segments."""
         return (WARPS + self.per) * self.blocks * 640
 
-    def shared(self, inner: int) -> int:
+    def shared(self, inner: int, width: int) -> int:
         """Dynamic shared memory of a CTA, bytes; what others of the cluster send comes last."""
-        sent = self.per * self.blocks * 512 if self.split > 1 else 0
-        return self.staged(inner) + WARPS * self.ring * 512 + self.sums + sent
+        sent = -(-self.per // self.split) * self.split * self.blocks * 512 * (self.split > 1)
+        return (MOST_LINES + 2) * 8 + self.staged(inner, width) + self.sums + sent
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,20 +68,23 @@ def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> T
     """
     room = there.shared_bytes - 2048  # the driver keeps some, and there are static tables
     found: list[tuple[float, Thin]] = []
-    for blocks in (1,) if width <= 8 else (2,) if width <= 16 else (2, 4):
+    for blocks in (1,) if width <= 8 else (1, 2) if width <= 16 else (1, 2, 4):
         chunks = -(-width // (8 * blocks))
         for split, share in SPLITS.items():
             clusters = int(there.multiprocessors * share) // split
             per = min(-(-lines // max(clusters // chunks, 1)), MOST_LINES)
-            while per > 1 and Thin(blocks, split, per).shared(inner) > room:
+            while per > 1 and Thin(blocks, split, per, 4).shared(inner, width) > room:
                 per = -(-per // 2)
-            how = Thin(blocks, split, max(per, 1))
-            if how.shared(inner) > room:
+            per = max(per, 1)
+            # Of few tiles a warp would ask for many twice.
+            few = tiles * per <= SHORT * WARPS * max(lines, 1) * split
+            how = Thin(blocks, split, per, 2 if few else 4)
+            if how.shared(inner, width) > room:
                 continue
             waves = -(-(-(-lines // how.per) * chunks) // max(clusters, 1))
             # Sums pass through shared memory twice, at three times the rate of what comes from L2.
             tiles_of = 512 * tiles * how.per / (max(lines, 1) * split)
-            each = how.staged(inner) * min(width / (8 * blocks), 1) + tiles_of + how.sums * 2 / 3
+            each = how.staged(inner, width) + tiles_of + how.sums * 2 / 3
             found.append((waves * each + EXCHANGE * (split > 1), how))
     return min(found)[1] if found else None
 
@@ -145,7 +147,7 @@ def spmm(
                 np.int32(inner),
                 np.int32(width),
             ),
-            how.shared(inner),
+            how.shared(inner, width),
         )
 
 
@@ -156,7 +158,7 @@ def thin_request(
     constants = {
         "BLOCKS": how.blocks,
         "WARPS": WARPS,
-        "RING": how.ring,
+        "GROUP": how.group,
         "SPLIT": how.split,
         "DTYPE": CODES[dtype],
         "OUT": CODES[out],

@@ -6,7 +6,9 @@ the inner one, which is summed over. A cell is a tile on its line: (inner tile, 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mixgrain.formats.entries import pack_bits
@@ -77,7 +79,8 @@ def segments(
 ) -> tuple[Tensor, Tensor, int]:
     """Work of CTAs that take some lines and one slab of inner positions each.
 
-    Warps share the cells of a CTA evenly; the cells of one line with one warp are a segment.
+    Lines are dealt to groups evenly. Warps share the cells of a CTA evenly; the cells of one line
+    with one warp are a segment.
 
     Args:
         bounds: int32 (lines + 1,), of ``part``.
@@ -89,34 +92,41 @@ def segments(
 
     Returns:
         work int32 (CTAs, pitch), CTA = split * group of lines + slab: for each warp its first
-        cell, number of its cells, its first segment of the CTA, 0, and the first ``span`` of its
-        cells, up to 32; then segments before each line of the CTA, and one more for all. cells
-        int32 (tiles, 2): 4 * inner tile of the slab + 2 where it hangs over the edge + 1 where a
-        segment ends; number in memory. span.
+        cell, number of its cells + 2²⁰ * its first segment of the CTA, and the first ``span`` of
+        its cells, up to 32; then for each line of the CTA the segments before it and which it is,
+        and one more for all. cells int32 (tiles, 2): 32 * inner tile of the slab + 2 where it hangs
+        over the edge + 1 where a segment ends; number in memory. span.
     """
-    lines, column = lines_of(bounds), cells[:, 0].long()
+    count, column = bounds.numel() - 1, cells[:, 0].long()
     slab = slab_of(inner, split)
-    ctas = split * -(-(bounds.numel() - 1) // per)
-    order = torch.sort(lines // per * split + column // slab, stable=True)  # by CTA
-    cta, lines, column = order.values, lines[order.indices] % per, column[order.indices]
+    loads = torch.bincount(lines_of(bounds) * split + column // slab, minlength=count * split)
+    dealt = torch.from_numpy(deal(loads.view(count, split).cpu().numpy(), per)).to(cells.device)
+    ctas = split * len(dealt)
+    where = torch.empty(count + 1, dtype=torch.int64, device=cells.device)
+    where[dealt.flatten()] = torch.arange(dealt.numel(), device=cells.device)
+    lines = where[lines_of(bounds)]  # per * group + place in it
+    key = (lines // per * split + column // slab) * per + lines % per
+    order = torch.sort(key, stable=True)
+    cta, column = order.values // per, column[order.indices]
     counts = torch.bincount(cta, minlength=ctas)
     place = torch.arange(len(cta), device=cta.device) - running(counts).long()[cta]
     warp = ((place + 1) * warps - 1) // counts[cta]
     new = torch.ones_like(cta, dtype=torch.bool)
-    key = (cta * warps + warp) * per + lines
+    key = order.values * warps + warp
     new[1:] = key[1:] != key[:-1]
     last = torch.cat([new[1:], new[:1]])  # the first cell is new
-    word = column % slab * 4 + ((column + 1) * SIZE > inner) * 2 + last
+    word = column % slab * 32 + ((column + 1) * SIZE > inner) * 2 + last
     made = torch.stack([word.int(), cells[order.indices, 1]], 1)
 
-    ends = torch.zeros(ctas, per + 1, dtype=torch.int64, device=cta.device)
-    found = torch.bincount((cta * per + lines)[new], minlength=ctas * per)
-    ends[:, 1:] = found.view(ctas, per).cumsum(1)
+    ends = torch.full((ctas, per + 1, 2), count, dtype=torch.int64, device=cta.device)
+    found = torch.bincount(order.values[new], minlength=ctas * per)
+    ends[:, 0, 0], ends[:, 1:, 0] = 0, found.view(ctas, per).cumsum(1)
+    ends[:, :-1, 1] = dealt.repeat_interleave(split, 0)
     sizes = torch.bincount(cta * warps + warp, minlength=ctas * warps)
     first = running(sizes)[:-1].long()
     of_warp = torch.bincount((cta * warps + warp)[new], minlength=ctas * warps).view(ctas, warps)
     before = (of_warp.cumsum(1) - of_warp).flatten()
-    heads = torch.stack([first, sizes, before, torch.zeros_like(first)], 1).int()
+    heads = torch.stack([first, sizes + (before << 20)], 1).int()
     span, most = 4, int(sizes.max()) if sizes.numel() else 0
     while span < min(most, 32):
         span *= 2
@@ -125,9 +135,37 @@ def segments(
         at = torch.arange(span, device=cta.device)
         which = (first[:, None] + at).clamp(max=len(made) - 1)
         early = torch.where((at < sizes[:, None])[..., None], made[which], 0)
-    records = torch.cat([heads, early.flatten(1)], 1).view(ctas, warps * (4 + 2 * span))
-    padding = made.new_zeros(ctas, -(per + 1) % 4)
-    return torch.cat([records, ends.int(), padding], 1), made, span
+    records = torch.cat([heads, early.flatten(1)], 1).view(ctas, warps * (2 + 2 * span))
+    padding = made.new_zeros(ctas, -2 * (per + 1) % 4)
+    return torch.cat([records, ends.flatten(1).int(), padding], 1), made, span
+
+
+def deal(loads: NDArray[np.int64], per: int) -> NDArray[np.int64]:
+    """Lines dealt to groups whose CTAs, one for each slab, have nearly equal loads.
+
+    The longest first, each to the group whose most loaded CTA it leaves with least.
+
+    Args:
+        loads: int64 (lines, slabs), tiles.
+        per: lines of a group at most.
+
+    Returns:
+        int64 (groups, per): lines, rising; the number of lines where a group has fewer.
+    """
+    count, split = loads.shape
+    groups = -(-count // per)
+    made = np.full((groups, per), count)
+    has, total = np.zeros(groups, np.int64), np.zeros((groups, split), np.int64)
+    most = int(loads.sum()) + 1
+    for line in np.argsort(-loads.sum(1), kind="stable"):
+        then = total + loads[line]
+        cost = then.max(1) * most + then.sum(1)
+        cost[has == per] = np.iinfo(np.int64).max
+        group = int(cost.argmin())
+        made[group, has[group]] = line
+        has[group] += 1
+        total[group] = then[group]
+    return np.sort(made, axis=1)
 
 
 def slab_of(inner: int, split: int) -> int:

@@ -1,5 +1,6 @@
 """What CUDA kernels derive from a TileLayout's plan; no GPU."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,26 +89,42 @@ def test_segments_of_a_line_are_all_of_it(shape, d, per, split):
         work, made, span = cuda_tile.segments(bounds, cells, per, split, warps, inner)
         slab, lines = cuda_tile.slab_of(inner, split), bounds.numel() - 1
         assert len(work) == split * -(-lines // per) and not work.shape[1] % 4
-        found, at = set(), 0
+        found, at, dealt = set(), 0, []
         for cta, record in enumerate(work.tolist()):
-            heads = [record[w * (4 + 2 * span) :][: 4 + 2 * span] for w in range(warps)]
-            ends = record[warps * (4 + 2 * span) :][: per + 1]
-            counts, segment = [head[1] for head in heads], 0
+            heads = [record[w * (2 + 2 * span) :][: 2 + 2 * span] for w in range(warps)]
+            of_lines = record[warps * (2 + 2 * span) :][: 2 * (per + 1)]
+            ends, which = of_lines[::2], of_lines[1::2]
+            assert which == sorted(which) and which[-1] == lines
+            dealt += [which] if cta % split == 0 else []
+            assert dealt[-1] == which  # a cluster's CTAs have the same
+            counts, segment = [head[1] % 2**20 for head in heads], 0
             assert max(counts) - min(counts) <= 1  # evenly
-            for first, count, before, _, *early in heads:
-                assert first == at and (before == segment or not count)
+            for first, packed, *early in heads:
+                count = packed % 2**20
+                assert first == at and (packed >> 20 == segment or not count)
                 some = made[first : first + min(count, 32)].flatten().tolist()
                 assert early[: len(some)] == some and not any(early[len(some) :])
                 for word, number in made[first : first + count].tolist():
                     line = max(n for n in range(per) if ends[n] <= segment)
-                    column = cta % split * slab + word // 4
-                    assert segment < ends[line + 1] and word // 4 < slab
-                    assert (word & 2 > 0) == (16 * column + 16 > inner)
-                    found.add((cta // split * per + line, column, number))
+                    column = cta % split * slab + word // 32
+                    assert segment < ends[line + 1] and word // 32 < slab
+                    assert (word & 2 > 0) == (16 * column + 16 > inner) and not word & 28
+                    found.add((which[line], column, number))
                     segment += word & 1
                 at += count
             assert segment == ends[-1] < warps + per
         assert found == tiles and at == len(tiles)
+        assert sorted(n for which in dealt for n in which if n < lines) == list(range(lines))
+
+
+@pytest.mark.parametrize("slabs", [1, 2, 4])
+def test_lines_are_dealt_evenly(slabs):
+    loads = np.random.default_rng(slabs).binomial(512 // slabs, 0.2, (510, slabs))
+    groups = cuda_tile.deal(loads, 5 * slabs)
+    padded = np.concatenate([loads, np.zeros((1, slabs), int)])
+    most = padded[groups].sum(1).max()
+    assert most <= 1.05 * loads.sum() / len(groups) / slabs
+    assert most < np.add.reduceat(loads, np.arange(0, 510, 5 * slabs)).max()
 
 
 @pytest.mark.parametrize("width", [1, 8, 16, 40, 128, 256])
@@ -119,7 +136,7 @@ def test_few_columns_fit_shared_memory(shape, width):
     if how is None:
         assert shape[1] == 200_000
     else:
-        assert how.shared(shape[1]) + 2048 <= 232_448
+        assert how.shared(shape[1], width) + 2048 <= 232_448
         assert 8 * how.blocks * -(-width // (8 * how.blocks)) >= width
 
 
