@@ -52,22 +52,27 @@ def flag(
     if gathered is not None and gathered.query_rows.numel():
         neighbours -= len(gathered.query_pattern)
         row = gathered.query_rows
-        line = gathered.query_pattern[:, None] * nqu + row.clamp(min=0) // UNIT
-        # A line without cells has no slot, so that its rows are not merged.
-        merged = (counts[neighbours:] > 0)[:, None].expand_as(row)[row >= 0]
-        line, row = line[row >= 0], row[row >= 0] % UNIT
-        touched = torch.zeros_like(lines.to_slot)
-        touched[line] = True
-        mine = touched[cells.line].nonzero()[:, 0]
+        listed = (gathered.query_pattern[:, None] * nqu + row // UNIT) * UNIT + row % UNIT
+        # Several gathered lines may list one row; one without cells has no slot, and merges none.
+        listed, which = torch.unique(listed[row >= 0], return_inverse=True)
+        merged = torch.zeros_like(listed, dtype=torch.bool)
+        merged[which[(counts[neighbours:] > 0)[:, None].expand_as(row)[row >= 0]]] = True
+        line, row = listed // UNIT, listed % UNIT
+        # Each cell beside each listed row of its line.
+        several = torch.bincount(line, minlength=len(counts))
+        mine = (several[cells.line] > 0).nonzero()[:, 0]
+        times = several[cells.line[mine]]
+        cell = torch.repeat_interleave(mine, times)
+        at = torch.arange(len(cell), device=device)
+        at += torch.repeat_interleave(
+            (several.cumsum(0) - several)[cells.line[mine]] - (times.cumsum(0) - times), times
+        )
         used = torch.cat([(cells.masks != 0).any(-1), cells.masks.new_ones(1, UNIT).bool()])
-        number = touched.long().cumsum(0) - 1
-        held = torch.zeros(len(line) + 1, UNIT, dtype=torch.int32, device=device)
-        held.index_add_(0, number[cells.line[mine]], used[cells.mask[mine]].to(torch.int32))
-        both = held[number[line], row] > 0
-        lines.to_slot[line[both]] = True
-        # Several gathered lines may list one row.
-        own = torch.unique((line * UNIT + row)[merged & ~both])
-        free.index_add_(0, own // UNIT, bits(UNIT, device)[own % UNIT])
+        held = torch.zeros_like(merged)
+        held[at[used[cells.mask[cell], row[at]]]] = True
+        lines.to_slot[line[held]] = True
+        own = merged & ~held
+        free.index_add_(0, line[own], bits(UNIT, device)[row[own]])
     if nq % UNIT:
         free[nqu - 1 : neighbours : nqu] |= -(1 << nq % UNIT)
     return free
@@ -86,54 +91,61 @@ def filled(
         neighbours: lines that are no gathered ones, which come first.
         nku: key units.
     """
-    own = cells.line < neighbours
-    at_unit = lines.pattern[cells.line] * nku + cells.key.clamp(max=nku)
-    lost = free[cells.line]
-    near = own & (cells.mask >= 0) & (cells.key < PACKED)
-    open_, shared = near & (lost != 0), None
+    first = lines.pattern * nku
+    open_ = (cells.mask >= 0).nonzero()[:, 0]
+    line, key = cells.line[open_], cells.key[open_]
+    # Cells that may change: a free row, or a column that is gathered.
+    near = (line < neighbours) & (key < PACKED)
+    shared, at = None, torch.where(near, first[line] + key, 0)
+    wanted = free[line] != 0
     if key_rows.numel():
         shared = _listed(key_rows, nku)
-        open_ = near & ((lost != 0) | (shared[torch.where(near, at_unit, 0)] != 0))
-    open_ = open_.nonzero()[:, 0]
-    packed = (own & (cells.key >= PACKED)).nonzero()[:, 0]
-    if not (len(open_) or len(packed)):
-        return cells
-    words = _Words(cells, torch.cat([open_, packed]), ~lost)
-    kept, even = words.of(open_)
+        wanted |= shared[at] != 0
+    wanted &= near
+    open_, line, at = open_[wanted], line[wanted], at[wanted]
+    kept, even = _words(cells, open_, ~free)
     whole = even & (kept == -1)
-    less = torch.zeros_like(packed)
+    mask, fresh, dropped = cells.mask.clone(), cells.masks[:0], open_[:0]
     if shared is not None:
-        there, alike = words.of(packed)
-        wanted = even & ~whole & (~kept & ~shared[at_unit[open_]] == 0)
-        if bool(wanted.any()):
-            some = wanted.nonzero()[:, 0]
-            back, less = _moved(
-                cells, lines, key_rows, nku, (open_[some], ~kept[some]),
-                (packed[alike], there[alike]),
-            )  # fmt: skip
+        some = (even & ~whole & (~kept & ~shared[at] == 0)).nonzero()[:, 0]
+        packed = (cells.key >= PACKED).nonzero()[:, 0]
+        asked = _asked(cells, lines, key_rows, nku, open_[some], packed)
+        of = cells.line[packed]
+        busy = (asked | (free[of] != 0)) & (of < neighbours)
+        packed, asked = packed[busy], asked[busy]
+        there, alike = _words(cells, packed, ~free)
+        packed, there, asked = packed[alike], there[alike], asked[alike]
+        less = torch.zeros_like(there)
+        if len(some):
+            wants, gives = (open_[some], ~kept[some]), (packed[asked], there[asked])
+            back, less[asked] = _moved(cells, lines, key_rows, nku, wants, gives)
             whole[some[back]] = True
-            less = torch.zeros_like(packed).masked_scatter_(alike, less)
-        # Free rows keep what the others do, so that lines share masks.
-        changed = alike & ((lost[packed] != 0) | (less != 0))
+        changed = (free[cells.line[packed]] != 0) | (less != 0)
         packed, there = packed[changed], (there & ~less)[changed]
-    else:
-        there = packed = packed[:0]
-    mask = cells.mask.clone()
+        # Free rows keep what the others do, so that lines share masks.
+        mask[packed] = -1
+        cut = ((there != -1) & (there != 0)).nonzero()[:, 0]
+        words, which = torch.unique(there[cut], return_inverse=True)
+        mask[packed[cut]] = len(cells.masks) + which
+        fresh = words[:, None].repeat(1, UNIT).view(torch.uint8).view(-1, UNIT, 8)
+        dropped = packed[there == 0]
     mask[open_[whole]] = -1
-    cut = (there != -1) & (there != 0)
-    fresh, which = torch.unique(there[cut], return_inverse=True)
-    mask[packed] = -1
-    mask[packed[cut]] = len(cells.masks) + which
-    masks = fresh[:, None].repeat(1, UNIT).view(torch.uint8).view(-1, UNIT, 8)
-    masks = torch.cat([cells.masks, masks])
-    left = torch.ones_like(own)
-    left[packed[there == 0]] = False
-    line, key, mask = cells.line[left], cells.key[left], mask[left]
+    return _compact(cells, mask, torch.cat([cells.masks, fresh]), dropped)
+
+
+def _compact(cells: Cells, mask: Tensor, masks: Tensor, dropped: Tensor) -> Cells:
+    """Cells under other masks, some of them dropped; masks without those that nothing uses."""
+    line, key = cells.line, cells.key
+    if len(dropped):
+        left = torch.ones_like(mask, dtype=torch.bool)
+        left[dropped] = False
+        line, key, mask = line[left], key[left], mask[left]
     used = torch.zeros(len(masks) + 1, dtype=torch.bool, device=mask.device)
     used[mask] = True
-    used = used[:-1]
-    number = torch.cat([used.long().cumsum(0) - 1, mask.new_full((1,), -1)])
-    return Cells(line, key, number[mask], masks[used])
+    used[-1] = True  # whole ones, which stay −1
+    number = used.long().cumsum(0) - 1
+    number[-1] = -1
+    return Cells(line, key, number[mask], masks[used[:-1]])
 
 
 def _listed(key_rows: Tensor, nku: int) -> Tensor:
@@ -144,37 +156,56 @@ def _listed(key_rows: Tensor, nku: int) -> Tensor:
     return (found.view(-1, UNIT) * bits(UNIT, found.device)).sum(1)
 
 
-class _Words:
-    """What all rows of a cell keep that are not free, if they keep the same.
+def _words(cells: Cells, some: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
+    """The word of some cells, and whether it is that of all needed rows, at least one.
 
     A mask is alike in all rows that keep something, or it is not: that is looked up once for each
     mask, and only the rows that keep nothing are compared with the free ones of each line.
+
+    Args:
+        cells: all cells.
+        some: numbers of those that are asked about.
+        needed: int64 (L,), the rows of each line that are not free.
     """
+    device = some.device
+    mask, needed = cells.mask[some], needed[cells.line[some]]
+    used = torch.zeros(len(cells.masks) + 1, dtype=torch.bool, device=device)
+    used[mask] = True
+    which = used[:-1].nonzero()[:, 0]
+    words = cells.masks[which].contiguous().view(torch.int64)[..., 0]
+    joined = words
+    while joined.shape[1] > 1:
+        half = joined.shape[1] // 2
+        joined = joined[:, :half] | joined[:, half:]
+    keeps = words != 0
+    # The last entry is the whole unit's, which index −1 finds.
+    kept = torch.full((len(used),), -1, dtype=torch.int64, device=device)
+    rows, alike = kept.clone(), torch.ones_like(used)
+    kept[which] = joined[:, 0]
+    rows[which] = (keeps * bits(UNIT, device)).sum(1)
+    alike[which] = ((words == joined) | ~keeps).all(1)
+    return kept[mask], alike[mask] & (needed & ~rows[mask] == 0) & (needed != 0)
 
-    def __init__(self, cells: Cells, some: Tensor, needed: Tensor) -> None:
-        device = needed.device
-        self._mask, self._needed = cells.mask, needed
-        used = torch.zeros(len(cells.masks) + 1, dtype=torch.bool, device=device)
-        used[cells.mask[some]] = True
-        which = used[:-1].nonzero()[:, 0]
-        words = cells.masks[which].contiguous().view(torch.int64)[..., 0]
-        joined = words
-        while joined.shape[1] > 1:
-            half = joined.shape[1] // 2
-            joined = joined[:, :half] | joined[:, half:]
-        keeps = words != 0
-        # The last entry is the whole unit's, which index −1 finds.
-        self._kept = torch.full((len(used),), -1, dtype=torch.int64, device=device)
-        self._rows, self._alike = self._kept.clone(), torch.ones_like(used)
-        self._kept[which] = joined[:, 0]
-        self._rows[which] = (keeps * bits(UNIT, device)).sum(1)
-        self._alike[which] = ((words == joined) | ~keeps).all(1)
 
-    def of(self, some: Tensor) -> tuple[Tensor, Tensor]:
-        """The word of some cells, and whether it is that of all needed rows, at least one."""
-        mask, needed = self._mask[some], self._needed[some]
-        alike = self._alike[mask] & (needed & ~self._rows[mask] == 0) & (needed != 0)
-        return self._kept[mask], alike
+def _asked(
+    cells: Cells, lines: Lines, key_rows: Tensor, nku: int, takers: Tensor, packed: Tensor
+) -> Tensor:
+    """Which gathered cells may hold what cells of their lines want.
+
+    A line wants keys of a few units next to each other, and a gathered unit holds keys that rise:
+    with many gathered units, most of them lie elsewhere.
+    """
+    table = key_rows.view(len(key_rows), -1, UNIT)
+    low = torch.where(table < 0, nku * UNIT, table).amin(2) // UNIT
+    high = table.amax(2) // UNIT
+    first = torch.full((len(lines.unit),), nku, dtype=torch.int32, device=packed.device)
+    last = torch.full_like(first, -1)
+    line, unit = cells.line[takers], cells.key[takers].to(torch.int32)
+    first.scatter_reduce_(0, line, unit, "amin")
+    last.scatter_reduce_(0, line, unit, "amax")
+    of = cells.line[packed]
+    at = lines.pattern[of] * table.shape[1] + cells.key[packed] - PACKED
+    return (low.flatten()[at] <= last[of]) & (high.flatten()[at] >= first[of])
 
 
 def _moved(
@@ -199,31 +230,19 @@ def _moved(
         bool, one for each cell that wants; int64, a word for each that gives.
     """
     (takers, lack), (givers, kept) = wanting, giving
-    device = takers.device
     table = key_rows.view(len(key_rows), -1, UNIT)
-    line, unit = cells.line[takers], cells.key[takers]
-    # A line wants keys of a few units next to each other, a gathered unit holds some of them.
-    first = torch.full((len(lines.unit),), nku, dtype=torch.int64, device=device)
-    last = torch.full_like(first, -1)
-    first.scatter_reduce_(0, line, unit, "amin")
-    last.scatter_reduce_(0, line, unit, "amax")
-    low = torch.where(table < 0, nku * UNIT, table).amin(2) // UNIT
-    high = table.amax(2) // UNIT
-    to, at = cells.line[givers], cells.key[givers] - PACKED
-    of = lines.pattern[to]
-    near = ((low[of, at] <= last[to]) & (high[of, at] >= first[to])).nonzero()[:, 0]
-    keys = table[of[near], at[near]].long()
-    one = bits(UNIT, device)
-    place = to[near, None] * nku + keys // UNIT
-    places, which = torch.unique(line * nku + unit, return_inverse=True)
+    to = cells.line[givers, None]
+    keys = table[lines.pattern[to[:, 0]], cells.key[givers] - PACKED].long()
+    one = bits(UNIT, keys.device)
+    places = cells.line[takers] * nku + cells.key[takers]
+    places, which = torch.unique(places, return_inverse=True)
+    place = to * nku + keys // UNIT
     found = torch.searchsorted(places, place).clamp(max=len(places) - 1)
-    given = (places[found] == place) & (keys >= 0) & (kept[near, None] & one != 0)
+    given = (places[found] == place) & (keys >= 0) & (kept[:, None] & one != 0)
     # A line keeps a key once: adding is or-ing.
     column = torch.where(given, one[keys % UNIT], 0)
     offered = torch.zeros_like(places).index_add_(0, found.flatten(), column.flatten())
     gets = lack & ~offered[which] == 0
     taken = torch.zeros_like(places)
     taken[which[gets]] = lack[gets]
-    loses = torch.zeros_like(kept)
-    loses[near] = torch.where(taken[found] & column != 0, one, 0).sum(1)
-    return gets, loses
+    return gets, torch.where(taken[found] & column != 0, one, 0).sum(1)
