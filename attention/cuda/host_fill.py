@@ -11,7 +11,7 @@ import numpy as np
 
 from mixgrain.formats.direct import Split
 from mixgrain.formats.pattern import Frame
-from mixgrain.formats.units import ALL, UNIT, Ints, Units, Words, kinds, low_bits, sorted_unique
+from mixgrain.formats.units import ALL, UNIT, Ints, Units, Words, kinds, low_bits
 
 from .cells import PACKED
 
@@ -36,14 +36,14 @@ def fill(split: Split, free: Words, frame: Frame) -> list[Units]:
         open_ |= shared[units.key] != 0
     open_ = (open_ & (units.mask >= 0)).nonzero()[0]
     line, key = units.line[open_], units.key[open_]
-    which = sorted_unique(units.mask[open_])
-    words = units.words[which]
+    used = np.zeros(len(units.words), bool)
+    used[units.mask[open_]] = True
+    words, of = units.words[used], (used.cumsum() - 1)[units.mask[open_]]
     keeps = words != 0
     kept: Words = np.bitwise_or.reduce(words, 1)
     # A mask is alike in all rows that keep something, or it is not.
     alike = ((words == kept[:, None]) | ~keeps).all(1)
     rows = _packed(keeps)
-    of = np.searchsorted(which, units.mask[open_])
     needed = ~free[line]
     lack = ~kept[of]
     whole = alike[of] & (needed & ~rows[of] == 0) & (needed != 0) & (lack & ~shared[key] == 0)
@@ -72,8 +72,9 @@ def _gathered(keys: Ints, free: Words, line: Ints, unit: Ints, back: Words) -> U
     packed = -(-len(keys) // UNIT)
     kept = np.zeros((len(free), packed * UNIT), bool)
     kept[:, : len(keys)] = (free != ALL)[:, None]
-    taken, column = (back[:, None] >> np.arange(UNIT, dtype=np.uint64) & np.uint64(1)).nonzero()
-    kept[line[taken], np.searchsorted(keys, unit[taken] * UNIT + column)] = False
+    taken = np.flatnonzero(np.unpackbits(back.view(np.uint8), bitorder="little").view(bool))
+    at, column = np.divmod(taken, UNIT)
+    kept[line[at], np.searchsorted(keys, unit[at] * UNIT + column)] = False
     words = _packed(kept)
     there = words.nonzero()[0]
     line, unit = np.divmod(there, packed)
