@@ -191,8 +191,9 @@ def _gathered(split: Split, frame: Frame) -> bool:
     if len(split.keys):
         packed, places = -(-len(split.keys) // UNIT), len(sorted_unique(split.keys >> 6))
         across = min(packed, places)
-        touched, cut = int((others > 0).sum()), int(((others > 0) & (others < there)).sum())
-        if -(-int(others.sum()) // UNIT) * (across + LINE) < (touched + cut / MASKED) * across:
+        # No unit is cut but by gathered queries.
+        touched = int((others > 0).sum())
+        if -(-int(others.sum()) // UNIT) * (across + LINE) < touched * across:
             return False
         return packed * (touched + COPY) < places * touched
     return True

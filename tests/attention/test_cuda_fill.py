@@ -163,6 +163,13 @@ def test_free_rows_of_long_lines_are_not_merged() -> None:
     assert sizes[64] > 1 and sizes[121] == sizes[3] == 3
 
 
+def test_rows_are_not_gathered_for_the_sake_of_free_ones() -> None:
+    # So many gathered keys that rows without global ones would be gathered if those cost masks.
+    tokens = list(range(17, 640, 64))
+    work = check(written(band(640, 13312, 150), tokens, list(range(3, 13312, 8))))
+    assert work.query_rows.shape == (1, 64) and work.key_rows.shape == (1, 26 * 64)
+
+
 def test_scattered_queries_beside_whole_columns() -> None:
     # The host's units of whole columns hold gathered rows as well, which must not count twice.
     drawn = torch.randperm(4096, generator=torch.Generator().manual_seed(1))[:64]
