@@ -109,7 +109,8 @@ def filled(
     if shared is not None:
         some = (even & ~whole & (~kept & ~shared[at] == 0)).nonzero()[:, 0]
         packed = (cells.key >= PACKED).nonzero()[:, 0]
-        asked = _asked(cells, lines, key_rows, nku, open_[some], packed)
+        reach = _reach(line[some], cells.key[open_[some]], len(free), nku)
+        asked = _asked(cells, lines, key_rows, reach, packed)
         of = cells.line[packed]
         busy = (asked | (free[of] != 0)) & (of < neighbours)
         packed, asked = packed[busy], asked[busy]
@@ -118,7 +119,7 @@ def filled(
         less = torch.zeros_like(there)
         if len(some):
             wants, gives = (open_[some], ~kept[some]), (packed[asked], there[asked])
-            back, less[asked] = _moved(cells, lines, key_rows, nku, wants, gives)
+            back, less[asked] = _moved(cells, lines, key_rows, reach, wants, gives)
             whole[some[back]] = True
         changed = (free[cells.line[packed]] != 0) | (less != 0)
         packed, there = packed[changed], (there & ~less)[changed]
@@ -140,12 +141,12 @@ def _compact(cells: Cells, mask: Tensor, masks: Tensor, dropped: Tensor) -> Cell
         left = torch.ones_like(mask, dtype=torch.bool)
         left[dropped] = False
         line, key, mask = line[left], key[left], mask[left]
-    used = torch.zeros(len(masks) + 1, dtype=torch.bool, device=mask.device)
-    used[mask] = True
-    used[-1] = True  # whole ones, which stay −1
-    number = used.long().cumsum(0) - 1
-    number[-1] = -1
-    return Cells(line, key, number[mask], masks[used[:-1]])
+    used = torch.zeros(len(masks), dtype=torch.bool, device=mask.device)
+    open_ = (mask >= 0).nonzero()[:, 0]
+    number = mask[open_]
+    used[number] = True
+    mask[open_] = (used.long().cumsum(0) - 1)[number]
+    return Cells(line, key, mask, masks[used])
 
 
 def _listed(key_rows: Tensor, nku: int) -> Tensor:
@@ -187,8 +188,18 @@ def _words(cells: Cells, some: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
     return kept[mask], alike[mask] & (needed & ~rows[mask] == 0) & (needed != 0)
 
 
+def _reach(line: Tensor, unit: Tensor, lines: int, nku: int) -> tuple[Tensor, Tensor]:
+    """int32 (L,) each: the first and the last of some units of each line; none = nku, −1."""
+    first = torch.full((lines,), nku, dtype=torch.int32, device=line.device)
+    last = torch.full_like(first, -1)
+    unit = unit.to(torch.int32)
+    return (
+        first.scatter_reduce_(0, line, unit, "amin"), last.scatter_reduce_(0, line, unit, "amax")
+    )  # fmt: skip
+
+
 def _asked(
-    cells: Cells, lines: Lines, key_rows: Tensor, nku: int, takers: Tensor, packed: Tensor
+    cells: Cells, lines: Lines, key_rows: Tensor, reach: tuple[Tensor, Tensor], packed: Tensor
 ) -> Tensor:
     """Which gathered cells may hold what cells of their lines want.
 
@@ -196,23 +207,19 @@ def _asked(
     with many gathered units, most of them lie elsewhere.
     """
     table = key_rows.view(len(key_rows), -1, UNIT)
-    low = torch.where(table < 0, nku * UNIT, table).amin(2) // UNIT
-    high = table.amax(2) // UNIT
-    first = torch.full((len(lines.unit),), nku, dtype=torch.int32, device=packed.device)
-    last = torch.full_like(first, -1)
-    line, unit = cells.line[takers], cells.key[takers].to(torch.int32)
-    first.scatter_reduce_(0, line, unit, "amin")
-    last.scatter_reduce_(0, line, unit, "amax")
+    high = table.amax(2)
+    low = torch.where(table < 0, high[..., None], table).amin(2)
     of = cells.line[packed]
     at = lines.pattern[of] * table.shape[1] + cells.key[packed] - PACKED
-    return (low.flatten()[at] <= last[of]) & (high.flatten()[at] >= first[of])
+    first, last = reach
+    return ((low // UNIT).flatten()[at] <= last[of]) & ((high // UNIT).flatten()[at] >= first[of])
 
 
 def _moved(
     cells: Cells,
     lines: Lines,
     key_rows: Tensor,
-    nku: int,
+    reach: tuple[Tensor, Tensor],
     wanting: tuple[Tensor, Tensor],
     giving: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -222,7 +229,7 @@ def _moved(
         cells: all cells.
         lines: all lines.
         key_rows: int32 (U, 64 · n).
-        nku: key units.
+        reach: the units of each line that want something lie between these.
         wanting: some cells, and the words of the columns they lack.
         giving: some gathered cells, and the words that all their rows keep.
 
@@ -231,18 +238,25 @@ def _moved(
     """
     (takers, lack), (givers, kept) = wanting, giving
     table = key_rows.view(len(key_rows), -1, UNIT)
-    to = cells.line[givers, None]
-    keys = table[lines.pattern[to[:, 0]], cells.key[givers] - PACKED].long()
+    to = cells.line[givers]
+    keys = table[lines.pattern[to], cells.key[givers] - PACKED]
+    first, last = (end[to, None] for end in reach)
     one = bits(UNIT, keys.device)
-    places = cells.line[takers] * nku + cells.key[takers]
+    # Units between the ends of a line's reach, which no key of −1 is.
+    inside = (keys >= first * UNIT) & (keys < (last + 1) * UNIT)
+    giver, at = inside.nonzero(as_tuple=True)
+    key = keys[giver, at].long()
+    # All keys of one line are far below this many units.
+    places = cells.line[takers] * PACKED + cells.key[takers]
     places, which = torch.unique(places, return_inverse=True)
-    place = to * nku + keys // UNIT
+    place = to[giver] * PACKED + key // UNIT
     found = torch.searchsorted(places, place).clamp(max=len(places) - 1)
-    given = (places[found] == place) & (keys >= 0) & (kept[:, None] & one != 0)
+    given = (places[found] == place) & (kept[giver] & one[at] != 0)
     # A line keeps a key once: adding is or-ing.
-    column = torch.where(given, one[keys % UNIT], 0)
-    offered = torch.zeros_like(places).index_add_(0, found.flatten(), column.flatten())
+    column = torch.where(given, one[key % UNIT], 0)
+    offered = torch.zeros_like(places).index_add_(0, found, column)
     gets = lack & ~offered[which] == 0
     taken = torch.zeros_like(places)
     taken[which[gets]] = lack[gets]
-    return gets, torch.where(taken[found] & column != 0, one, 0).sum(1)
+    gone = torch.where(taken[found] & column != 0, one[at], 0)
+    return gets, torch.zeros_like(kept).index_add_(0, giver, gone)
