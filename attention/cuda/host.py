@@ -23,6 +23,7 @@ from mixgrain.formats.units import KEY_BITS, UNIT, Ints, Units, Words, low_bits,
 
 from .cells import PACKED, in_register_order, register_words
 from .choice import split_costs
+from .host_fill import fill, free_rows
 from .host_items import HostItems, HostLines, host_items
 from .panels import COPY, LINE, MASKED
 from .plan import Plan
@@ -103,13 +104,18 @@ def host_plan(
     patterns, nqu = len(pattern.distinct), -(-nq // UNIT)
     parts: list[Units] = []
     gathers: list[Gathers] = []
+    free: list[Words] = []
     before = total = 0
     for u, flat in enumerate(pattern.distinct):
         split = split_directly(flat, frame, costs)
         if split is None or not _gathered(split, frame):
             return None
         gathers.append(Gathers(_in_units(split.queries), _in_units(split.keys)))
-        pieces = [split.units, *_panels(split, frame, patterns * nqu + total - u * nqu)]
+        free.append(free_rows(split, frame))
+        pieces = [split.units]
+        if nq % UNIT or len(split.keys) or len(split.queries):
+            pieces = fill(split, free[-1], frame)
+        pieces += _whole_lines(split, frame, patterns * nqu + total - u * nqu)
         for piece in pieces:
             mask = np.where(piece.mask < 0, piece.mask, piece.mask + before)
             parts.append(piece._replace(line=piece.line + u * nqu, mask=mask))
@@ -126,7 +132,7 @@ def host_plan(
     )  # fmt: skip
     made = host_items(units, lines, patterns, D, groups)
     queries = np.concatenate([of.queries for of in gathers])
-    merge, merged = _merges(made, lines, queries, nq, patterns * nqu, patterns)
+    merge, merged = _merges(made, lines, np.concatenate(free), queries, nq, patterns)
     dead = _dead(units, lines, gathers, (nq, nk))
     tables = [_table([of.keys for of in gathers]), _table([of.queries for of in gathers])]
     few = len(units.words) <= FEW_MASKS
@@ -185,52 +191,28 @@ def _gathered(split: Split, frame: Frame) -> bool:
     if len(split.keys):
         packed, places = -(-len(split.keys) // UNIT), len(sorted_unique(split.keys >> 6))
         across = min(packed, places)
-        touched, cut = int((others > 0).sum()), int(((others > 0) & (others < there)).sum())
-        if -(-int(others.sum()) // UNIT) * (across + LINE) < (touched + cut / MASKED) * across:
+        # No unit is cut but by gathered queries.
+        touched = int((others > 0).sum())
+        if -(-int(others.sum()) // UNIT) * (across + LINE) < touched * across:
             return False
         return packed * (touched + COPY) < places * touched
     return True
 
 
-def _panels(split: Split, frame: Frame, gathered: int) -> list[Units]:
-    """Units of the panels; the first gathered line has the number ``gathered``."""
-    made = []
-    table = low_bits()
-    if len(split.keys):
-        there, others = _others(split, frame)
-        packed = -(-len(split.keys) // UNIT)
-        full, tail = divmod(len(split.keys), UNIT)
-        open_ = ((others > 0) & (others == there)).nonzero()[0]
-        cut = ((others > 0) & (others < there)).nonzero()[0]
-        rows = np.ones((len(there), UNIT), bool)
-        rows.reshape(-1)[split.queries] = False
-        columns = np.append(np.full(full, table[UNIT]), table[tail : tail + bool(tail)])
-        # One mask for lines that lose nothing, then those of the lines that do.
-        words = np.where(rows[cut][:, None, :, None], columns[:, None, None], np.uint64(0))
-        words = words.reshape(-1, UNIT)
-        line, key = np.repeat(cut, packed), PACKED + np.tile(np.arange(packed), len(cut))
-        parts = [Units(line, key, np.ones_like(key), np.arange(len(key)), words)]
-        one = np.ones(len(open_), np.int64)
-        nothing = words[:0]
-        if full:
-            parts.append(Units(open_, one * PACKED, one * full, -one, nothing))
-        if tail:
-            last = np.full((1, UNIT), table[tail])
-            number = one * len(words)
-            parts.append(Units(open_, one * (PACKED + full), one, number, last))
-        made.append(_joined(parts))
-    if len(split.queries):
-        line = gathered + np.arange(-(-len(split.queries) // UNIT))
-        one = np.ones_like(line)
-        full, tail = divmod(frame.nk, UNIT)
-        parts = []
-        if full:
-            parts.append(Units(line, one * 0, one * full, -one, np.zeros((0, UNIT), np.uint64)))
-        if tail:
-            last = np.full((1, UNIT), table[tail])
-            parts.append(Units(line, one * full, one, one * 0, last))
-        made.append(_joined(parts))
-    return made
+def _whole_lines(split: Split, frame: Frame, gathered: int) -> list[Units]:
+    """Units of the gathered queries; their first line has the number ``gathered``."""
+    if not len(split.queries):
+        return []
+    line = gathered + np.arange(-(-len(split.queries) // UNIT))
+    one = np.ones_like(line)
+    full, tail = divmod(frame.nk, UNIT)
+    parts = []
+    if full:
+        parts.append(Units(line, one * 0, one * full, -one, np.zeros((0, UNIT), np.uint64)))
+    if tail:
+        last = np.full((1, UNIT), low_bits()[tail])
+        parts.append(Units(line, one * full, one, one * 0, last))
+    return [_joined(parts)]
 
 
 def _joined(parts: list[Units]) -> Units:
@@ -243,9 +225,12 @@ def _joined(parts: list[Units]) -> Units:
 
 
 def _merges(
-    made: HostItems, lines: HostLines, queries: Ints, nq: int, neighbours: int, patterns: int
+    made: HostItems, lines: HostLines, free: Words, queries: Ints, nq: int, patterns: int
 ) -> tuple[list[Ints], list[int]]:
-    """merge_rows, merge_ptr, merge_from; and the merged rows of each pattern."""
+    """merge_rows, merge_ptr, merge_from; and the merged rows of each pattern.
+
+    Free rows of neighbours hold anything, and are merged from gathered lines alone.
+    """
     line, pattern = made.slot_line, made.slot_pattern
     if not len(line):
         return [line, np.zeros(1, np.int64), line], [0] * patterns
@@ -253,8 +238,10 @@ def _merges(
     slot = np.arange(len(line)) - (counts.cumsum() - counts)[pattern]
     inside = np.arange(UNIT)
     row = lines.unit[line][:, None] * UNIT + inside
-    own = line >= neighbours
-    row[own] = queries[line[own] - neighbours]
+    own = line >= len(free)
+    row[own] = queries[line[own] - len(free)]
+    lost = free[line[~own], None] >> inside.astype(np.uint64) & np.uint64(1)
+    row[~own] = np.where(lost, -1, row[~own])
     kept = (row >= 0) & (row < nq)
     whole = (pattern[:, None] * nq + row)[kept]
     # By row, then by slot: keys that hold both sort faster than a stable order is found.

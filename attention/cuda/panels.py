@@ -17,7 +17,8 @@ from .cells import PACKED, UNIT, Cells
 LINE = 6
 # What a gathered key unit costs, in cells.
 COPY = 2
-# What a cell costs that has to be masked, over one that has not: an eighth more, twice.
+# What a cell costs that has to be masked, over one that has not: an eighth more, twice. Rows of
+# gathered panels over all keys are no reason to mask.
 MASKED = 4
 
 
@@ -72,6 +73,10 @@ def panel_cells(layout: PanelLayout) -> Gathered:
     touched, cut = _touched(*rows[:2], row_lists, nq)
     across = torch.minimum(col_units, _touched(*cols[:2], col_lists, nk)[0])
     gather = row_units * (across + LINE) < (touched + cut / MASKED) * across
+    wide = gather & ~masked & (layout.col_count == nk)
+    if bool((wide & (row_units > 0)).any()):
+        cut = torch.where(wide, cut, _cut_beside(layout, row_lists, wide))
+        gather = row_units * (across + LINE) < (touched + cut / MASKED) * across
     unaligned = (layout.row_start < 0) | (layout.row_start % UNIT != 0)
     gather_rows = torch.where(masked, unaligned, gather)
     down = torch.where(gather_rows, row_units, touched)
@@ -142,6 +147,24 @@ def _touched(start: Tensor, count: Tensor, lists: _Lists, extent: int) -> tuple[
     listed = torch.bincount(lists.panel, minlength=len(start))
     partial = torch.zeros_like(listed).index_add_(0, lists.panel, (~whole).long())
     return torch.where(start < 0, listed, units), torch.where(start < 0, partial, cut)
+
+
+def _cut_beside(layout: PanelLayout, row_lists: _Lists, wide: Tensor) -> Tensor:
+    """Units of rows that each panel does not fill, but for rows of gathered panels over all keys.
+
+    Those are free in the lines of their neighbours, and cost no mask; see ``fill``.
+    """
+    nq = layout.shape[0]
+    nqu = -(-nq // UNIT)
+    p = _pieces(layout.row_start, layout.row_count, row_lists, torch.zeros_like(wide))
+    place = layout.panel_entry.long()[p.panel] * nqu + p.unit
+    free = torch.zeros(layout.distinct * nqu, dtype=torch.int64, device=place.device)
+    # Panels are disjoint: adding is or-ing.
+    free.index_add_(0, place, torch.where(wide[p.panel], p.bits, 0))
+    if nq % UNIT:
+        free[nqu - 1 :: nqu] |= -(1 << nq % UNIT)
+    cut = (p.bits | free[place]) != -1
+    return torch.zeros_like(layout.row_count.long()).index_add_(0, p.panel, cut.long())
 
 
 def _pieces(start: Tensor, count: Tensor, lists: _Lists, gather: Tensor) -> Pieces:

@@ -37,6 +37,7 @@ from mixgrain.formats.row import RowLayout
 from mixgrain.primitives.plans.plan import validate_once
 
 from .cells import PACKED, UNIT, Cells, block_cells, join, none, register_words
+from .fill import filled, flag
 from .items import Items, Lines, make_items
 from .panels import Gathered, panel_cells
 from .rows import Rows, row_items
@@ -176,12 +177,15 @@ def build(layout: Layout, D: int, device: torch.device | None = None, groups: in
     if gathered is not None:
         lines.unit[patterns * nqu :] = PACKED + local_query
         lines.to_slot[patterns * nqu :] = True
-        _flag(lines, found, gathered, nqu, patterns)
+    free = flag(lines, found, counts, gathered, nq, nqu)
+    if nq % UNIT or query_rows.numel() or key_rows.numel():
+        found = filled(found, lines, free, key_rows, patterns * nqu, nku)
+        counts = torch.bincount(found.line, minlength=len(counts))
     if rest is not None:
         lines = _leave(lines, counts, rest, nqu)
     made = make_items(found, lines, counts, patterns, D, groups)
     rows = row_items(rest, counts, made.slot_counts, gathered, patterns, (nq, nqu), device)
-    merge, merged = _merges(made, rows, lines, gathered, (nq, nqu), patterns)
+    merge, merged = _merges(made, rows, lines, free, gathered, (nq, nqu), patterns)
     slots = [n + -(-r // UNIT) for n, r in zip(made.slot_counts, rows.partials, strict=True)]
     empty = torch.zeros(0, dtype=torch.int32, device=device)
     tensors = [
@@ -223,26 +227,6 @@ def _by_pattern(
     return table.flatten(1), local
 
 
-def _flag(lines: Lines, cells: Cells, gathered: Gathered, nqu: int, patterns: int) -> None:
-    """Lines of neighbours that keep something of a gathered row go to slots."""
-    row = gathered.query_rows
-    if not row.numel():
-        return
-    line = gathered.query_pattern[:, None] * nqu + row.clamp(min=0) // UNIT
-    line, row = line[row >= 0], row[row >= 0]
-    touched = torch.zeros(patterns * nqu + len(gathered.query_pattern), dtype=torch.bool,
-                          device=row.device)  # fmt: skip
-    touched[line] = True
-    mine = touched[cells.line].nonzero()[:, 0]
-    mine = mine[cells.line[mine] < patterns * nqu]
-    used = torch.cat([(cells.masks != 0).any(-1), cells.masks.new_ones(1, UNIT).bool()])
-    number = touched.long().cumsum(0) - 1
-    held = torch.zeros(len(line) + 1, UNIT, dtype=torch.int32, device=row.device)
-    held.index_add_(0, number[cells.line[mine]], used[cells.mask[mine]].to(torch.int32))
-    both = held[number[line], row % UNIT] > 0
-    lines.to_slot[line[both]] = True
-
-
 def _leave(lines: Lines, counts: Tensor, rest: RowLayout, nqu: int) -> Lines:
     """Single entries: lines that have cells too are merged, lines without cells have no item."""
     ours = torch.arange(len(counts), device=counts.device) < rest.distinct * nqu
@@ -259,11 +243,15 @@ def _merges(
     made: Items,
     rows: Rows,
     lines: Lines,
+    free: Tensor,
     gathered: Gathered | None,
     size: tuple[int, int],
     patterns: int,
 ) -> tuple[list[Tensor], list[int]]:
-    """merge_rows, merge_ptr, merge_from; and the merged rows of each pattern."""
+    """merge_rows, merge_ptr, merge_from; and the merged rows of each pattern.
+
+    Free rows of neighbours hold anything, and are merged from gathered lines alone.
+    """
     nq, nqu = size
     line, pattern = made.slot_line, made.slot_pattern
     counts = torch.bincount(pattern, minlength=patterns)
@@ -275,7 +263,7 @@ def _merges(
         listed = gathered.query_rows[torch.where(own, line - patterns * nqu, 0)]
         row = torch.where(own[:, None], listed, row)
     source = slot[:, None] * UNIT + inside
-    kept = (row >= 0) & (row < nq)
+    kept = (row >= 0) & (row < nq) & (free[line][:, None] >> inside & 1 == 0)
     whole = torch.cat([(pattern[:, None] * nq + row)[kept], rows.merged])
     source = torch.cat([source[kept], rows.source])
     whole, order = torch.sort(whole, stable=True)

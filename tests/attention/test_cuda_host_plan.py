@@ -3,14 +3,14 @@
 import pytest
 import torch
 from attention_cases import PATTERNS
-from fused_interpreter import expand
+from plan_checks import same
 from torch import Tensor
 
 import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.attention.cuda.choice import split_costs
 from mixgrain.attention.cuda.host import host_plan, plan_pattern
-from mixgrain.attention.cuda.plan import Work, build, unpack
+from mixgrain.attention.cuda.plan import unpack
 from mixgrain.attention.cuda.walk import tables
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.errors import LayoutError
@@ -48,38 +48,6 @@ DIRECT = {
     "wide blocks": lambda n: P.bigbird(128, 1, 1, 1, 3),  # two units each
     "full": lambda n: P.full(),
 }
-
-
-def read(work: Work, group: int) -> Tensor:
-    """The mask of every step of a warpgroup, written out, as its number means nothing."""
-    whole = torch.full((2, 128), -1, dtype=torch.int32)
-    whole[1, 0] = 0  # one that is skipped
-    mask = work.steps[:, 1 + group].long()
-    at = torch.where(mask < 0, len(work.masks) - 1 - mask, mask)
-    return torch.cat([work.masks, whole])[at]
-
-
-def same(pattern: mg.patterns.Pattern, nq: int, nk: int, costs: Costs, must: bool) -> None:
-    groups = 2 + (nq + nk) % 2
-    made = host_plan(pattern, nq, nk, 64, CPU, costs, groups)
-    assert made is not None or not must
-    if made is None:
-        return
-    times, written = expand(unpack(*made))
-    assert (written == 1).all()
-    work, dense = unpack(*made), pattern.dense(nq, nk)
-    which = torch.tensor(work.entry)
-    assert torch.equal(times[which].view(-1, nq, nk), dense.long().view(-1, nq, nk))
-    other = build(pattern.to_layout("mixed", nq, nk, costs=costs), 64, groups=groups)
-    assert made.ints == other.ints
-    right = unpack(*other)
-    for name in Work._fields[:13]:
-        if name not in ("steps", "masks"):
-            a, b = getattr(work, name), getattr(right, name)
-            assert a.dtype == b.dtype and torch.equal(a, b), name
-    assert torch.equal(work.steps[:, 0], right.steps[:, 0])
-    for group in range(3):
-        assert torch.equal(read(work, group), read(right, group))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

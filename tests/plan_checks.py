@@ -1,0 +1,44 @@
+"""Plans made on the host against those made from layouts, and both against the pattern."""
+
+import torch
+from fused_interpreter import expand
+from torch import Tensor
+
+import mixgrain as mg
+from mixgrain.attention.cuda.host import host_plan
+from mixgrain.attention.cuda.plan import Work, build, unpack
+from mixgrain.formats.costs import Costs
+
+CPU = torch.device("cpu")
+
+
+def read(work: Work, group: int) -> Tensor:
+    """The mask of every step of a warpgroup, written out, as its number means nothing."""
+    whole = torch.full((2, 128), -1, dtype=torch.int32)
+    whole[1, 0] = 0  # one that is skipped
+    mask = work.steps[:, 1 + group].long()
+    at = torch.where(mask < 0, len(work.masks) - 1 - mask, mask)
+    return torch.cat([work.masks, whole])[at]
+
+
+def same(pattern: mg.patterns.Pattern, nq: int, nk: int, costs: Costs, must: bool) -> None:
+    groups = 2 + (nq + nk) % 2
+    made = host_plan(pattern, nq, nk, 64, CPU, costs, groups)
+    assert made is not None or not must
+    if made is None:
+        return
+    times, written = expand(unpack(*made))
+    assert (written == 1).all()
+    work, dense = unpack(*made), pattern.dense(nq, nk)
+    which = torch.tensor(work.entry)
+    assert torch.equal(times[which].view(-1, nq, nk), dense.long().view(-1, nq, nk))
+    other = build(pattern.to_layout("mixed", nq, nk, costs=costs), 64, groups=groups)
+    assert made.ints == other.ints
+    right = unpack(*other)
+    for name in Work._fields[:13]:
+        if name not in ("steps", "masks"):
+            a, b = getattr(work, name), getattr(right, name)
+            assert a.dtype == b.dtype and torch.equal(a, b), name
+    assert torch.equal(work.steps[:, 0], right.steps[:, 0])
+    for group in range(3):
+        assert torch.equal(read(work, group), read(right, group))
