@@ -47,6 +47,13 @@ __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
     return passed;
 }
 
+// Consecutive bytes, a multiple of 16, both ends at 16.
+__device__ __forceinline__ void bulk_load(u32 to, const void *from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 __device__ __forceinline__ void tma_prefetch(const TensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

@@ -27,7 +27,6 @@
 //   needs  sm_90
 #include "types.cuh"
 #include "cluster.cuh"
-#include "copy.cuh"
 #include "tile.cuh"
 
 constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS, kGroup = MG_GROUP, kSplit = MG_SPLIT;
@@ -47,19 +46,21 @@ __device__ __forceinline__ void pair_load(int2 &v, const int2 *from, bool live) 
                  : "l"(from), "r"(int(live)));
 }
 
-// Columns of x from `from` on, `live` inner positions of each, zeros up to a whole tile.
-__device__ __forceinline__ void stage_wide(u8 *to, int pitch, const operand_t *from, i64 x_column, int live, int columns) {
-    // Warps that bring one column together, as bits.
-    const int few = columns > 8 ? 0 : columns > 4 ? 1 : columns > 2 ? 2 : columns > 1 ? 3 : 4;
-    const int bits = kWarps == 16 ? few : 0, warp = threadIdx.x / 32;
-    const int first = (warp & ((1 << bits) - 1)) * 32 + threadIdx.x % 32;
+// Columns of x from `from` on, `live` inner positions of each, zeros up to a whole tile: the engine copies them,
+// one warp asking for each, and nobody spends instructions, so that tiles are asked for as early.
+__device__ __forceinline__ void stage_wide(u32 barrier, u8 *to, int pitch, const operand_t *from, i64 x_column, int live,
+                                           int columns) {
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barrier_init_fence();
+        barrier_expect(barrier, columns * live * 2);
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 || live <= 0) return;
 #pragma unroll 1
-    for (int c = warp >> bits; c < columns; c += kWarps >> bits) {
-        const operand_t *source = from + c * x_column;
-        u8 *column = to + c * pitch;
-#pragma unroll 1
-        for (int k = first; k < (live + 15) / 16 * 2; k += 32 << bits)
-            copy_async16(column + k * 16, source + k * 8, k * 8 < live);
+    for (int c = threadIdx.x / 32; c < columns; c += kWarps) {
+        bulk_load(shared_address(to + c * pitch), from + c * x_column, live * 2, barrier);
+        if (live % 16) *reinterpret_cast<uint4 *>(to + c * pitch + live * 2) = make_uint4(0u, 0u, 0u, 0u);
     }
 }
 __device__ __forceinline__ void stage_by_hand(u16 *to, int pitch, const u16 *from, i64 x_inner, i64 x_column, int live,
@@ -86,6 +87,7 @@ __launch_bounds__(kThreads)
     extern __shared__ __align__(16) u8 dynamic[];
     int2 *lines = reinterpret_cast<int2 *>(dynamic);  // segments before each line, and which it is
     u8 *raw = dynamic + kTable;
+    const u32 arrived = shared_address(dynamic + kTable - 8);  // where the engine says that x is there
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int rank = blockIdx.x % kSplit;
     const int column = blockIdx.y * kColumns, columns = min(kColumns, width - column);
@@ -110,11 +112,10 @@ __launch_bounds__(kThreads)
         prefetch_l2(values + static_cast<i64>(thread) * 64);
     const operand_t *origin = x + f * x_free + begin * x_inner + column * x_column;
     if constexpr (kWide)
-        stage_wide(raw, pitch, origin, x_column, live, columns);
+        stage_wide(arrived, raw, pitch, origin, x_column, live, columns);
     else
         stage_by_hand(reinterpret_cast<u16 *>(raw), pitch / 2, reinterpret_cast<const u16 *>(origin), x_inner, x_column, live,
                       columns);
-    copy_commit();
 
     // What is needed later and depends on nothing either.
     // Columns that are not there are the last that is; nobody keeps their sums.
@@ -127,11 +128,10 @@ __launch_bounds__(kThreads)
     }
 
     // 2. Tiles. Lane l holds cell l of 32, and of the 32 after them.
-    // Past its last tile a warp reads that again, and what it finds in L1 no tile counts: after a load that may
-    // not be the compiler chooses, and waits for it. Without any tile it reads the table.
+    // Past its last tile a warp reads 16 bytes of that again: after a load that may not be the compiler chooses
+    // what the register has, and waits for it. Without any tile it reads the table.
     const int count = head.y & 0xFFFFF, last = count - 1;
     const u8 *mine = reinterpret_cast<const u8 *>(count ? values + f * slots : reinterpret_cast<const operand_t *>(from));
-    mine += lane * 16;
     asm volatile("" : "+l"(mine));
     int2 next = make_int2(0, 0);
     auto ask = [&](int n) { pair_load(next, cells + head.x + n + lane, n + lane < count); };
@@ -139,8 +139,8 @@ __launch_bounds__(kThreads)
     auto bring = [&](uint4(&to)[kGroup], int n, int number) {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-            const int item = __shfl_sync(~0u, number, min(n + i, last));  // lane: of 32
-            to[i] = tile_load_once(mine + static_cast<i64>(item) * 512);
+            const u32 item = __shfl_sync(~0u, number, min(n + i, last));  // lane: of 32
+            to[i] = tile_load_once(mine + static_cast<u64>(item * 32 + (n + i < count ? lane : 0)) * 16);
         }
     };
     bring(even, 0, cell.y);
@@ -148,8 +148,8 @@ __launch_bounds__(kThreads)
     int word = cell.x, number = cell.y;
     ask(32);
     if (threadIdx.x <= per) lines[threadIdx.x] = mine_of_lines;
-    copy_wait<0>();  // x
     __syncthreads();
+    if constexpr (kWide) barrier_wait(arrived, 0);
 
     // 3. Products.
     float acc[kBlocks][4];

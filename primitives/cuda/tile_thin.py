@@ -26,6 +26,8 @@ SPLITS = {1: 1.0, 2: 1.0, 4: 0.88}
 EXCHANGE = 30_000
 # Tiles of a warp that batches of two are for.
 SHORT = 8
+# Of a matrix; 16 bytes of them are counted in 32 bits.
+MOST_TILES = 1 << 27
 # Of a CTA; what its table of segments holds.
 MOST_LINES = 128
 
@@ -66,7 +68,9 @@ def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> T
 
     It is one for any number of matrices: sums are added up in an order of its own.
     """
-    room = there.shared_bytes - 2048  # the driver keeps some, and there are static tables
+    if tiles > MOST_TILES:
+        return None
+    room = there.shared_bytes - 2048  # the driver keeps some
     found: list[tuple[float, Thin]] = []
     for blocks in (1,) if width <= 8 else (1, 2) if width <= 16 else (1, 2, 4):
         chunks = -(-width // (8 * blocks))
