@@ -67,7 +67,7 @@ class Kernel:
     __slots__ = ("_raw", "_shared", "carveout", "device", "wanted")
 
     def __init__(self, wanted: Request, device: int, carveout: int | None = None) -> None:
-        self.wanted, self.device, self._shared = wanted, device, 48 * 1024
+        self.wanted, self.device, self._shared = wanted, device, 0
         self.carveout = carveout
         self._raw: Any = None
 
@@ -91,6 +91,8 @@ class Kernel:
                 raw.kernel.ptr  # noqa: B018  # loads the module
                 if self.carveout is not None:
                     raw.preferred_shared_memory_carveout = self.carveout
+                # Static and dynamic together may be this much without asking.
+                self._shared = 48 * 1024 - raw.shared_size_bytes
                 self._raw = raw
         return self._raw
 

@@ -8,18 +8,21 @@
 //   grid      (ceil(most rows / 4), M)     a warp: one row
 //   block     128 threads
 //   smem      none
-//   registers four sums at a time
+//   registers kAhead partial rows are asked for at a time: there are few rows, so that what counts is how many of
+//             a row's loads wait for each other
 //   needs     sm_80; width % 8 == 0
 //   floor     partial results are read once
 #include "reduce.cuh"
 
 constexpr int kColumns = (MG_DIM + 127) / 128;  // float4 a lane holds
+constexpr int kAhead = 8 / kColumns;
+static_assert(32 % kAhead == 0, "a warp's sources are asked for in whole sets");
 
 __device__ __forceinline__ float natural_exp(float x) {
     return kOut == 2 ? expf(x) : __expf(x);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 8)
+extern "C" __global__ void __launch_bounds__(128, 6)
     fused_merge(out_t *__restrict__ out, float *__restrict__ lse,
                 const float *__restrict__ partial_out, const float *__restrict__ partial_lse,
                 i64 partials, const int2 *__restrict__ ranges, const int *__restrict__ rows,
@@ -36,33 +39,58 @@ extern "C" __global__ void __launch_bounds__(128, 8)
 
     // 1. The largest log-sum-exp: lanes look at sources side by side; a maximum knows no order.
     const float logit = sink ? sink[matrix % heads] : -kInfinity;
-    float top = logit;
-    for (int n = first + lane; n < end; n += 32) top = max_nan(top, logs[__ldg(sources + n)]);
+    int source = 0;
+    float top = logit, log = -kInfinity;  // of this lane's source, the last one of several
+    for (int n = first + lane; n < end; n += 32) {
+        source = __ldg(sources + n);
+        log = logs[source];
+        top = max_nan(top, log);
+    }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)
         top = max_nan(top, __shfl_xor_sync(kAllLanes, top, step));
     const float base = top == -kInfinity ? 0.0f : top;
 
-    // 2. Sums in the order of the sources.
+    // 2. Sums in the order of the sources, 32 of them at a time.
     float4 sum[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) sum[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float total = 0.0f;
-    for (int n = first; n < end; ++n) {
-        const int source = __ldg(sources + n);
-        const float share = natural_exp(logs[source] - base);
-        if (share == 0.0f) continue;  // nothing was kept there, and nothing may have been written
-        total += share;
-        const float4 *mine = reinterpret_cast<const float4 *>(from + i64(source) * width);
+    for (int start = first; start < end; start += 32) {
+        if (end - first > 32) {
+            const int n = start + lane;
+            source = n < end ? __ldg(sources + n) : 0;
+            log = n < end ? logs[source] : -kInfinity;
+        }
+        const float share = natural_exp(log - base);  // 0 where there is no source
+        const int count = min(32, end - start);
+        for (int i = 0; i < count; i += kAhead) {
+            float by[kAhead];
+            float4 more[kAhead][kColumns];
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-            const int column = lane + 32 * c;
-            if (4 * column >= width) continue;
-            const float4 more = __ldg(mine + column);
-            sum[c].x = fmaf(share, more.x, sum[c].x);
-            sum[c].y = fmaf(share, more.y, sum[c].y);
-            sum[c].z = fmaf(share, more.z, sum[c].z);
-            sum[c].w = fmaf(share, more.w, sum[c].w);
+            for (int j = 0; j < kAhead; ++j) {
+                by[j] = __shfl_sync(kAllLanes, share, i + j);
+                const int row = __shfl_sync(kAllLanes, source, i + j);
+                const float4 *mine = reinterpret_cast<const float4 *>(from + i64(row) * width);
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) {
+                    const int column = lane + 32 * c;
+                    more[j][c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    // Where nothing was kept, nothing may have been written.
+                    if (by[j] != 0.0f && 4 * column < width) more[j][c] = __ldg(mine + column);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) {
+                total += by[j];
+#pragma unroll
+                for (int c = 0; c < kColumns; ++c) {
+                    sum[c].x = fmaf(by[j], more[j][c].x, sum[c].x);
+                    sum[c].y = fmaf(by[j], more[j][c].y, sum[c].y);
+                    sum[c].z = fmaf(by[j], more[j][c].z, sum[c].z);
+                    sum[c].w = fmaf(by[j], more[j][c].w, sum[c].w);
+                }
+            }
         }
     }
     if (sink) total += natural_exp(logit - base);

@@ -110,6 +110,11 @@ def run(ids: list[str], out: Path | None) -> int:
     if not torch.cuda.is_available():
         raise BackendUnavailableError("bench: a CUDA GPU is needed, torch finds none here")
     rows: list[dict[str, Any]] = []
+
+    def write() -> None:
+        if out:
+            out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+
     for name, make in works:
         try:
             made = make()
@@ -124,10 +129,9 @@ def run(ids: list[str], out: Path | None) -> int:
         ours = next((row.get("ms") for row in mine if row["engine"] == "mixgrain"), None)
         for row in mine:
             print(line(row, ours), flush=True)
-    if out:
-        if any(row["work"] == "composed-streams" for row in rows):
-            (out.parent / "composed-streams.txt").write_text(launching.overlap() + "\n")
-        out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+        write()  # a run that is stopped keeps what it has measured
+    if out and any(row["work"] == "composed-streams" for row in rows):
+        (out.parent / "composed-streams.txt").write_text(launching.overlap() + "\n")
     return 0 if all(r["ok"] for r in rows if r["engine"] == "mixgrain") else 1
 
 
