@@ -25,6 +25,7 @@
 // while the tensor cores serve the other warpgroups: with three of them there is always one that has
 // products in flight, also while another ends its rows and begins new ones. A result takes the place of its
 // Q in shared memory and goes out from there.
+#include "fused_carrier.cuh"
 #include "fused_rows.cuh"
 #include "result.cuh"
 
@@ -69,72 +70,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         if (role > 1 || begin == end) return;
         const auto ready = [&](int t) { return t < end ? tiles[t] : make_int2(0, 0); };
         const int4 none = make_int4(0, -2, -2, -2);
-        if (role == 1) {
-            // The carrier: as a place of Q is left, the result there goes out and the next Q comes in. Each of
-            // the first lanes keeps what concerns its warpgroup; what the next item needs is asked for an item
-            // ahead, one step of the way at a time.
-            const int *numbers = reinterpret_cast<const int *>(items);
-            const int mine = min(lane, kGroups - 1), all = (end - begin) * kGroups;
-            int2 tile = ready(begin), coming = ready(begin + 1);
-            int unit = numbers[8 * tile.x + mine], slot = numbers[8 * tile.x + 5 + mine];
-            int first = numbers[8 * tile.x + 3], count = numbers[8 * tile.x + 4];
-            int4 chunk = lane < count ? steps[first + lane] : none;
-            int next_unit = 0, next_slot = 0, next_first = 0, next_count = 0, own = 0, group = 0;
-            int4 next_chunk = none;
-            Ring<kQueries> ring(1);
-            for (int n = 0, t = begin; n < all + kQueries; ++n) {
-                const u32 at = q_at + ring.stage * kUnit, filled = full_q + 8 * ring.stage;
-                if (n >= kQueries) {
-                    barrier_wait(done_q + 8 * ring.stage, ring.parity);
-                    const Info &info = infos[ring.stage];
-                    if (lane == 0 && info.unit >= 0 && info.slot < 0) {
-#pragma unroll
-                        for (int p = 0; p < kPanels; ++p)
-                            tma_store(out_map, at + p * kPanel, 64 * p, info.unit * 64, info.matrix % heads,
-                                      info.matrix / heads);
-                        tma_store_commit();
-                        tma_store_wait_read<0>();
-                    }
-                    __syncwarp();
-                }
-                if (n < all) {
-                    if (group == 0) {
-                        const int by[3] = {chunk.y, chunk.z, chunk.w};
-#pragma unroll
-                        for (int g = 0; g < kGroups; ++g) {
-                            const u32 its = __ballot_sync(0xFFFFFFFFu, by[g] != -2);
-                            own = lane == g ? 32 - __clz(its) : own;
-                        }
-                        if (count > 32) own = count;
-                        next_unit = numbers[8 * coming.x + mine], next_slot = numbers[8 * coming.x + 5 + mine];
-                        next_first = numbers[8 * coming.x + 3], next_count = numbers[8 * coming.x + 4];
-                    } else if (group == 1) {
-                        next_chunk = lane < next_count ? steps[next_first + lane] : none;
-                    }
-                    if (lane == group) {
-                        infos[ring.stage] = Info{unit, count, slot, tile.y, own};
-                        if (unit < 0) {
-                            barrier_arrive(filled);
-                        } else {
-                            barrier_expect(filled, kUnit);
-                            const int b = tile.y / heads, h = tile.y % heads;
-#pragma unroll
-                            for (int p = 0; p < kPanels; ++p)
-                                tma_load(at + p * kPanel, unit >= kPacked ? packed_q_map : q_map, filled, 64 * p,
-                                         (unit & (kPacked - 1)) * 64, h, b);
-                        }
-                    }
-                    __syncwarp();
-                    if (++group == kGroups) {
-                        group = 0, ++t;
-                        tile = coming, coming = ready(t + 1);
-                        unit = next_unit, slot = next_slot, first = next_first, count = next_count, chunk = next_chunk;
-                    }
-                }
-                ring.advance();
-            }
-            return;
-        }
+        if (role == 1)
+            return carry(q_map, packed_q_map, out_map, infos, q_at, full_q, done_q, tiles, items, steps, begin, end,
+                         heads);
         // The producer of keys and values: its lanes look at 32 steps at a time.
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         Ring<kStages> ring(1);
