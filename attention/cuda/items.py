@@ -83,8 +83,7 @@ def item_cost(own: Any, masked: Any, steps: Any, groups: int) -> Any:
     Args:
         own: units that warpgroups compute, all together.
         masked: how many of them are partial.
-        steps: steps of the item that follow each other: those of a line that all warpgroups share
-            are taken side by side.
+        steps: steps of the item.
         groups: warpgroups.
     """
     return 10 * (own + masked) // groups + 7 * steps + 17
@@ -203,8 +202,7 @@ def _cut(
     counts = torch.stack([torch.bincount(pattern, minlength=patterns), slots]).tolist()
     masked = torch.zeros(len(steps) + 1, dtype=torch.int64, device=device)
     torch.cumsum((steps[:, 1:] >= 0).sum(1), 0, out=masked[1:])
-    taken = torch.where(alone[item], (n + groups - 1) // groups, n)  # one after the other
-    costs = item_cost(own.sum(1), masked[begin + n] - masked[begin], taken, groups)
+    costs = item_cost(own.sum(1), masked[begin + n] - masked[begin], n, groups)
     return Items(
         items, steps, costs.to(torch.int32), counts[0], counts[1],
         line[slot_item, slot_group], slot_pattern,
