@@ -21,6 +21,8 @@ from .upload import upload
 RESIDENT = 24 << 20
 # The end is as many of the shortest items as take every CTA this part of its longest item's time.
 SPARE = 4
+# Fewer tiles than this at once are dealt singly, so many at a time.
+FEW, SINGLY = 24, 256
 # Beyond this many tiles, a walk by strides is even enough.
 DEALT = 4096
 
@@ -154,22 +156,49 @@ def _walk(
     total = len(item)
     ctas = max(1, min(ctas, total))
     if ctas < total <= DEALT:
-        first, turn = _dealt(costs[item].tolist(), ctas)
+        first, turn = _dealt(costs[item].astype(np.int64), ctas)
     else:
         first, turn = _strided(total, ctas)
     return first, item[turn], matrix[turn]
 
 
-def _dealt(costs: list[int], ctas: int) -> tuple[Ints, Ints]:
-    """Each tile to the CTA that is free first."""
-    free = list(range(ctas))  # load * ctas + cta
-    mine: list[list[int]] = [[] for _ in range(ctas)]
-    for number, cost in enumerate(costs):
-        first = free[0]
-        mine[first % ctas].append(number)
-        heapq.heapreplace(free, first + cost * ctas)
-    starts = [0, *itertools.accumulate(map(len, mine))]
-    return np.array(starts), np.array([n for own in mine for n in own], np.int64)
+def _dealt(costs: Ints, ctas: int) -> tuple[Ints, Ints]:
+    """Each tile to the CTA that is free first, the lower number where several are.
+
+    CTAs in the order in which they are free take the next tiles one each, as long as none of those
+    that have just taken one would be free again before the next; where that holds for few at a
+    time, tiles are dealt singly.
+    """
+    total = len(costs)
+    taker = np.empty(total, np.int64)
+    load = np.zeros(ctas, np.int64)
+    at = 0
+    while at < total:
+        turn = np.argsort(load, kind="stable")[: total - at]
+        before = load[turn]
+        after = before + costs[at : at + len(turn)]
+        again = (before[1:] >= np.minimum.accumulate(after)[:-1]).nonzero()[0]
+        count = int(again[0]) + 1 if len(again) else len(turn)
+        taker[at : at + count] = turn[:count]
+        load[turn[:count]] = after[:count]
+        at += count
+        if count >= FEW:
+            continue
+        free = (load * ctas + np.arange(ctas)).tolist()
+        heapq.heapify(free)
+        singly = []
+        for cost in costs[at : at + SINGLY].tolist():
+            first = free[0]
+            singly.append(first % ctas)
+            heapq.heapreplace(free, first + cost * ctas)
+        taker[at : at + len(singly)] = singly
+        at += len(singly)
+        load = np.empty(ctas, np.int64)
+        left = np.array(free)
+        load[left % ctas] = left // ctas
+    starts = np.zeros(ctas + 1, np.int64)
+    starts[1:] = np.bincount(taker, minlength=ctas).cumsum()
+    return starts, np.argsort(taker, kind="stable")
 
 
 def _strided(total: int, ctas: int) -> tuple[Ints, Ints]:
