@@ -21,8 +21,9 @@ __device__ __forceinline__ void carry(const TensorMap &q_map, const TensorMap &p
     int next_unit = 0, next_slot = 0, next_first = 0, next_count = 0, own = 0, group = 0;
     int4 next_chunk = none;
     Ring<kQueries> ring(1);
+    Ring<kFulls> fills(1);
     for (int n = 0, t = begin; n < all + kQueries; ++n) {
-        const u32 at = q_at + ring.stage * kUnit, filled = full_q + 8 * ring.stage;
+        const u32 at = q_at + ring.stage * kUnit, filled = full_q + 8 * fills.stage;
         if (n >= kQueries) {
             barrier_wait(done_q + 8 * ring.stage, ring.parity);
             const Info &info = infos[ring.stage];
@@ -71,5 +72,6 @@ __device__ __forceinline__ void carry(const TensorMap &q_map, const TensorMap &p
             }
         }
         ring.advance();
+        fills.advance();
     }
 }

@@ -20,6 +20,9 @@ static_assert(kStreams == 1 || (kStreams == 2 && kGroups == 2), "two streams are
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
 constexpr int kQueries = MG_QUERIES;  // places of Q
 static_assert(kQueries > kGroups && kQueries <= 2 * kGroups, "QUERIES must be more than GROUPS, at most twice as many");
+// Barriers that say that a Q is there. Each has one warpgroup that waits for it: two that took turns at one, as they
+// take turns at the places of three, could take the phase before the last for theirs.
+constexpr int kFulls = kQueries % kGroups ? kQueries * kGroups : kQueries;
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kQueries + 2 * kStages) * kUnit;
 constexpr bool kMasked = MG_MASKED;      // by keys, at run time
 constexpr int kPacked = 1 << 24;

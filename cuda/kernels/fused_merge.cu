@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(128, 6)
             source = n < end ? __ldg(sources + n) : 0;
             log = n < end ? logs[source] : -kInfinity;
         }
-        const float share = natural_exp(log - base);  // 0 where there is no source
+        const float share = start + lane < end ? natural_exp(log - base) : 0.0f;
         const int count = min(32, end - start);
         for (int i = 0; i < count; i += kAhead) {
             float by[kAhead];

@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                float *__restrict__ lse, int rows, int width,
                float *__restrict__ partial_out, float *__restrict__ partial_lse, int slots) {
     extern __shared__ u8 raw[];
-    __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + 2 * kQueries];
+    __shared__ alignas(8) u64 barriers[kStreams][2 * kStages + kFulls + kQueries];
     // One stands until the place of its Q is free again.
     __shared__ Info all_infos[kStreams][kQueries];
     // What each warpgroup has to do with a stage's unit.
@@ -52,12 +52,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const u32 q_at = ((shared_address(raw) + 1023) & ~1023u) + stream * kStream;
     const u32 ring_k = q_at + kQueries * kUnit, ring_v = ring_k + kStages * kUnit;
     const u32 full = shared_address(barriers[stream]), empty = full + 8 * kStages;
-    const u32 full_q = empty + 8 * kStages, done_q = full_q + 8 * kQueries;
+    const u32 full_q = empty + 8 * kStages, done_q = full_q + 8 * kFulls;
     Info (&infos)[kQueries] = all_infos[stream];
     if (threadIdx.x % (128 * kGroups) == 0 && consumes) {
         for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, 4 * kGroups);
-        for (int n = 0; n < kQueries; ++n)
-            barrier_init(full_q + 8 * n, 1), barrier_init(done_q + 8 * n, 4);
+        for (int n = 0; n < kFulls; ++n) barrier_init(full_q + 8 * n, 1);
+        for (int n = 0; n < kQueries; ++n) barrier_init(done_q + 8 * n, 4);
         barrier_init_fence();
     }
     __syncthreads();
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const float log2_scale = scale * kLog2e;
     Ring<kStages> ring(0);
     // Each warpgroup takes every kGroups-th of the ring of Q.
-    u32 place = group, parity_q = 0;
+    u32 turn = group, parity_q = 0;
     Rows r;
     const u32 marks_at = shared_address(marks[stream]);
     // The stage whose V the P in r.p waits for; kStages: there is none.
@@ -136,11 +136,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     };
 
     for (int t = begin; t < end; ++t) {
-        barrier_wait(full_q + 8 * place, parity_q);
+        barrier_wait(full_q + 8 * turn, parity_q);
+        const u32 place = turn % kQueries;
         const Info &info = infos[place];
         const u32 query_at = q_at + place * kUnit, done_at = done_q + 8 * place;
-        place += kGroups;
-        if (place >= kQueries) place -= kQueries, parity_q ^= 1;
+        turn += kGroups;
+        if (turn >= kFulls) turn -= kFulls, parity_q ^= 1;
         r.start();
         const u64 queries = wgmma_descriptor(uniform(query_at), 1);
         const auto let_go = [&] {

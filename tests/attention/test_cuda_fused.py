@@ -189,6 +189,30 @@ def test_scores_that_grow_along_the_keys(growth, d) -> None:
         torch.testing.assert_close(lse, logs, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("name", ["full", "nothing", "two units", "window"])
+def test_many_short_items(name, d) -> None:
+    """Items of no step to a few, several of them for a CTA, some warpgroups without a unit."""
+    (nq, nk), kept = {
+        "full": ((64, 64), P.full()),
+        "nothing": ((64, 64), P.full() - P.full()),
+        "two units": ((64, 128), P.full()),
+        "window": ((320, 320), P.window(20)),
+    }[name]
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(64, 8, n, d, device="cuda", dtype=torch.bfloat16, generator=g)
+        for n in (nq, nk, nk)
+    )
+    right, logs = mg.attend(q, k, v, kept, impl="reference", return_lse=True)
+    cold = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    for _ in range(5):
+        cold.fill_(1)
+        o, lse = mg.attend(q, k, v, kept, impl="fused", return_lse=True)
+        torch.testing.assert_close(o, right, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, logs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["causal", "scattered", "all"])
 def test_repeats_are_bitwise_equal(name) -> None:
     q, k, v = inputs(torch.bfloat16)

@@ -1,6 +1,7 @@
 """Who computes which tile: each goes to the CTA that is free first."""
 
 import heapq
+import itertools
 
 import numpy as np
 import pytest
@@ -30,4 +31,4 @@ def test_a_tile_goes_to_the_cta_that_is_free_first(kind) -> None:
             mine[cta].append(tile)
             heapq.heapreplace(free, (load + cost, cta))
         starts, tiles = walk._dealt(costs, ctas)
-        assert [tiles[a:b].tolist() for a, b in zip(starts[:-1], starts[1:], strict=True)] == mine
+        assert [tiles[a:b].tolist() for a, b in itertools.pairwise(starts)] == mine
