@@ -97,6 +97,8 @@ def as_tensor(data: object, who: str) -> Tensor:
         ends = (data.start, data.stop, data.step)
         if max(map(abs, ends)) >= 2**62 or (data.stop - data.start) // data.step >= 2**31:
             raise LayoutError(f"{who}: {data} given, fewer than 2**31 positions expected")
+        if not len(data):  # torch takes no bounds that lie the wrong way round
+            return torch.empty(0, dtype=torch.int64)
         return concretely(lambda: torch.arange(data.start, data.stop, data.step))
     try:
         if isinstance(data, Sequence) and not len(data):

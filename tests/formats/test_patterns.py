@@ -51,6 +51,8 @@ FORMULAS = {
     "global tokens, all": (lambda nk: P.global_tokens(range(70)), L.global_tokens([*range(70)])),
     "global keys": (lambda nk: P.global_keys(TOKENS), L.global_keys(TOKENS)),
     "global keys, a range": (lambda nk: P.global_keys(range(3, 9)), L.global_keys([*range(3, 9)])),
+    "global keys, no range": (lambda nk: P.global_keys(range(9, 3)), L.global_keys([])),
+    "global queries, no range": (lambda nk: P.global_queries(range(64, 60)), L.global_queries([])),
     "global keys, a tensor": (
         lambda nk: P.global_keys(torch.tensor(TOKENS, dtype=torch.int32)),
         L.global_keys(TOKENS),
