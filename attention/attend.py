@@ -27,8 +27,6 @@ from .cuda.plan import plan as plan_on_cuda
 from .plan import Plan, plan, plan_nm
 
 _CPU = torch.device("cpu")
-# On CUDA "auto" composes attention over so few keys where heads are wider than this.
-FEW_KEYS, WIDE = 192, 128
 
 Impl = Literal["auto", "fused", "composed", "reference"]
 
@@ -191,10 +189,7 @@ def _fused_or(
 
     lack = lacking(kept, q, k, v, sink)
     if lack is None:
-        # Items of a few steps of wide heads, several to a CTA: a warpgroup of the Hopper kernel may
-        # take the Q before for its own. Few keys cost little either way.
-        few = k.shape[2] <= FEW_KEYS and max(q.shape[3], v.shape[3]) > WIDE
-        return "composed" if few and impl == "auto" else "fused"
+        return "fused"
     if impl == "auto":
         return "composed"
     raise UnsupportedError(f'attend: impl="fused" on CUDA {lack}; use impl="composed"')
