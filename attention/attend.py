@@ -191,13 +191,20 @@ def _fused_or(
 
     lack = lacking(kept, q, k, v, sink)
     if lack is None:
-        # Items of a few steps of wide heads, several to a CTA: a warpgroup of the Hopper kernel may
-        # take the Q before for its own. Few keys cost little either way.
-        few = k.shape[2] <= FEW_KEYS and max(q.shape[3], v.shape[3]) > WIDE
-        return "composed" if few and impl == "auto" else "fused"
+        few = impl == "auto" and wide_over_few(k.shape[2], max(q.shape[3], v.shape[3]))
+        return "composed" if few else "fused"
     if impl == "auto":
         return "composed"
     raise UnsupportedError(f'attend: impl="fused" on CUDA {lack}; use impl="composed"')
+
+
+def wide_over_few(nk: int, D: int) -> bool:
+    """Whether "auto" composes on CUDA what the fused kernels would take.
+
+    Items of a few steps of wide heads, several to a CTA: a warpgroup of the Hopper kernel may take
+    the Q before for its own. Few keys cost little either way.
+    """
+    return nk <= FEW_KEYS and D > WIDE
 
 
 def static_layout(

@@ -16,7 +16,7 @@ from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.row import RowLayout
 
-from .attend import choose_impl, static_layout
+from .attend import choose_impl, static_layout, wide_over_few
 from .cuda.choice import WIDEST, groups, split_costs
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import count_work
@@ -152,7 +152,8 @@ def explain(
     split = split_costs(head_dim) if on_cuda else None
     costs = costs or split or Costs.cpu()
     impl = choose_impl("auto", where)
-    if on_cuda and (isinstance(pattern_or_layout, NM) or head_dim > WIDEST):
+    wide = head_dim > WIDEST or wide_over_few(nk, head_dim)
+    if on_cuda and (isinstance(pattern_or_layout, NM) or wide):
         impl = "composed"
     made: Plan | CudaPlan | None = None
     if isinstance(pattern_or_layout, NM):
