@@ -111,9 +111,11 @@ def run(ids: list[str], out: Path | None) -> int:
         raise BackendUnavailableError("bench: a CUDA GPU is needed, torch finds none here")
     rows: list[dict[str, Any]] = []
 
+    head = environment()
+
     def write() -> None:
         if out:
-            out.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+            out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
     for name, make in works:
         try:
