@@ -129,6 +129,14 @@ def _joined(
     return Cells(found // wide, found % wide, torch.where(full[kind], -1, kind), masks)
 
 
+def columns_of(words: Tensor) -> Tensor:
+    """int64 (M,): the columns that some row keeps, of rows as words (M, 64)."""
+    while words.shape[1] > 1:
+        half = words.shape[1] // 2
+        words = words[:, :half] | words[:, half:]
+    return words[:, 0]
+
+
 def register_words(masks: Tensor) -> Tensor:
     """Masks in the order in which a warpgroup holds a 64 × 64 tile of scores.
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cells import PACKED, UNIT, Cells
+from .cells import PACKED, UNIT, Cells, columns_of
 from .items import Lines
 from .panels import Gathered
 
@@ -174,10 +174,7 @@ def _words(cells: Cells, some: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
     used[mask] = True
     which = used[:-1].nonzero()[:, 0]
     words = cells.masks[which].contiguous().view(torch.int64)[..., 0]
-    joined = words
-    while joined.shape[1] > 1:
-        half = joined.shape[1] // 2
-        joined = joined[:, :half] | joined[:, half:]
+    joined = columns_of(words)[:, None]
     keeps = words != 0
     # The last entry is the whole unit's, which index −1 finds.
     kept = torch.full((len(used),), -1, dtype=torch.int64, device=device)

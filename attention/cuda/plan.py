@@ -36,7 +36,7 @@ from mixgrain.formats.panel import PanelLayout
 from mixgrain.formats.row import RowLayout
 from mixgrain.primitives.plans.plan import validate_once
 
-from .cells import PACKED, UNIT, Cells, block_cells, join, none, register_words
+from .cells import PACKED, UNIT, Cells, block_cells, columns_of, join, none, register_words
 from .fill import filled, flag
 from .items import Items, Lines, make_items
 from .panels import Gathered, panel_cells
@@ -315,8 +315,5 @@ def _dead(cells: Cells, nku: int, nk: int, key_rows: Tensor, patterns: int, line
 
 def _columns(masks: Tensor) -> Tensor:
     """int32 (M, 64): which columns of each mask have a kept position."""
-    words = masks.contiguous().view(torch.int64)[..., 0]
-    while words.shape[1] > 1:
-        half = words.shape[1] // 2
-        words = words[:, :half] | words[:, half:]
-    return ((words >> torch.arange(UNIT, device=masks.device)) & 1).to(torch.int32)
+    words = columns_of(masks.contiguous().view(torch.int64)[..., 0])
+    return ((words[:, None] >> torch.arange(UNIT, device=masks.device)) & 1).to(torch.int32)
