@@ -110,6 +110,7 @@ class Kernel:
         threads: int,
         arguments: Sequence[Argument],
         shared: int = 0,
+        early: bool = False,
     ) -> None:
         """Note one launch in the current recording; without one, queue it on torch's stream.
 
@@ -119,12 +120,14 @@ class Kernel:
             arguments: pointers as ints or addresses, scalars as numpy scalars of the kernel's
                 widths, descriptors.
             shared: dynamic shared memory, bytes.
+            early: a recorded launch may begin while the kernel before it ends; the kernel waits
+                for that one in its code.
         """
         if 0 in grid:
             return
         current = recording.current()
         if current is not None:
-            current.launch(self, grid, threads, tuple(arguments), shared)
+            current.launch(self, grid, threads, tuple(arguments), shared, early)
             return
         self.function(shared)
         pointer = torch._C._cuda_getCurrentRawStream(self.device)

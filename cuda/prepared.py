@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import tma
 from .device import using
+from .early import early
 from .launch import cupy
 from .recording import Operand, Recording, strides_of
 from .steps import FORK, Address, Fields, Launch, Map, View, Work, addresses
@@ -110,14 +111,14 @@ class _Launch:
     """A launch whose addresses are not known yet."""
 
     __slots__ = (
-        "_holes", "_inside", "_maps", "_memory", "_offsets", "_pack", "_size", "how", "side",
+        "_early", "_holes", "_inside", "_maps", "_memory", "_offsets", "_pack", "_size", "how", "side",
     )  # fmt: skip
 
     def __init__(self, step: Launch, places: dict[int, _Place], known: dict[Map, _Maps]) -> None:
         grid = (*step.grid, 1, 1)[:3]
         handle = step.kernel.function(step.shared)
         self.how = (handle, *grid, step.threads, 1, 1, step.shared)
-        self.side = step.side
+        self.side, self._early = step.side, step.early
         self._holes: list[_Place] = []
         self._maps: list[tuple[int, _Place, _Maps]] = []
         self._inside: list[tuple[int, _Place]] = []  # of structs: where in memory, what
@@ -172,6 +173,8 @@ class _Launch:
     def ready(self, pointers: Sequence[int], stream: int) -> tuple[Callable[[], Any], Any]:
         """The launch for these addresses on a stream, and what has to live as long as it."""
         table, memory = self.block(pointers)
+        if self._early:
+            return early(self.how, stream, table), memory
         launch = cupy().cuda.driver.launchKernel
         return functools.partial(launch, *self.how, stream, table, 0), memory
 

@@ -63,9 +63,10 @@ class Recording:
         threads: int,
         arguments: tuple[Any, ...],
         shared: int,
+        early: bool = False,
     ) -> None:
         """Note a launch."""
-        self.steps.append(Launch(kernel, grid, threads, arguments, shared, self._side))
+        self.steps.append(Launch(kernel, grid, threads, arguments, shared, self._side, early))
 
     def work(self, function: Callable[..., Any], arguments: Any, keywords: Any) -> Operand:
         """Note a torch function of operands that returns one new tensor."""

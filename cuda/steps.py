@@ -105,6 +105,7 @@ class Launch(NamedTuple):
         arguments: ints, numpy scalars, addresses, maps and fields.
         shared: dynamic shared memory, bytes.
         side: on the side stream.
+        early: it may begin while the kernel before it ends; see early.py.
     """
 
     kernel: Kernel
@@ -113,6 +114,7 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
     shared: int
     side: bool
+    early: bool = False
 
 
 class View(NamedTuple):

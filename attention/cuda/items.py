@@ -16,7 +16,7 @@ LONG = 5
 # ... unless the pattern has fewer lines than this.
 FEW = 32
 # Steps that one warpgroup takes before the next when all of them work on one line.
-TURN = 1
+TURN = 2
 # Bits of key units in sort keys: neighbours and gathered ones.
 KEY_BITS = 26
 

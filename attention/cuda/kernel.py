@@ -143,6 +143,8 @@ def fused(
     how = how or cut(width)
     pq, pk, pv = packed or (q, k, v)
     bits = (None, None) if keep is None else keep
+    # What gathered the packed rows is the launch before this one.
+    early = packed is not None and keep is None and scale > 0
     scale, q, pq = positive(scale, q, pq)
     kernel(fused_request(q.dtype, how, keep is not None), q.device.index)(
         (-(-(starts.shape[0] - 1) // how.streams),),
@@ -176,4 +178,5 @@ def fused(
             np.int32(0 if partial is None else partial[0].shape[1]),
         ),
         how.shared,
+        early,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import hopper
 from mixgrain.cuda.launch import kernel
 from mixgrain.primitives.cuda.parts import CODES
 
@@ -60,4 +61,5 @@ def merge(
             np.int32(nq),
             np.int32(width),
         ),
+        early=hopper(out.device),
     )

@@ -27,6 +27,7 @@
 // Q in shared memory and goes out from there.
 #include "fused_carrier.cuh"
 #include "fused_rows.cuh"
+#include "grids.cuh"
 #include "result.cuh"
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
@@ -61,6 +62,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         barrier_init_fence();
     }
     __syncthreads();
+    // Gathered rows come from the grid before; partial results go to the one behind.
+    wait_for_grids_before();
+    let_next_grid_begin();
 
     const int walk = blockIdx.x * kStreams + stream;
     const int begin = walk < walks ? starts[walk] : 0, end = walk < walks ? starts[walk + 1] : 0;

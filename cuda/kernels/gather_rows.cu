@@ -9,6 +9,7 @@
 //   smem      none
 //   needs     sm_80; rows 16-byte aligned
 //   floor     every row is read and written once: bytes / 4.2 TB/s
+#include "grids.cuh"
 #include "types.cuh"
 
 struct Operand {
@@ -26,6 +27,7 @@ struct Operands {
 
 extern "C" __global__ void __launch_bounds__(256)
     gather_rows(const __grid_constant__ Operands operands) {
+    let_next_grid_begin();
     const int n = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, matrix = blockIdx.y;
     const Operand &mine = operands.at[blockIdx.z];
     const int count = mine.count;
