@@ -123,7 +123,8 @@ def _run(
     shape = (batch, heads, k.shape[1])
     wgmma = choice.unit_kernel(device, q.dtype) == "sm90"
     walks = (kernel if wgmma else mma).walks(q.dtype, q.shape[3], device)
-    found = tables(work, shape, head_bytes, walks)
+    apart = kernel.groups(q.shape[3]) if wgmma else 1
+    found = tables(work, shape, head_bytes, walks, apart)
     partial = None
     if work.slots:
         size = (batch * heads, work.slots, UNIT)

@@ -23,8 +23,10 @@ RESIDENT = 24 << 20
 SPARE = 4
 # Fewer tiles than this at once are dealt singly, so many at a time.
 FEW, SINGLY = 24, 256
-# Beyond this many tiles, a walk by strides is even enough.
-DEALT = 4096
+# With more tiles than this for every CTA, a walk by strides is even enough.
+DEALT = 32
+# A tile: its item; from this bit on, the warpgroups that leave it to other tiles.
+APART = 28
 
 
 class Tables(NamedTuple):
@@ -32,7 +34,8 @@ class Tables(NamedTuple):
 
     Attributes:
         starts: int32 (n + 1,), where each CTA's tiles start.
-        tiles: int32 (t, 2), item and matrix ``b * heads + h``.
+        tiles: int32 (t, 2), item, with the warpgroups that leave it to other tiles from bit
+            ``APART`` on; matrix ``b * heads + h``.
         query_patterns: int32 (B, Hq), the distinct pattern of every matrix.
         key_patterns: int32 (B, Hkv), or (B, Hq) where patterns differ by head.
         merge_ranges: int32 (B · Hq, 2), first merged row of the matrix's pattern, and how many.
@@ -50,7 +53,9 @@ class Tables(NamedTuple):
     dead: Tensor | None
 
 
-def tables(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -> Tables:
+def tables(
+    work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int, groups: int = 1
+) -> Tables:
     """The tables for a batch, kept with the plan.
 
     Args:
@@ -58,12 +63,13 @@ def tables(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) 
         shape: batch entries, query heads, key heads.
         head_bytes: bytes of K and V of one key head.
         ctas: persistent CTAs, at most.
+        groups: warpgroups of an item that may work in different CTAs; 1: none.
 
     Raises:
         CudaError: first use while a CUDA graph is being captured.
     """
-    key = ("tables", shape, head_bytes, ctas)
-    make = functools.partial(_make, work, shape, head_bytes, ctas)
+    key = ("tables", shape, head_bytes, ctas, groups)
+    make = functools.partial(_make, work, shape, head_bytes, ctas, groups)
     return derived(work.items, key, lambda: concretely(make))
 
 
@@ -72,7 +78,9 @@ def patterns_of(work: Work, batch: int, heads: int) -> Tensor:
     return torch.tensor(work.entry).view(work.lead).expand(batch, heads)
 
 
-def _make(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -> Tables:
+def _make(
+    work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int, groups: int
+) -> Tables:
     batch, heads, kv = shape
     device = work.items.device
     pattern = patterns_of(work, batch, heads)
@@ -94,6 +102,8 @@ def _make(work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int) -
             dead = dead.unflatten(1, (kv, -1)).all(2)
     costs = work.costs.cpu().numpy()
     first, item, matrix = _walk(costs, work.item_starts, flat.numpy(), shape, head_bytes, ctas)
+    if groups > 1 and 2 * len(item) <= ctas:
+        first, item, matrix = _apart(item, matrix, ctas, groups)
     arrays = [t.numpy() for t in (pattern, by_key, merge_ranges, row_ranges)]
     starts, tiles, *rest = upload([first, np.stack([item, matrix], 1), *arrays], device)
     queries, keys, merged, singles = rest
@@ -155,11 +165,25 @@ def _walk(
     item[end:], matrix[end:] = item[order], matrix[order]
     total = len(item)
     ctas = max(1, min(ctas, total))
-    if ctas < total <= DEALT:
+    if ctas < total <= DEALT * ctas:
         first, turn = _dealt(costs[item].astype(np.int64), ctas)
     else:
         first, turn = _strided(total, ctas)
     return first, item[turn], matrix[turn]
+
+
+def _apart(item: Ints, matrix: Ints, ctas: int, groups: int) -> tuple[Ints, Ints, Ints]:
+    """Tiles in two or more where CTAs would have nothing to do: a CTA for every part.
+
+    Results are the same: a warpgroup sees the same keys in the same order.
+    """
+    every = (1 << groups) - 1
+    if groups * len(item) <= ctas:
+        parts = [every ^ (1 << group) for group in range(groups)]
+    else:
+        parts = [1 << (groups - 1), every >> 1]  # all but the last one, the last one
+    item = (item[:, None] | np.array(parts) << APART).reshape(-1)
+    return np.arange(len(item) + 1), item, matrix.repeat(len(parts))
 
 
 def _dealt(costs: Ints, ctas: int) -> tuple[Ints, Ints]:

@@ -15,8 +15,9 @@ __device__ __forceinline__ void carry(const TensorMap &q_map, const TensorMap &p
     const int *numbers = reinterpret_cast<const int *>(items);
     const int mine = min(lane, kGroups - 1), all = (end - begin) * kGroups;
     int2 tile = ready(begin), coming = ready(begin + 1);
-    int unit = numbers[8 * tile.x + mine], slot = numbers[8 * tile.x + 5 + mine];
-    int first = numbers[8 * tile.x + 3], count = numbers[8 * tile.x + 4];
+    const auto unit_of = [&](int x) { return x >> (kApart + mine) & 1 ? -1 : numbers[8 * (x & kItem) + mine]; };
+    int item = 8 * (tile.x & kItem), unit = unit_of(tile.x), slot = numbers[item + 5 + mine];
+    int first = numbers[item + 3], count = numbers[item + 4];
     int4 chunk = lane < count ? steps[first + lane] : none;
     int next_unit = 0, next_slot = 0, next_first = 0, next_count = 0, own = 0, group = 0;
     int4 next_chunk = none;
@@ -46,8 +47,10 @@ __device__ __forceinline__ void carry(const TensorMap &q_map, const TensorMap &p
                     own = lane == g ? 32 - __clz(its) : own;
                 }
                 if (count > 32) own = count;
-                next_unit = numbers[8 * coming.x + mine], next_slot = numbers[8 * coming.x + 5 + mine];
-                next_first = numbers[8 * coming.x + 3], next_count = numbers[8 * coming.x + 4];
+                if (unit < 0) own = 0;
+                item = 8 * (coming.x & kItem);
+                next_unit = unit_of(coming.x), next_slot = numbers[item + 5 + mine];
+                next_first = numbers[item + 3], next_count = numbers[item + 4];
             } else if (group == 1) {
                 next_chunk = lane < next_count ? steps[next_first + lane] : none;
             }

@@ -26,6 +26,8 @@ constexpr int kFulls = kQueries % kGroups ? kQueries * kGroups : kQueries;
 constexpr u32 kPanel = 64 * 128, kUnit = kPanels * kPanel, kStream = (kQueries + 2 * kStages) * kUnit;
 constexpr bool kMasked = MG_MASKED;      // by keys, at run time
 constexpr int kPacked = 1 << 24;
+// A tile: its item; from this bit on, the warpgroups that leave it to others.
+constexpr int kApart = 28, kItem = (1 << kApart) - 1;
 // The reference point of a row's exponentials moves when weights of a unit add up to more than this in a lane;
 // in partial units when one is more than 2: few keys may be kept there, and then the largest weight should be
 // about 1.

@@ -2,7 +2,7 @@
 //
 //   q, k, v        (B, H, N, D)  by 4-D tensor maps, any strides; units of 64 rows, panels of 64 columns
 //   packed_q/k/v                 gathered rows, likewise; units from kPacked on
-//   starts (walks + 1), tiles (t) int2: item, matrix = b · heads + h
+//   starts (walks + 1), tiles (t) int2: item, from bit 28 on which warpgroups leave it to others; matrix = b · heads + h
 //   items  (n) 2 × int4          query unit of each of three warpgroups (−1 = none), first step;
 //                                steps, slot of each warpgroup's result (−1 = out)
 //   steps  (s) int4              key unit, its mask for each warpgroup (−2 = not its, −1 = full)
@@ -62,15 +62,15 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         barrier_init_fence();
     }
     __syncthreads();
-    // Gathered rows come from the grid before; partial results go to the one behind.
-    wait_for_grids_before();
-    let_next_grid_begin();
 
     const int walk = blockIdx.x * kStreams + stream;
     const int begin = walk < walks ? starts[walk] : 0, end = walk < walks ? starts[walk + 1] : 0;
     if (!consumes) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFew));
         const int role = (warp - kConsumers / 32) / kStreams;
+        // Gathered rows come from the grid before; partial results go to the one behind.
+        wait_for_grids_before();
+        let_next_grid_begin();
         if (role > 1 || begin == end) return;
         const auto ready = [&](int t) { return t < end ? tiles[t] : make_int2(0, 0); };
         const int4 none = make_int4(0, -2, -2, -2);
@@ -81,11 +81,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         Ring<kStages> ring(1);
         int2 tile = ready(begin), coming = ready(begin + 1);
-        int2 span = make_int2(items[2 * tile.x].w, items[2 * tile.x + 1].x);  // of steps
+        const auto span_of = [&](int x) { return make_int2(items[2 * (x & kItem)].w, items[2 * (x & kItem) + 1].x); };
+        int2 span = span_of(tile.x);  // of steps
         int4 chunk = lane < span.y ? steps[span.x + lane] : none;
         for (int t = begin; t < end; ++t) {
             // The next tile's item is asked for now, its first steps a step later.
-            const int2 next = make_int2(items[2 * coming.x].w, items[2 * coming.x + 1].x), later = ready(t + 2);
+            const int2 next = span_of(coming.x), later = ready(t + 2);
             const int b = tile.y / heads, h = tile.y % heads, count = span.y;
             int4 next_chunk = none;
             for (int i = 0; i < count; ++i) {
