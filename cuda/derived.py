@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from .errors import CudaError
 
 V = TypeVar("V")
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_own: set[int] = set()  # the thread that makes, once it has begun
 
 
 def derived(source: Tensor, key: Hashable, make: Callable[[], V]) -> V:
@@ -46,11 +49,19 @@ def _apart(source: Tensor, make: Callable[[], V]) -> V:
             "a call would be planned while a CUDA graph is captured; plan first: run the same call "
             "once before the capture"
         )
+    if threading.get_ident() in _own:
+        return make()
     stream = torch.cuda.current_stream(source.device)
 
     def run() -> V:
+        _own.add(threading.get_ident())
         with torch.cuda.stream(stream):
             return make()
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
+    return _thread().submit(run).result()
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    # One for all calls: to begin one takes longer than most of what it is to make.
+    return ThreadPoolExecutor(1, "mixgrain derives")

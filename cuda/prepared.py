@@ -111,7 +111,8 @@ class _Launch:
     """A launch whose addresses are not known yet."""
 
     __slots__ = (
-        "_early", "_holes", "_inside", "_maps", "_memory", "_offsets", "_pack", "_size", "how", "side",
+        "_early", "_holes", "_inside", "_maps", "_memory", "_offsets", "_pack", "_size", "how",
+        "side",
     )  # fmt: skip
 
     def __init__(self, step: Launch, places: dict[int, _Place], known: dict[Map, _Maps]) -> None:

@@ -73,27 +73,22 @@ def tables(
     return derived(work.items, key, lambda: concretely(make))
 
 
-def patterns_of(work: Work, batch: int, heads: int) -> Tensor:
-    """int64 (B, Hq), on the CPU: the distinct pattern of every matrix."""
-    return torch.tensor(work.entry).view(work.lead).expand(batch, heads)
-
-
 def _make(
     work: Work, shape: tuple[int, int, int], head_bytes: int, ctas: int, groups: int
 ) -> Tables:
     batch, heads, kv = shape
     device = work.items.device
-    pattern = patterns_of(work, batch, heads)
-    flat = pattern.flatten()
-    merges, rows = torch.tensor(work.merge_starts), torch.tensor(work.row_starts)
-    zero = torch.zeros_like(flat)
-    merge_ranges = torch.stack([merges[flat], merges.diff()[flat]], 1)
-    longer = torch.tensor(work.row_longer)
-    counts = torch.stack([longer, rows.diff() - longer])[:, flat]
-    firsts = torch.stack([rows[:-1], rows[:-1] + longer])[:, flat]
-    offsets = (flat * work.shape[0]).expand_as(counts)
-    row_ranges = torch.stack([firsts, counts, offsets, zero.expand_as(counts)], 2)
-    by_key = pattern if work.lead[1] > 1 else pattern[:, :1].expand(batch, kv)
+    pattern = np.broadcast_to(np.array(work.entry).reshape(work.lead), (batch, heads))
+    flat = pattern.reshape(-1)
+    merges, rows = np.array(work.merge_starts), np.array(work.row_starts)
+    longer = np.array(work.row_longer)
+    merge_ranges = np.stack([merges[flat], np.diff(merges)[flat]], 1)
+    row_ranges = np.zeros((2, len(flat), 4), np.int64)
+    row_ranges[0, :, 0], row_ranges[0, :, 1] = rows[flat], longer[flat]
+    row_ranges[1, :, 0] = (rows[:-1] + longer)[flat]
+    row_ranges[1, :, 1] = (np.diff(rows) - longer)[flat]
+    row_ranges[:, :, 2] = flat * work.shape[0]
+    by_key = pattern if work.lead[1] > 1 else np.broadcast_to(pattern[:, :1], (batch, kv))
     dead = None
     if work.dead.numel():
         dead = work.dead[torch.tensor(work.entry, device=device)].view(*work.lead, -1)
@@ -101,13 +96,14 @@ def _make(
             # A head's value is left alone if any of the queries' heads that share it needs it.
             dead = dead.unflatten(1, (kv, -1)).all(2)
     costs = work.costs.cpu().numpy()
-    first, item, matrix = _walk(costs, work.item_starts, flat.numpy(), shape, head_bytes, ctas)
+    first, item, matrix = _walk(costs, work.item_starts, flat, shape, head_bytes, ctas)
     if groups > 1 and 2 * len(item) <= ctas:
         first, item, matrix = _apart(item, matrix, ctas, groups)
-    arrays = [t.numpy() for t in (pattern, by_key, merge_ranges, row_ranges)]
-    starts, tiles, *rest = upload([first, np.stack([item, matrix], 1), *arrays], device)
-    queries, keys, merged, singles = rest
-    return Tables(starts, tiles, queries, keys, merged, singles, dead)
+    tiles = np.stack([item, matrix], 1)
+    starts, walked, queries, keys, merged, single = upload(
+        [first, tiles, pattern, by_key, merge_ranges, row_ranges], device
+    )
+    return Tables(starts, walked, queries, keys, merged, single, dead)
 
 
 Ints = np.typing.NDArray[np.int64]
