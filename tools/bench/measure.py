@@ -1,4 +1,7 @@
-"""How the benchmarks measure: device time of CUDA-graph replays, caches flushed, medians."""
+"""How the benchmarks measure: device time of CUDA-graph replays, caches flushed, medians.
+
+Every engine alike, on a device that has rested.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ import torch.profiler
 from mixgrain.formats.cache import clear_caches
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any device there is
+# Seconds before a measurement: under load a device lowers its clock (an H200 from 1980 to 1590 MHz
+# after 0.1 s of attention), and what is measured next would pay for what ran before.
+REST = 0.3
 
 
 def device_ms(call: Callable[[], object], repeats: int = 30) -> float:
     """Median device time of one call, milliseconds.
 
-    The call is captured in a CUDA graph; before every replay a large buffer is overwritten, so that
-    inputs come from device memory as they would in a model.
+    The call is captured in a CUDA graph; the device rests; before every replay a large buffer is
+    overwritten, so that inputs come from device memory as they would in a model.
     """
     for _ in range(3):
         call()
@@ -34,6 +40,8 @@ def device_ms(call: Callable[[], object], repeats: int = 30) -> float:
         call()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     graph.replay()
+    torch.cuda.synchronize()
+    time.sleep(REST)
     times: list[float] = []
     for _ in range(repeats):
         flush.fill_(1)
