@@ -16,16 +16,22 @@ import torch.profiler
 from mixgrain.formats.cache import clear_caches
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any device there is
-# Seconds before a measurement: under load a device lowers its clock (an H200 from 1980 to 1590 MHz
-# after 0.1 s of attention), and what is measured next would pay for what ran before.
-REST = 0.3
+# Seconds of rest, then milliseconds of the call itself before it is timed, and while it is: under
+# load a device lowers its clock (an H200 from 1980 to 1590 MHz within 0.1 s of attention, for about
+# as long), and no call is to pay for what ran before it. The times are those of Triton's do_bench.
+REST, WARM_MS, TIMED_MS = 0.3, 25.0, 100.0
 
 
-def device_ms(call: Callable[[], object], repeats: int = 30) -> float:
+def device_ms(call: Callable[[], object], least: int = 30) -> float:
     """Median device time of one call, milliseconds.
 
-    The call is captured in a CUDA graph; the device rests; before every replay a large buffer is
-    overwritten, so that inputs come from device memory as they would in a model.
+    The call is captured in a CUDA graph; the device rests, then warms up with the call; before
+    every replay a large buffer is overwritten, so that inputs come from device memory as they would
+    in a model.
+
+    Args:
+        call: runs the work once.
+        least: replays that are timed at least.
     """
     for _ in range(3):
         call()
@@ -39,19 +45,26 @@ def device_ms(call: Callable[[], object], repeats: int = 30) -> float:
     with torch.cuda.graph(graph):
         call()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    graph.replay()
-    torch.cuda.synchronize()
+
+    def timed(repeats: int) -> tuple[list[float], float]:
+        """Milliseconds of each replay, and of each with its flush."""
+        events = []
+        for _ in range(repeats):
+            flush.fill_(1)
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            events.append((start, stop))
+        torch.cuda.synchronize()
+        whole = events[0][0].elapsed_time(events[-1][1])
+        return [start.elapsed_time(stop) for start, stop in events], whole / repeats
+
+    _, each = timed(5)
     time.sleep(REST)
-    times: list[float] = []
-    for _ in range(repeats):
-        flush.fill_(1)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return float(statistics.median(times))
+    timed(max(1, round(WARM_MS / each)))
+    times, _ = timed(max(least, round(TIMED_MS / each)))
+    return statistics.median(times)
 
 
 def host_us(call: Callable[[], object], repeats: int = 200) -> float:
