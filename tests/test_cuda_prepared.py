@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mixgrain.cuda import launch, prepared, recording, steps, streams, tma
+from mixgrain.cuda import early, launch, prepared, recording, steps, streams, tma
 from mixgrain.cuda.compile import request
+from mixgrain.cuda.errors import CudaError
 from mixgrain.cuda.recording import Operand, Recording, recorded
 from mixgrain.cuda.steps import Address, Map, by_value
 
@@ -394,3 +395,32 @@ def test_a_stream_is_part_of_what_is_kept(driver, monkeypatch):
         monkeypatch.setattr(prepared, "_raw_stream", lambda device, stream=stream: stream)
         run(call, x)
         assert driver.seen.pop()[4] == stream
+
+
+def test_an_early_launch_tells_the_driver(driver, monkeypatch):
+    rec = Recording(0)
+    a = rec.given(torch.zeros(4), 0)
+    rec.launch(Fake(driver, 1, 8), (3, 2), 32, (a.data_ptr(),), 16, early=True)
+    call = prepared.Prepared(rec, a.new_empty(1))
+    seen, status = [], 0
+
+    def launch_kernel_ex(config, function, table, extra):
+        config = config._obj
+        attribute = config.attributes[0]
+        argument = ctypes.cast(table.value, ctypes.POINTER(ctypes.c_void_p))[0]
+        seen.append((*config.grid, *config.block, config.shared, config.stream, config.count))
+        seen.append((attribute.id, attribute.value[0], function.value))
+        seen.append(ctypes.cast(argument, ctypes.POINTER(ctypes.c_void_p))[0])
+        return status
+
+    library = types.SimpleNamespace(cuLaunchKernelEx=launch_kernel_ex)
+    monkeypatch.setattr(early, "driver", lambda: library)
+    monkeypatch.setattr(prepared, "_raw_stream", lambda device: 7)
+    x = torch.zeros(4)
+    run(call, x)
+    assert not driver.seen
+    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is 6.
+    assert seen == [(3, 2, 1, 32, 1, 1, 16, 7, 1), (6, 1, 1), x.data_ptr()]
+    status = 400
+    with pytest.raises(CudaError, match="driver error 400"):
+        run(call, x)

@@ -23,7 +23,7 @@ from .keep import gathered_bits, unit_bits
 from .merge import merge
 from .plan import Work, unpack
 from .row import rows
-from .walk import Tables, tables
+from .tables import Tables, tables
 
 
 def forward(

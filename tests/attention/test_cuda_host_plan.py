@@ -11,7 +11,7 @@ from mixgrain import patterns as P
 from mixgrain.attention.cuda.choice import split_costs
 from mixgrain.attention.cuda.host import host_plan, plan_pattern
 from mixgrain.attention.cuda.plan import unpack
-from mixgrain.attention.cuda.walk import tables
+from mixgrain.attention.cuda.tables import tables
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.errors import LayoutError
 

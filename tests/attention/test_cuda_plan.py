@@ -15,7 +15,8 @@ from mixgrain import patterns as P
 from mixgrain.attention.cuda import forward as cuda_forward
 from mixgrain.attention.cuda.cells import register_words
 from mixgrain.attention.cuda.plan import Work, build, count_work, unpack
-from mixgrain.attention.cuda.walk import APART, tables
+from mixgrain.attention.cuda.tables import tables
+from mixgrain.attention.cuda.walk import APART
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.panel import PanelLayout
