@@ -24,6 +24,7 @@ from .cpu import stride_order
 from .cuda.host import plan_pattern
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import plan as plan_on_cuda
+from .eager import find, learn, run, signature
 from .plan import Plan, plan, plan_nm
 
 _CPU = torch.device("cpu")
@@ -122,6 +123,13 @@ def attend(
         DtypeError: dtypes that differ or are not floating point.
         UnsupportedError: no kernel for this device, or an unknown ``impl``.
     """
+    seen = signature(
+        q, k, v, pattern_or_layout, scale, key_mask, enable_gqa, sink_logits, impl
+    )  # fmt: skip
+    again = None if seen is None else find(seen)
+    if again is not None and type(return_lse) is bool:
+        o, lse = run(again, q, k, v, key_mask, sink_logits)
+        return (o, lse) if return_lse else o
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     nq, nk = q.shape[2], k.shape[2]
@@ -141,6 +149,10 @@ def attend(
 
         made = plan_for(kept, nq, nk, q.device, max(q.shape[3], v.shape[3]), q.dtype)
         o, lse = attention(q, k, v, keep, sink, float(scale), made.tensors, made.ints)
+        if seen is not None and isinstance(made, CudaPlan):
+            from .cuda.forward import direct
+
+            learn(seen, direct(q, k, v, keep, sink, float(scale), made.tensors, made.ints))
     elif chosen == "composed":
         from .composed import attend_composed
 

@@ -47,6 +47,16 @@ class LRU(Generic[V]):
                 self._values.popitem(last=False)
             return value
 
+    def peek(self, key: Hashable) -> V | None:
+        """The value of `key`, which counts as used, or None; takes no lock."""
+        found = self._values.get(key)
+        if found is not None:
+            try:  # noqa: SIM105  # contextlib.suppress takes a microsecond
+                self._values.move_to_end(key)
+            except KeyError:  # another thread dropped it this moment
+                pass
+        return found
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:

@@ -71,25 +71,12 @@ def usable(t: Any) -> bool:
     return type(t) in TENSORS and t.is_cuda and t.layout is torch.strided and not t.is_neg()
 
 
-class _Layouts(LRU[_Signatures]):
-    """An LRU that is read without its lock."""
-
-    def find(self, layout: Layout) -> _Signatures | None:
-        """The calls of a layout, which counts as used."""
-        key = (layout.key, layout._home)  # `home` itself asks whether this is being traced
-        found = self._values.get(key)
-        if found is not None:
-            try:  # noqa: SIM105  # contextlib.suppress takes a microsecond
-                self._values.move_to_end(key)
-            except KeyError:  # another thread dropped it this moment
-                pass
-        return found
+_layouts: LRU[_Signatures] = LRU(LAYOUTS)
 
 
-_layouts = _Layouts(LAYOUTS)
-
-
-find = _layouts.find
+def find(layout: Layout) -> _Signatures | None:
+    """The calls of a layout."""
+    return _layouts.peek((layout.key, layout._home))  # `home` itself asks whether this is traced
 
 
 class Term(NamedTuple):

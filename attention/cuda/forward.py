@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.errors import CudaError
+from mixgrain.cuda.prepared import Prepared
 from mixgrain.cuda.recording import current
 from mixgrain.formats.errors import BackendUnavailableError, UnsupportedError
 from mixgrain.primitives.cuda import calls
@@ -43,7 +44,7 @@ def forward(
     width = v.shape[3]
     if not (q.numel() and k.shape[2] and width):
         return _nothing(q, width, sink)
-    arguments = (q, k, v, keep, sink, float(scale), list(plan), tuple(ints), "fused")
+    arguments = _arguments(q, k, v, keep, sink, scale, plan, ints)
     try:
         call = calls.of("attention", _launches, arguments)
         given = calls.given(arguments)
@@ -56,6 +57,37 @@ def forward(
     if out.is_contiguous() and made.shape[3] == width:
         return made, lse
     return out.copy_(made[..., :width]), lse
+
+
+def direct(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    sink: Tensor | None,
+    scale: float,
+    plan: Sequence[Tensor],
+    ints: Sequence[int],
+) -> Prepared | None:
+    """The prepared call of ``forward`` for such arguments, if its results are ``forward``'s."""
+    if not (q.numel() and k.shape[2] and v.shape[3] and q.is_contiguous()):
+        return None
+    arguments = _arguments(q, k, v, keep, sink, scale, plan, ints)
+    call = calls.of("attention", _launches, arguments)
+    return call if call.shapes[0][3] == v.shape[3] else None
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    sink: Tensor | None,
+    scale: float,
+    plan: Sequence[Tensor],
+    ints: Sequence[int],
+) -> tuple[Any, ...]:
+    return (q, k, v, keep, sink, float(scale), list(plan), tuple(ints), "fused")
 
 
 def _nothing(q: Tensor, width: int, sink: Tensor | None) -> tuple[Tensor, Tensor]:

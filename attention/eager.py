@@ -1,0 +1,109 @@
+"""The short way of attend: eager calls of the fused CUDA kernels whose signature was seen.
+
+As of ``primitives.eager``: the first call of a signature goes the long way, with every check and
+through the operator; the signature of an equal call proves what the checks would, and it goes to
+the prepared launches directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixgrain.formats.cache import LRU
+from mixgrain.formats.layout import Layout
+from mixgrain.formats.pattern import Pattern
+from mixgrain.primitives.eager import plain, tf32, usable
+
+if TYPE_CHECKING:
+    from mixgrain.cuda.prepared import Prepared
+
+# Patterns and layouts whose calls are kept, and signatures of each.
+POSITIONS, SIGNATURES = 128, 64
+_Calls = dict[Hashable, "Prepared"]
+_calls: LRU[_Calls] = LRU(POSITIONS)
+
+
+class Signature(NamedTuple):
+    """All that checks, plans and launches look at.
+
+    Attributes:
+        positions: the pattern or layout.
+        rest: everything else.
+    """
+
+    positions: Hashable
+    rest: tuple[Hashable, ...]
+
+
+def signature(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Pattern | Layout,
+    scale: float | None,
+    key_mask: Tensor | None,
+    enable_gqa: bool,
+    sink_logits: Tensor | None,
+    impl: str,
+) -> Signature | None:
+    """The signature of a call; None where it has to go the long way. Arguments as of ``attend``."""
+    if torch.compiler.is_dynamo_compiling() or not plain():
+        return None
+    if type(impl) is not str or type(enable_gqa) is not bool:
+        return None
+    if scale is not None and type(scale) not in (float, int):
+        return None
+    if q is None or k is None or v is None:
+        return None
+    rest: list[Hashable] = [impl, scale, enable_gqa]
+    differentiable = torch.is_grad_enabled()
+    for t in (q, k, v, key_mask, sink_logits):
+        if t is None:
+            rest.append(None)
+        elif not usable(t) or (differentiable and t.requires_grad):
+            return None
+        else:
+            rest += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.get_device())
+    if q.dtype is torch.float32:
+        rest.append(tf32())
+    if isinstance(kept, Pattern):
+        return Signature(kept.expression_key(), tuple(rest))
+    if isinstance(kept, Layout):
+        return Signature((kept.key, kept._home), tuple(rest))
+    return None
+
+
+def find(seen: Signature) -> Prepared | None:
+    """The call of a signature, if it was kept."""
+    calls = _calls.peek(seen.positions)
+    return None if calls is None else calls.get(seen.rest)
+
+
+def run(
+    call: Prepared,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse of tensors of the call's signature."""
+    if key_mask is not None:
+        key_mask = key_mask.expand(q.shape[0], k.shape[2])
+    given = [t for t in (q, k, v, key_mask, sink_logits) if t is not None]
+    o, lse = call(given, [t.data_ptr() for t in given])
+    return o, lse
+
+
+def learn(seen: Signature, call: Prepared | None) -> None:
+    """Keep the call of a signature; None where its results need more than its launches."""
+    if call is None or torch.cuda.is_current_stream_capturing():
+        return  # plans may be copies for the capture
+    kept = _calls.get(seen.positions, dict)
+    if len(kept) >= SIGNATURES:
+        kept.clear()
+    kept[seen.rest] = call
