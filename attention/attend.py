@@ -149,7 +149,8 @@ def attend(
 
         made = plan_for(kept, nq, nk, q.device, max(q.shape[3], v.shape[3]), q.dtype)
         o, lse = attention(q, k, v, keep, sink, float(scale), made.tensors, made.ints)
-        if seen is not None and isinstance(made, CudaPlan):
+        # While a graph is captured plans may be copies that live as long as the capture.
+        if seen is not None and not torch.cuda.is_current_stream_capturing():
             from .cuda.forward import direct
 
             learn(seen, direct(q, k, v, keep, sink, float(scale), made.tensors, made.ints))

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mixgrain.cuda.errors import CudaError
 from mixgrain.formats.cache import LRU
+from mixgrain.formats.errors import BackendUnavailableError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.primitives.eager import plain, tf32, usable
@@ -91,18 +93,25 @@ def run(
     key_mask: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse of tensors of the call's signature."""
+    """Output and lse of tensors of the call's signature.
+
+    Raises:
+        BackendUnavailableError: the driver refused a launch.
+    """
     if key_mask is not None:
         key_mask = key_mask.expand(q.shape[0], k.shape[2])
     given = [t for t in (q, k, v, key_mask, sink_logits) if t is not None]
-    o, lse = call(given, [t.data_ptr() for t in given])
+    try:
+        o, lse = call(given, [t.data_ptr() for t in given])
+    except CudaError as error:
+        raise BackendUnavailableError(f"attend: {error}") from error
     return o, lse
 
 
 def learn(seen: Signature, call: Prepared | None) -> None:
     """Keep the call of a signature; None where its results need more than its launches."""
-    if call is None or torch.cuda.is_current_stream_capturing():
-        return  # plans may be copies for the capture
+    if call is None:
+        return
     kept = _calls.get(seen.positions, dict)
     if len(kept) >= SIGNATURES:
         kept.clear()

@@ -29,7 +29,6 @@ class Source(ByIdentity):
         self.base = tensor
         self.index = index
         self._derived: dict[Hashable, tuple[object, Any]] = {}
-        self._named: tuple[int, Hashable] | None = None  # at which version
 
     @property
     def tensor(self) -> Tensor:
@@ -51,18 +50,11 @@ class Source(ByIdentity):
         if torch.compiler.is_dynamo_compiling():
             return _name(self)
         base = self.base
-        if base.is_inference():
-            return concretely(self._contents)
-        named, version = self._named, base._version
-        if named is not None and named[0] == version:
-            return named[1]
         entries = max(1, math.prod(base.shape[: len(self.index)]))
         size = base.numel() // entries * base.element_size()
-        name: Hashable = (Reference(base), version, self.index)
-        if base.device.type == "cpu" and size <= BYTES_IN_KEY:
-            name = concretely(self._contents)
-        self._named = version, name
-        return name
+        if (base.device.type == "cpu" and size <= BYTES_IN_KEY) or base.is_inference():
+            return concretely(self._contents)
+        return (Reference(base), base._version, self.index)
 
     def _contents(self) -> Hashable:
         tensor = self.tensor.detach()

@@ -67,8 +67,13 @@ def plain() -> bool:
 
 
 def usable(t: Any) -> bool:
-    """Whether a tensor is what it looks like: dense, on CUDA, no subclass and no lazy negation."""
-    return type(t) in TENSORS and t.is_cuda and t.layout is torch.strided and not t.is_neg()
+    """Whether a tensor is what it looks like: dense, on CUDA, no subclass, nothing lazy."""
+    return (
+        type(t) in TENSORS
+        and t.is_cuda
+        and t.layout is torch.strided
+        and not (t.is_neg() or t.is_nested or t._is_zerotensor())
+    )
 
 
 _layouts: LRU[_Signatures] = LRU(LAYOUTS)

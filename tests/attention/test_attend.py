@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import (
@@ -243,3 +244,25 @@ def test_indices_handed_in_are_validated_once() -> None:
     x = torch.randn(1, 1, 4, 8)
     with pytest.raises(mg.LayoutError, match="columns"):
         mg.attend(x, x, x, layout)
+
+
+@pytest.mark.parametrize("how", ["numpy", "data", "tensor"])
+def test_a_mask_that_changed_in_place_is_another(how) -> None:
+    """Also where torch counts no version: memory shared with numpy, and `.data`."""
+    array = np.random.default_rng(0).random((64, 64)) < 0.2
+    mask = torch.from_numpy(array)
+    before = mask.clone()
+    q, k, v = (
+        torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)
+    )
+    pattern = P.from_dense(mask)
+    mg.attend(q, k, v, pattern)
+    if how == "numpy":
+        array[:, :8] = True
+    elif how == "data":
+        mask.data[:, :8] = True
+    else:
+        mask[:, :8] = True
+    for one in (pattern, P.from_dense(before), P.from_dense(mask.clone())):
+        right = mg.attend(q, k, v, one, impl="reference")
+        torch.testing.assert_close(mg.attend(q, k, v, one), right, rtol=1e-5, atol=1e-5)
