@@ -111,13 +111,13 @@ def tile_cuts(arch: str) -> list[service.Request]:
 def chosen(arch: str) -> list[service.Request]:
     """Spills hardly depend on the architecture: more where it matters, some elsewhere.
 
-    All of them together are hours; every ninth is of another dtype, width, mask and phase.
+    All of them together are hours; every 13th is of another dtype, width, mask and phase.
     """
     found = [wanted for wanted in everything(arch) if wanted.name not in HOPPER]
     by_name: dict[str, list[service.Request]] = {}
     for wanted in found:
         by_name.setdefault(wanted.name, []).append(wanted)
-    step = 9 if arch in ("80", "90a") else 37
+    step = 13 if arch in ("80", "90a") else 37
     some = [w for all_of in by_name.values() for w in all_of[::step]] + rounded() + tile_cuts(arch)
     return list(dict.fromkeys(some))  # what is built twice comes from the cache
 

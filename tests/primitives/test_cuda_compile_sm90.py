@@ -26,34 +26,43 @@ except MissingError as missing:
 HALVES = (torch.float16, torch.bfloat16)
 
 
+def half(*which: int) -> torch.dtype:
+    """One of the two: kernels differ by dtype in one instruction, so that each has either."""
+    return HALVES[sum(which) % 2]
+
+
 def requests():
     for size, dtype in itertools.product((64, 128), HALVES):
         for panels, stages in block_sm90.SDDMM_STAGES.items():
             yield block_sm90.sddmm_request(size, dtype, panels, stages)
-        for width, transposed, partial in itertools.product((64, 128, 256), (0, 1), (0, 1)):
-            cut = block_sm90.tile(size, width)
-            yield block_sm90.spmm_request(size, dtype, cut, bool(transposed), bool(partial))
-    for size, dtype, wide in itertools.product((16, 32), HALVES, union_sm90.STAGES):
-        for transposed, partial in itertools.product((False, True), (False, True)):
-            yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
-    for tall, dtype, wide in itertools.product((64, 128), HALVES, expand_sm90.STAGES):
-        for transposed, partial in itertools.product((False, True), (False, True)):
-            yield expand_sm90.spmm_request(dtype, tall, wide, transposed, partial)
+    flags = list(itertools.product((False, True), repeat=2))
+    for size, width, (transposed, partial) in itertools.product((64, 128), (64, 128, 256), flags):
+        dtype, cut = half(size // 64, transposed, partial), block_sm90.tile(size, width)
+        yield block_sm90.spmm_request(size, dtype, cut, transposed, partial)
+    for size, wide, (transposed, partial) in itertools.product((16, 32), union_sm90.STAGES, flags):
+        dtype = half(size // 16, transposed, partial)
+        yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
+    for tall, wide, (transposed, partial) in itertools.product(
+        (64, 128), expand_sm90.STAGES, flags
+    ):
+        dtype = half(tall // 64, transposed, partial)
+        yield expand_sm90.spmm_request(dtype, tall, wide, transposed, partial)
     flags = itertools.product((False, True), repeat=4)
     for (within, given, keep, first), panels in itertools.product(flags, nm_scores.CUTS):
         # What differs by dtype and by n:m is one instruction, or a few left out.
-        dtype, code = HALVES[panels % 2], int(panels == 2)
+        dtype, code = half(panels), int(panels == 2)
         yield nm_scores.sm90_request(dtype, code, within, given, keep, first, panels)
 
     for (groups, wide), major, turned in itertools.product(nm_sm90.STAGE_US, (0, 1), (0, 1)):
-        for cluster, dtype in itertools.product((1, 2) if wide > 64 else (1,), HALVES):
+        for cluster in (1, 2) if wide > 64 else (1,):
             cut = nm_sm90.Cut(groups, wide, cluster, 4)
+            dtype = half(major, turned, cluster)
             yield nm_sm90.spmm_request(dtype, cut, bool(major), bool(turned), False)
         cut = nm_sm90.Cut(groups, wide, 1, 4)
         yield nm_sm90.spmm_request(torch.float32, cut, False, bool(turned), False)
         yield nm_sm90.spmm_request(torch.float16, cut, bool(major), False, True)
     for wide, split in itertools.product((8, 16, 32, 64, 128), (1, 2, 4)):
-        for dtype in (*HALVES, torch.float32):
+        for dtype in (half(wide // 8, split // 2), torch.float32):
             yield nm_sm90.thin_request(dtype, nm_sm90.Thin(1, wide, split, 4))
     for blocks, split in itertools.product((1, 2, 4), tile_thin.SPLITS):
         for transposed, wide in itertools.product((False, True), (False, True)):
