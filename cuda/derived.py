@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,21 @@ from .errors import CudaError
 
 V = TypeVar("V")
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_own: set[int] = set()  # the thread that makes, once it has begun
+
+
+class _Thread(threading.local):
+    """Of each thread: another one that makes things for it, once it has asked; or that it is one.
+
+    One for all would be one queue: what is made waits for the caller's stream, which may wait for a
+    device whose thread waits in that queue. To begin a thread for every call takes longer than most
+    of what it is to make.
+    """
+
+    worker: ThreadPoolExecutor | None = None
+    makes = False
+
+
+_thread = _Thread()
 
 
 def derived(source: Tensor, key: Hashable, make: Callable[[], V]) -> V:
@@ -49,19 +62,15 @@ def _apart(source: Tensor, make: Callable[[], V]) -> V:
             "a call would be planned while a CUDA graph is captured; plan first: run the same call "
             "once before the capture"
         )
-    if threading.get_ident() in _own:
+    if _thread.makes:
         return make()
+    if _thread.worker is None:
+        _thread.worker = ThreadPoolExecutor(1, "mixgrain derives")
     stream = torch.cuda.current_stream(source.device)
 
     def run() -> V:
-        _own.add(threading.get_ident())
+        _thread.makes = True
         with torch.cuda.stream(stream):
             return make()
 
-    return _thread().submit(run).result()
-
-
-@functools.cache
-def _thread() -> ThreadPoolExecutor:
-    # One for all calls: to begin one takes longer than most of what it is to make.
-    return ThreadPoolExecutor(1, "mixgrain derives")
+    return _thread.worker.submit(run).result()

@@ -6,7 +6,7 @@ import torch
 import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.attention import eager, ops
-from mixgrain.formats.errors import LayoutError, ShapeError, UnsupportedError
+from mixgrain.formats.errors import LayoutError, MixgrainError, ShapeError, UnsupportedError
 
 pytestmark = pytest.mark.gpu
 
@@ -152,3 +152,15 @@ def test_caches_are_bounded_and_cleared() -> None:
     assert max(len(calls) for calls in eager._calls._values.values()) <= eager.SIGNATURES
     mg.clear_caches()
     assert len(eager._calls) == 0
+
+
+def test_tensors_that_are_not_what_they_look_like() -> None:
+    q, k, v = inputs()
+    sink = torch.zeros(H, device="cuda")
+    right = mg.attend(q, k, v, SCATTERED, sink_logits=sink, impl="fused")
+    lazy = torch._efficientzerotensor((H,), device="cuda")
+    assert torch.equal(mg.attend(q, k, v, SCATTERED, sink_logits=lazy, impl="fused"), right)
+    nested = torch.nested.nested_tensor([q[0], q[1]])
+    for given in ((nested, k, v), (q, nested, v)):
+        with pytest.raises(MixgrainError):
+            mg.attend(*given, SCATTERED, impl="fused")
