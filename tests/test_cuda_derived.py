@@ -1,4 +1,4 @@
-"""Things made in threads of their own: one for each thread that asks, none for what it asks then."""
+"""Things made in threads of their own: one for each thread that asks, none for what that asks."""
 
 import contextlib
 import threading
