@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mixgrain.cuda.derived import known
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.direct import Split, split_directly
@@ -140,6 +141,7 @@ def host_plan(
     items, steps, masks, *rest, costs_of = upload(
         [made.items, made.steps, words, *tables, *merge, made.costs], device
     )
+    known(items, "costs", made.costs)
     if not few:
         masks = register_words(masks.view(torch.uint8).view(-1, UNIT, 8))
     none = items.new_zeros(0)

@@ -83,7 +83,7 @@ def _make(
         if work.lead[1] > 1:
             # A head's value is left alone if any of the queries' heads that share it needs it.
             dead = dead.unflatten(1, (kv, -1)).all(2)
-    costs = work.costs.cpu().numpy()
+    costs = derived(work.items, "costs", lambda: work.costs.cpu().numpy())
     first, item, matrix = walk(costs, work.item_starts, flat, shape, head_bytes, ctas)
     if groups > 1 and 2 * len(item) <= ctas:
         first, item, matrix = taken_apart(item, matrix, ctas, groups)

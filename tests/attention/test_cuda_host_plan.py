@@ -1,5 +1,6 @@
 """Plans made on the host straight from patterns: the same as those made from layouts."""
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import PATTERNS
@@ -12,6 +13,7 @@ from mixgrain.attention.cuda.choice import split_costs
 from mixgrain.attention.cuda.host import host_plan, plan_pattern
 from mixgrain.attention.cuda.plan import unpack
 from mixgrain.attention.cuda.tables import tables
+from mixgrain.cuda.derived import derived
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.errors import LayoutError
 
@@ -114,5 +116,7 @@ def test_kernels_may_load_pairs_and_fours() -> None:
     base = work.items.data_ptr()
     for name in ("items", "steps", "key_rows", "query_rows"):
         assert (getattr(work, name).data_ptr() - base) % 256 == 0
+    at_hand = derived(work.items, "costs", lambda: None)  # not read back from the device
+    assert np.array_equal(at_hand, work.costs.numpy())
     found = tables(work, (1, 3, 3), 1 << 20, 132)
     assert found.tiles.data_ptr() % 8 == 0 and found.tiles.is_contiguous()
