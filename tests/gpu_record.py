@@ -19,7 +19,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "gpu_record.json"
-# What decides what runs on a device: kernels, what compiles and launches them, their plans.
+# What decides what runs on a device: kernels, what compiles and launches them, their plans, and
+# the short ways past checks and operators.
 SOURCES = (
     "cuda/**/*.cu",
     "cuda/**/*.cuh",
@@ -27,6 +28,9 @@ SOURCES = (
     "primitives/cuda/*.py",
     "primitives/plans/*.py",
     "attention/cuda/*.py",
+    "attention/eager.py",
+    "primitives/eager.py",
+    "primitives/recorded.py",
 )
 
 
