@@ -1,15 +1,15 @@
-"""Plans made on the host against those made from layouts, and both against the pattern."""
+"""Plans made on the device against those made from layouts, and both against the pattern."""
 
 import torch
 from fused_interpreter import expand
 from torch import Tensor
 
 import mixgrain as mg
-from mixgrain.attention.cuda.host import host_plan
-from mixgrain.attention.cuda.plan import Work, build, unpack
+from mixgrain.attention.cuda.plan import Plan, Work, build, unpack
+from mixgrain.attention.cuda.planner import device_plan
 from mixgrain.formats.costs import Costs
 
-CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 def read(work: Work, group: int) -> Tensor:
@@ -23,10 +23,11 @@ def read(work: Work, group: int) -> Tensor:
 
 def same(pattern: mg.patterns.Pattern, nq: int, nk: int, costs: Costs, must: bool) -> None:
     groups = 2 + (nq + nk) % 2
-    made = host_plan(pattern, nq, nk, 64, CPU, costs, groups)
+    made = device_plan(pattern, nq, nk, 64, CUDA, costs, groups)
     assert made is not None or not must
     if made is None:
         return
+    made = Plan([t.cpu() for t in made.tensors], made.ints)
     times, written = expand(unpack(*made))
     assert (written == 1).all()
     work, dense = unpack(*made), pattern.dense(nq, nk)

@@ -1,0 +1,350 @@
+"""Plans of new patterns made on the device; the same plans as ``plan.build`` makes from layouts.
+
+Patterns that are intervals of every row, whole units, and keys and queries that are shared cross as
+``formats.sketch`` has them. Five kernels find the cells of every line, share lines out over items,
+cut those, learn the sizes and write the tensors; the host waits once, for the sizes. Other patterns
+return None.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import known
+from mixgrain.cuda.errors import CudaError
+from mixgrain.cuda.launch import kernel
+from mixgrain.formats.cache import LRU
+from mixgrain.formats.costs import Costs
+from mixgrain.formats.errors import BackendUnavailableError, LayoutError
+from mixgrain.formats.leftovers import sparse_limit
+from mixgrain.formats.pattern import Frame, Pattern
+from mixgrain.formats.sketch import Ints, Sketch, sketch
+
+from . import items
+from .cells import UNIT
+from .choice import split_costs
+from .panels import COPY, LINE, MASKED
+from .plan import Plan
+
+# Units of the matrix, all patterns together, beyond which layouts take less memory.
+MOST_UNITS = 1 << 23
+# Distinct patterns of a table over heads and batch entries; masked cells, and slots for their kinds.
+MOST_PATTERNS, MOST_MASKED, SLOTS = 16, 1 << 14, 1 << 15
+# Intervals of a row, and ints that tell of a pattern: plan.cuh, Pattern.
+BANDS, PATTERN = 6, 28
+# The head: plan.cuh, kEach and kCosts.
+EACH, COSTS = 8, 56
+# Numbers to which each array's start is rounded up: 256 bytes, as of allocations of their own.
+ALIGN = 64
+
+#: plan.cuh: PlanWork.
+_POINTERS = (
+    "given", "pattern", "counters", "cell", "taken", "held", "part", "whole", "kind", "members",
+    "number", "first", "slot", "words", "counts", "place", "slots", "merge", "item", "begin",
+    "piece", "rows", "head",
+)  # fmt: skip
+_INTS = (
+    "nq", "nk", "nqu", "nku", "patterns", "packed", "lines", "wide", "groups", "shortest",
+    "light_positions", "light_columns",
+)  # fmt: skip
+WORK = np.dtype([*((name, np.int64) for name in _POINTERS), *((name, np.int32) for name in _INTS)])
+#: plan_write.cu: PlanOut.
+_TABLES = (
+    "steps", "items", "masks", "costs", "merge_rows", "merge_ptr", "merge_from", "key_rows",
+    "query_rows",
+)  # fmt: skip
+OUT = np.dtype([
+    *((name, np.int64) for name in (*_TABLES, "dead")),
+    *((name, np.int32) for name in ("key_units", "query_units", "most_items", "pieces")),
+])  # fmt: skip
+
+
+class Room(NamedTuple):
+    """Arrays in one allocation of int32.
+
+    Attributes:
+        at: the first number of each array.
+        total: all numbers.
+    """
+
+    at: dict[str, int]
+    total: int
+
+
+_plans: LRU[Plan | None] = LRU(128)
+
+
+def plan_pattern(
+    pattern: Pattern, nq: int, nk: int, D: int, device: torch.device, groups: int
+) -> Plan | None:
+    """What ``device_plan`` makes, remembered by the pattern's expression.
+
+    Raises:
+        LayoutError: a pattern of another fixed shape, or a new one while a graph is captured.
+    """
+
+    def make() -> Plan | None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise LayoutError(
+                f"{pattern!r}: no plan for {nq} × {nk} yet, and a graph is being captured; plan "
+                "first: run the model once before it"
+            )
+        try:
+            return device_plan(pattern, nq, nk, D, device, costs, groups)
+        except CudaError as error:
+            raise BackendUnavailableError(f"attend: {error}") from error
+
+    costs = _costs(D)
+    return _plans.get((pattern.expression_key(), nq, nk, device, D > 128, costs, groups), make)
+
+
+@functools.lru_cache(maxsize=512)
+def _costs(D: int) -> Costs:
+    return split_costs(D)
+
+
+@functools.cache
+def requests() -> dict[str, Request]:
+    """The five kernels by name."""
+    return {
+        "plan_cells": request("plan_cells", {}),
+        "plan_lines": request("plan_lines", {"LONG": items.LONG, "FEW": items.FEW}),
+        "plan_lengths": request("plan_lengths", {"TURN": items.TURN}),
+        "plan_items": request("plan_items", {}),
+        "plan_write": request("plan_write", {"TURN": items.TURN}),
+    }
+
+
+def sketches(pattern: Pattern, nq: int, nk: int, costs: Costs) -> list[Sketch] | None:
+    """All distinct patterns, if they are among those that are planned here.
+
+    Raises:
+        LayoutError: a pattern of another fixed shape.
+    """
+    if not pattern._static or pattern.device.type != "cpu":
+        return None
+    flats = pattern.distinct
+    if len(flats) > MOST_PATTERNS or len(flats) * -(-nq // UNIT) * -(-nk // UNIT) > MOST_UNITS:
+        return None
+    frame = Frame(nq, nk, torch.device("cpu"))
+    found: list[Sketch] = []
+    for flat in flats:
+        one = sketch(flat, frame, costs)
+        if one is None or not _gathered(one, nq, nk):
+            return None
+        found.append(one)
+    return found
+
+
+def device_plan(
+    pattern: Pattern,
+    nq: int,
+    nk: int,
+    D: int,
+    device: torch.device,
+    costs: Costs,
+    groups: int = 2,
+) -> Plan | None:
+    """The plan of a pattern; None where layouts and ``plan.build`` have to be taken.
+
+    Args:
+        pattern: any.
+        nq: number of queries.
+        nk: number of keys.
+        D: head dimension.
+        device: a CUDA device.
+        costs: rates of the split.
+        groups: query units of an item, as the kernel takes them; see ``choice.groups``.
+
+    Raises:
+        LayoutError: a pattern of another fixed shape.
+        CudaError: the kernels cannot be had.
+    """
+    found = sketches(pattern, nq, nk, costs)
+    if found is None:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with torch.cuda.device(index):
+        return _planned(pattern, found, (nq, nk), D, index, costs, groups)
+
+
+def _planned(
+    pattern: Pattern,
+    found: list[Sketch],
+    size: tuple[int, int],
+    D: int,
+    index: int,
+    costs: Costs,
+    groups: int,
+) -> Plan | None:
+    nq, nk = size
+    patterns, nqu, nku = len(found), -(-nq // UNIT), -(-nk // UNIT)
+    keys = [-(-len(s.keys) // UNIT) for s in found]
+    queries = [-(-len(s.queries) // UNIT) for s in found]
+    packed, lines = max(keys), patterns * nqu + sum(queries)
+    wide, most = nku + packed, lines // groups + 2 * patterns
+    pieces = 2 * most + lines + UNIT * patterns
+    given = _bring(found, nqu, nku, index)
+    zeros = _room({
+        "counters": 4, "cell": lines * wide, "taken": 2 * patterns * nqu * packed,
+        "held": 2 * patterns * nku, "part": patterns * nku, "whole": patterns * nku,
+        "kind": 2 * SLOTS, "members": 4 * most,
+    })  # fmt: skip
+    rest = _room({
+        "number": SLOTS, "first": SLOTS, "slot": MOST_MASKED, "words": 2 * UNIT * MOST_MASKED,
+        "counts": lines, "place": lines, "slots": lines, "merge": 2 * lines, "item": 4 * most,
+        "begin": 2 * most, "piece": 4 * pieces, "rows": 8 * pieces, "head": COSTS + pieces,
+    })  # fmt: skip
+    zeroed = torch.zeros(zeros.total, dtype=torch.int32, device=given.device)
+    scratch = torch.empty(rest.total, dtype=torch.int32, device=given.device)
+    places = {"given": given.data_ptr(), "pattern": given.data_ptr()}
+    places |= {name: zeroed.data_ptr() + 4 * at for name, at in zeros.at.items()}
+    places |= {name: scratch.data_ptr() + 4 * at for name, at in rest.at.items()}
+    shortest = items.SHORTEST if D <= 128 else items.SHORTEST_WIDE
+    block = costs.block_seconds(UNIT)
+    ints = (
+        nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest,
+        sparse_limit(UNIT, costs), int(block / 2 / costs.private_column_seconds(UNIT)),
+    )  # fmt: skip
+    work = _struct(WORK, [places[name] for name in _POINTERS], ints)
+    run = {name: kernel(wanted, index) for name, wanted in requests().items()}
+    run["plan_cells"]((-(-lines // 4),), 128, (work,))
+    run["plan_lines"]((1,), 1024, (work,))
+    run["plan_lengths"]((-(-most // 4), 2), 128, (work,))
+    run["plan_items"]((1,), 1024, (work,))
+    first = rest.at["head"]
+    head = scratch[first : first + COSTS + pieces].cpu().numpy()
+    count, steps, masks, merged, sources, wrong, dead, light = head[:EACH].tolist()
+    if wrong or light * block >= costs.launch_seconds:
+        return None
+    room = _room({
+        "steps": 4 * steps, "items": 8 * count, "masks": 128 * masks, "costs": count,
+        "merge_rows": merged, "merge_ptr": merged + 1, "merge_from": sources,
+        "key_rows": patterns * packed * UNIT, "query_rows": patterns * max(queries) * UNIT,
+    })  # fmt: skip
+    buffer = torch.empty(room.total, dtype=torch.int32, device=given.device)
+    lost = torch.empty((patterns, nk) if dead else 0, dtype=torch.bool, device=given.device)
+    base = buffer.data_ptr()
+    pointers = [base + 4 * room.at[name] for name in _TABLES] + [lost.data_ptr() if dead else 0]
+    out = _struct(OUT, pointers, (packed, max(queries), most, count))
+    run["plan_write"]((64, 5), 128, (work, out))
+
+    def part(name: str, *shape: int) -> Tensor:
+        return buffer[room.at[name] :][: int(np.prod(shape))].view(shape)
+
+    table, none = part("items", count, 8), buffer.new_zeros(0)
+    known(table, "costs", head[COSTS : COSTS + count].copy())
+    tensors = [
+        table, part("steps", steps, 4), part("masks", masks, 128),
+        part("key_rows", patterns, packed * UNIT), part("query_rows", patterns, max(queries) * UNIT),
+        part("merge_rows", merged), part("merge_ptr", merged + 1), part("merge_from", sources),
+        none.view(0, 4), none.long(), none, lost, part("costs", count),
+    ]  # fmt: skip
+    each = head[EACH : EACH + 3 * patterns].reshape(patterns, 3).T.tolist()
+    sizes = [nq, nk, *pattern.lead, groups, 0, *pattern.entry, patterns, max(each[1])]
+    for counts in (each[0], each[2], [0] * patterns):
+        sizes += [0, *itertools.accumulate(counts)]
+    # Other streams may read the tensors at once.
+    torch.cuda.current_stream().synchronize()
+    return Plan(tensors, (*sizes, *[0] * patterns))
+
+
+def _room(sizes: dict[str, int]) -> Room:
+    at, total = {}, 0
+    for name, size in sizes.items():
+        at[name] = total
+        total += -(-size // ALIGN) * ALIGN
+    return Room(at, total)
+
+
+def _struct(kind: np.dtype[np.void], pointers: list[int], ints: tuple[int, ...]) -> np.void:
+    """A struct of pointers and ints, to be passed by value."""
+    made = np.zeros(1, kind)
+    raw = made.view(np.uint8)
+    raw[: 8 * len(pointers)].view(np.int64)[:] = pointers
+    raw[8 * len(pointers) :][: 4 * len(ints)].view(np.int32)[:] = ints
+    value: np.void = made.view(f"V{kind.itemsize}")[0]
+    return value
+
+
+def _bring(found: list[Sketch], nqu: int, nku: int, index: int) -> Tensor:
+    """Int32: what plan.cuh's ``Pattern`` says of each, and the arrays it names."""
+    arrays: list[np.typing.NDArray[np.generic]] = []
+    at = PATTERN * len(found)
+
+    def place(array: np.typing.NDArray[np.generic]) -> int:
+        nonlocal at
+        arrays.append(array)
+        at += array.size
+        return at - array.size
+
+    table: list[int] = []
+    gathered = 0
+    for s in found:
+        table.append(len(s.bands))
+        for band in s.bands:
+            table += (place(band.low), place(band.high), band.shift)
+        table += [0] * (3 * (BANDS - len(s.bands)))
+        words = -(-nku // 32)
+        table += (-1 if s.units is None else place(_bits(s.units, words)), words)
+        for ranges, size in ((s.lines, nqu), (s.columns, nku)):
+            table.append(place(_flags(ranges, size)) if len(ranges) else -1)
+        table += (len(s.queries), place(s.queries), len(s.keys), place(s.keys), gathered)
+        gathered += -(-len(s.queries) // UNIT)
+    buffer = torch.empty(at, dtype=torch.int32, pin_memory=True)
+    flat = buffer.numpy()
+    flat[: len(table)] = table
+    at = len(table)
+    for array in arrays:
+        flat[at : at + array.size] = array.reshape(-1)
+        at += array.size
+    return buffer.to(torch.device("cuda", index), non_blocking=True)
+
+
+def _bits(units: np.typing.NDArray[np.bool_], words: int) -> np.typing.NDArray[np.int32]:
+    """(lines, words): flags of each line as words."""
+    padded = np.zeros((len(units), 4 * words), np.uint8)
+    packed = np.packbits(units, 1, "little")
+    padded[:, : packed.shape[1]] = packed
+    return padded.view(np.int32)
+
+
+def _flags(ranges: Ints, size: int) -> Ints:
+    found = np.zeros(size, np.int64)
+    for first, last in ranges.tolist():
+        found[first:last] = 1
+    return found
+
+
+def _gathered(found: Sketch, nq: int, nk: int) -> bool:
+    """Whether the panels are gathered as ``panels.panel_cells`` would: keys, and rows of queries.
+
+    Anything else is left to it.
+    """
+    queries, keys = found.queries, found.keys
+    if not (len(queries) or len(keys)):
+        return True
+    lines, wide = -(-nq // UNIT), -(-nk // UNIT)
+    there = np.minimum(UNIT, nq - UNIT * np.arange(lines))
+    listed = np.bincount(queries >> 6, minlength=lines)
+    others = there - listed
+    if len(queries):
+        touched, cut = int((listed > 0).sum()), int(((listed > 0) & (others > 0)).sum())
+        if not -(-len(queries) // UNIT) * (wide + LINE) < (touched + cut / MASKED) * wide:
+            return False
+    if len(keys):
+        packed, places = -(-len(keys) // UNIT), len(np.flatnonzero(np.bincount(keys >> 6)))
+        across = min(packed, places)
+        # No unit is cut but by gathered queries.
+        touched = int((others > 0).sum())
+        if -(-int(others.sum()) // UNIT) * (across + LINE) < touched * across:
+            return False
+        return packed * (touched + COPY) < places * touched
+    return True

@@ -1,0 +1,135 @@
+#pragma once
+// Plans of fused attention made on the device (attention/cuda/planner.py): what its five kernels share.
+//
+// A *line* is 64 queries: lines of neighbours u · nqu + unit for every distinct pattern u, then the gathered ones.
+// Its *row* in the table of cells has a place for every unit of 64 keys, then for every gathered one.
+#include "types.cuh"
+
+[[maybe_unused]] constexpr int kUnit = 64;
+[[maybe_unused]] constexpr int kBands = 6;          // intervals of a row
+[[maybe_unused]] constexpr int kPacked = 1 << 24;   // ids of gathered units count from here: cells.PACKED
+[[maybe_unused]] constexpr int kMost = 1 << 14;     // masked cells
+[[maybe_unused]] constexpr int kSlots = 1 << 15;    // of the table of their kinds
+[[maybe_unused]] constexpr int kNothing = 0, kWhole = 1, kMasked = 2;  // a cell: the last plus the slot of its kind
+
+// One interval of every row: row r has [given[low + (r >> shift)], given[high + (r >> shift)]).
+struct Band {
+    int low, high, shift;
+};
+// Places in `given`; −1 = none.
+struct Pattern {
+    int bands;
+    Band band[kBands];
+    int bits, bit_words;   // (nqu, bit_words): units that are kept whole
+    int rows, columns;     // (nqu), (nku): lines and key units that are kept whole
+    int queries, query_at; // gathered queries, rising, and where they are
+    int keys, key_at;      // gathered keys, likewise
+    int gathered;          // the first gathered line, from 0
+};
+
+// Counters, zero before.
+struct Counters {
+    int cells, masks, light, wrong;
+};
+
+struct PlanWork {
+    const int *given;
+    const Pattern *pattern;
+    Counters *counters;   // zero before, as all up to `members`
+    int *cell;            // (lines, wide)
+    u64 *taken;           // (patterns · nqu, packed): gathered keys that neighbours took back
+    u64 *held;            // (patterns, nku): keys that masked cells keep
+    int *part, *whole;    // (patterns, nku): there is a masked cell; a whole one
+    u64 *kind;            // (kSlots): digests of masks
+    int *members;         // (items, 4): line + 1 of each warpgroup
+    int *number, *first;  // (kSlots): of a kind, its number and its first cell
+    int *slot;            // (kMost): of a cell, its kind
+    u64 *words;           // (kMost, 64)
+    int *counts, *place;  // (lines): cells; 4 · item + warpgroup
+    int *slots;           // (lines): partial results
+    int2 *merge;          // (lines): first merged row, and first of its sources
+    int4 *item;           // (items): pattern | long << 8 | alone << 9; room for pieces at; steps, steps of a piece
+    int2 *begin;          // (items): first step, first piece
+    int4 *piece;          // units of each warpgroup, how many of all are masked
+    int *rows;            // (pieces, 8): the plan's items
+    int *head;            // see kHead…; costs of all pieces behind
+    int nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest;
+    int light_positions, light_columns;  // a cell with no more is light
+};
+
+// The head: sizes, then for each pattern its items, slots and merged rows.
+[[maybe_unused]] constexpr int kItems = 0, kSteps = 1, kMasks = 2, kMerged = 3, kSources = 4, kWrong = 5, kDead = 6, kLight = 7,
+              kEach = 8, kCosts = kEach + 3 * 16;
+// Reasons for which a plan is left to layouts.
+[[maybe_unused]] constexpr int kCrowded = 1, kAlike = 2;
+
+__device__ __forceinline__ u64 low_bits(int n) {
+    return n >= 64 ? ~0ull : n <= 0 ? 0ull : (1ull << n) - 1;
+}
+
+// Where the members from `least` on begin in a rising list.
+__device__ __forceinline__ int lower_bound(const int *list, int count, int least) {
+    int low = 0;
+    while (low < count) {
+        const int middle = (low + count) / 2;
+        if (__ldg(list + middle) < least)
+            low = middle + 1;
+        else
+            count = middle;
+    }
+    return low;
+}
+
+// Members of a rising list in a unit, as a word; `at` is the index of the first one.
+__device__ __forceinline__ u64 listed(const int *list, int count, int unit, int &at) {
+    at = lower_bound(list, count, unit * kUnit);
+    u64 word = 0;
+    for (int i = at; i < count; ++i) {
+        const int place = __ldg(list + i) - unit * kUnit;
+        if (place >= kUnit) break;
+        word |= 1ull << place;
+    }
+    return word;
+}
+
+// Rows of a line of neighbours that may hold anything: gathered ones, and those behind the last.
+__device__ __forceinline__ u64 free_rows(const PlanWork &w, const Pattern &p, int unit) {
+    int at;
+    return listed(w.given + p.query_at, p.queries, unit, at) | ~low_bits(w.nq - unit * kUnit);
+}
+
+// The pattern of a gathered line, of which there are few.
+__device__ __forceinline__ int pattern_of(const PlanWork &w, int line) {
+    if (line < w.patterns * w.nqu) return line / w.nqu;
+    const int gathered = line - w.patterns * w.nqu;
+    int u = w.patterns - 1;
+    while (u > 0 && __ldg(&w.pattern[u].gathered) > gathered) --u;
+    return u;
+}
+
+// Exclusive sum over a CTA of 1024; `total` is that of all. Every thread calls it.
+__device__ __forceinline__ int scan1024(int x, int *shared, int &total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int sum = x;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
+    }
+    if (lane == 31) shared[warp] = sum;
+    __syncthreads();
+    if (warp == 0) {
+        int all = shared[lane];
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int other = __shfl_up_sync(~0u, all, d);
+            if (lane >= d) all += other;
+        }
+        shared[lane] = all;
+    }
+    __syncthreads();
+    const int before = warp ? shared[warp - 1] : 0;
+    total = shared[31];
+    __syncthreads();
+    return before + sum - x;
+}

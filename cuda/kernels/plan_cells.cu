@@ -1,0 +1,187 @@
+// plan_cells: the units that each line of 64 queries keeps, and the masks of those it keeps in part.
+//
+//   in        given, pattern: the ends of intervals, units that are kept whole, gathered queries and keys
+//   out       cell, counts; words, slot, kind, number, first: masked cells and their kinds; held, part, whole
+//   grid      ceil(lines / 4)
+//   block     128: a warp for every line
+//   floor     4 bytes for every unit of the matrix, 8 for every end of an interval: a launch
+//   needs     sm_80
+// A unit is whole if all rows' intervals hold it, empty if none touches it; what lies between is looked at row by
+// row, two to a lane. A masked unit becomes whole where that changes nothing: see attention/cuda/fill.py.
+#include "plan.cuh"
+
+__device__ __forceinline__ u64 mixed(u64 x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+// The cell of a mask whose rows `lane` and `lane + 32` are these words.
+__device__ int masked(const PlanWork &w, int lane, u64 upper, u64 lower) {
+    u64 digest = mixed(upper + (lane + 1) * 0x9e3779b97f4a7c15ull) ^ mixed(lower + (lane + 33) * 0x9e3779b97f4a7c15ull);
+#pragma unroll
+    for (int d = 16; d; d /= 2) digest ^= __shfl_xor_sync(~0u, digest, d);
+    digest |= 1;  // 0 = an empty slot
+    int index = 0;
+    if (lane == 0) index = atomicAdd(&w.counters->cells, 1);
+    index = __shfl_sync(~0u, index, 0);
+    if (index >= kMost) {
+        w.counters->wrong = kCrowded;
+        return kWhole;
+    }
+    w.words[i64(index) * kUnit + lane] = upper;
+    w.words[i64(index) * kUnit + 32 + lane] = lower;
+    int slot = static_cast<int>(digest >> 40) & (kSlots - 1);
+    if (lane == 0) {
+        for (;; slot = (slot + 1) & (kSlots - 1)) {
+            const u64 there = atomicCAS(w.kind + slot, 0ull, digest);
+            if (there == 0) {
+                w.number[slot] = atomicAdd(&w.counters->masks, 1);
+                w.first[slot] = index;
+            }
+            if (there == 0 || there == digest) break;
+        }
+        w.slot[index] = slot;
+    }
+    return kMasked + __shfl_sync(~0u, slot, 0);
+}
+
+__device__ __forceinline__ u64 any_of(u64 word) {
+    return u64(__reduce_or_sync(~0u, u32(word >> 32))) << 32 | __reduce_or_sync(~0u, u32(word));
+}
+
+__device__ __forceinline__ u64 rows_with(bool upper, bool lower) {
+    return u64(__ballot_sync(~0u, lower)) << 32 | __ballot_sync(~0u, upper);
+}
+
+extern "C" __global__ void __launch_bounds__(128) plan_cells(const __grid_constant__ PlanWork w) {
+    const int line = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (line >= w.lines) return;
+    const int neighbours = w.patterns * w.nqu, u = pattern_of(w, line);
+    const Pattern &p = w.pattern[u];
+    const bool near = line < neighbours;
+    const int unit = near ? line - u * w.nqu : 0;
+    const int *keys = w.given + p.key_at;
+    const u64 free = near ? free_rows(w, p, unit) : 0ull;
+    const int bands = near ? p.bands : 0;
+
+    // Intervals of rows lane and lane + 32. Gathered rows are left to their own lines.
+    int lo[kBands][2], hi[kBands][2], low[kBands], first[kBands], last[kBands], high[kBands];
+    int from = w.nku, to = 0;
+#pragma unroll
+    for (int b = 0; b < kBands; ++b) {
+        low[b] = w.nku, first[b] = 0, last[b] = 0, high[b] = 0;
+        int starts = 0, stops = 1 << 30;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int inside = lane + 32 * half;
+            lo[b][half] = hi[b][half] = 0;
+            if (b < bands && !(free >> inside & 1)) {
+                const int at = (unit * kUnit + inside) >> p.band[b].shift;
+                lo[b][half] = __ldg(w.given + p.band[b].low + at);
+                hi[b][half] = __ldg(w.given + p.band[b].high + at);
+            }
+            if (lo[b][half] < hi[b][half]) {
+                low[b] = min(low[b], lo[b][half] / kUnit);
+                high[b] = max(high[b], (hi[b][half] + kUnit - 1) / kUnit);
+            }
+            // Rows that may hold anything are in nobody's way.
+            if (!(free >> inside & 1)) starts = max(starts, lo[b][half]), stops = min(stops, hi[b][half]);
+        }
+        if (b < bands) {
+            low[b] = __reduce_min_sync(~0u, low[b]), high[b] = __reduce_max_sync(~0u, high[b]);
+            first[b] = (__reduce_max_sync(~0u, starts) + kUnit - 1) / kUnit;
+            last[b] = __reduce_min_sync(~0u, stops) / kUnit;
+            from = min(from, low[b]), to = max(to, high[b]);
+        }
+    }
+    const bool listed_whole = !near || (p.rows >= 0 && __ldg(w.given + p.rows + unit));
+    if (listed_whole || p.bits >= 0 || p.columns >= 0) from = 0, to = w.nku;
+    // Where whole units hang over an edge, they are masks.
+    const bool over = near && unit == w.nqu - 1 && w.nq % kUnit;
+
+    int *row = w.cell + i64(line) * w.wide;
+    u64 *held = w.held + i64(u) * w.nku;
+    int *part = w.part + i64(u) * w.nku, *whole = w.whole + i64(u) * w.nku;
+    int count = 0, light = 0;
+    for (int base = from & ~31; base < to; base += 32) {
+        const int key = base + lane;
+        bool full = false, inside = false, touched = false, cut = false;
+        if (key < w.nku) {
+            full = listed_whole;
+            if (near && p.bits >= 0) full |= __ldg(w.given + p.bits + i64(unit) * p.bit_words + key / 32) >> (key % 32) & 1;
+            if (near && p.columns >= 0) full |= __ldg(w.given + p.columns + key) != 0;
+#pragma unroll
+            for (int b = 0; b < kBands; ++b) {
+                inside |= first[b] <= key && key < last[b];
+                touched |= low[b] <= key && key < high[b];
+            }
+            touched |= full;
+            cut = full && !inside && (over || (key == w.nku - 1 && w.nk % kUnit));
+            if (near && touched && p.keys) {
+                const int at = lower_bound(keys, p.keys, key * kUnit);
+                cut |= at < p.keys && __ldg(keys + at) < (key + 1) * kUnit;
+            }
+        }
+        int state = touched && (full || inside) && !cut ? kWhole : kNothing;
+        const u32 flagged = __ballot_sync(~0u, full);
+        for (u32 open = __ballot_sync(~0u, touched && !state); open; open &= open - 1) {
+            const int at = __ffs(open) - 1, mine = base + at, edge = mine * kUnit;
+            int rank = 0;
+            const u64 shared = near && p.keys ? listed(keys, p.keys, mine, rank) : 0ull;
+            u64 word[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u64 kept = 0;
+#pragma unroll
+                for (int b = 0; b < kBands; ++b)
+                    kept |= low_bits(hi[b][half] - edge) & ~low_bits(lo[b][half] - edge);
+                const bool there = !near || unit * kUnit + lane + 32 * half < w.nq;
+                if (flagged >> at & 1) kept = there ? low_bits(w.nk - edge) : 0ull;
+                word[half] = kept & ~shared;
+            }
+            const u64 kept = any_of(word[0] | word[1]);
+            const u64 rows = rows_with(word[0] != 0, word[1] != 0);
+            int found = kNothing;
+            if (kept) {
+                const bool alike = __all_sync(~0u, (!word[0] || word[0] == kept) && (!word[1] || word[1] == kept));
+                const u64 lack = ~kept;
+                if (near && !(alike && !lack && rows == ~0ull)) {
+                    const int positions = __reduce_add_sync(~0u, __popcll(word[0]) + __popcll(word[1]));
+                    light += positions <= w.light_positions || __popcll(kept) <= w.light_columns;
+                }
+                // All that it lacks are rows that may hold anything, and columns that it takes back.
+                const bool made = alike && !(~free & ~rows) && ~free && !(lack & ~shared);
+                if (made) {
+                    found = kWhole;
+                    for (int c = lane; c < kUnit; c += 32)
+                        if (lack >> c & 1) {
+                            const int n = rank + __popcll(shared & low_bits(c));
+                            atomicOr(w.taken + i64(line) * w.packed + n / kUnit, 1ull << n % kUnit);
+                        }
+                } else {
+                    found = masked(w, lane, word[0], word[1]);
+                    if (lane == at) atomicOr(held + mine, kept);
+                }
+            }
+            if (lane == at) state = found;
+        }
+        if (state) {
+            row[key] = state;
+            (state == kWhole ? whole : part)[key] = 1;
+        }
+        count += __popc(__ballot_sync(~0u, state != kNothing));
+    }
+    // Gathered keys: all of them for every row, but those that neighbours took back.
+    for (int j = 0; near && j * kUnit < p.keys; ++j) {
+        __syncwarp();
+        const u64 kept = ~free ? low_bits(p.keys - j * kUnit) & ~__ldcg(w.taken + i64(line) * w.packed + j) : 0ull;
+        const int state = kept == 0 ? kNothing : kept == ~0ull ? kWhole : masked(w, lane, kept, kept);
+        if (lane == 0) row[w.nku + j] = state;
+        count += state != kNothing;
+    }
+    if (lane == 0) {
+        w.counts[line] = count;
+        if (light) atomicAdd(&w.counters->light, light);
+    }
+}

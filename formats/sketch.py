@@ -1,0 +1,209 @@
+"""What a new pattern keeps, in the few terms a plan can be made from on the device.
+
+The same decisions as ``split`` makes for "mixed" with blocks of 64, for the patterns where they
+follow from the ends of intervals: blocks, and keys and queries that are shared. Whatever might
+leave single entries or private panels is left to ``split``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .costs import Costs
+from .pattern import Frame, Pattern
+from .split import cheaper_shared
+
+# A unit is 64 queries × 64 keys, a line the units of 64 neighbouring queries.
+UNIT = 64
+# Intervals of a row, besides runs of keys that every row sees.
+MOST_BANDS, MOST_KEY_RUNS = 4, 2
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+#: First members of runs, and one past the last ones.
+Ends = tuple[Ints, Ints]
+
+
+class Band(NamedTuple):
+    """One interval of keys for every row, which may be empty and may overlap others.
+
+    Attributes:
+        low: of row r at ``r >> shift``.
+        high: likewise; one past the last key.
+        shift: 0 = of every row, 6 = of every line, 31 = the same for all.
+    """
+
+    low: Ints
+    high: Ints
+    shift: int
+
+
+class Sketch(NamedTuple):
+    """A flat pattern: what is kept is in a band, a unit, a line or a column of units, or listed.
+
+    Attributes:
+        bands: intervals.
+        units: (lines, key units), kept whole; or None.
+        lines: (n, 2), ranges of lines that are kept whole.
+        columns: (n, 2), ranges of key units, likewise.
+        queries: rows that see every key, to be gathered, rising.
+        keys: keys that all other rows see, to be gathered, rising.
+    """
+
+    bands: tuple[Band, ...]
+    units: Bools | None
+    lines: Ints
+    columns: Ints
+    queries: Ints
+    keys: Ints
+
+
+_NONE = np.zeros(0, np.int64)
+_NO_RANGES = np.zeros((0, 2), np.int64)
+
+
+def sketch(flat: Pattern, frame: Frame, costs: Costs) -> Sketch | None:
+    """A flat pattern whose tensors lie on the CPU; None where ``split`` has to decide.
+
+    Args:
+        flat: a flat pattern.
+        frame: the rectangle, on the CPU.
+        costs: rates.
+
+    Raises:
+        LayoutError: a pattern of another fixed shape.
+    """
+    flat.check(frame)
+    if not (frame.nq and frame.nk):
+        return None
+    found = flat.factor(frame)
+    queries, keys = found.queries.numpy(), found.keys.numpy()
+    core, listed = found.core, bool(len(queries) or len(keys))
+    if core is not None and core.coarse(frame, UNIT):
+        bands, units = _coarse(core, frame)
+        lines = columns = _NO_RANGES
+        if listed:
+            rows, runs = _runs(queries), _runs(keys)
+            if not _even(rows, runs, frame):
+                return None
+            if _shared(None, queries, keys, frame, costs) != (False, False):
+                return None
+            lines, columns = _in_units(rows), _in_units(runs)
+        return Sketch(bands, units, lines, columns, _NONE, _NONE)
+    bands = ()
+    if core is not None:
+        ends = core.bands(frame)
+        if ends is None or len(ends) > MOST_BANDS:
+            return None
+        bands = tuple(Band(low.numpy(), high.numpy(), 0) for low, high in ends)
+    if not listed:
+        return Sketch(bands, None, _NO_RANGES, _NO_RANGES, _NONE, _NONE)
+    shared = _shared(bands, queries, keys, frame, costs)
+    if shared is None:
+        return None
+    panel_keys = keys if shared[0] else _NONE
+    panel_queries = queries if shared[1] else _NONE
+    runs = _runs(keys[len(panel_keys) :])
+    if len(runs[0]) > MOST_KEY_RUNS:
+        return None
+    rows = _runs(queries[len(panel_queries) :])
+    if (len(runs[0]) or len(rows[0])) and _whole(rows, runs, frame):
+        return Sketch(bands, None, _in_units(rows), _in_units(runs), panel_queries, panel_keys)
+    bands += tuple(
+        Band(start, stop, 31) for start, stop in zip(*(e[:, None] for e in runs), strict=True)
+    )
+    if len(rows[0]):
+        # Rows of their own see everything.
+        low, high = np.zeros(frame.nq, np.int64), np.zeros(frame.nq, np.int64)
+        high[queries] = frame.nk
+        bands += (Band(low, high, 0),)
+    return Sketch(bands, None, _NO_RANGES, _NO_RANGES, panel_queries, panel_keys)
+
+
+def _coarse(core: Pattern, frame: Frame) -> tuple[tuple[Band, ...], Bools | None]:
+    """A pattern of whole units: an interval of every line if that is all, else its units."""
+    known = core.block_mask(frame, UNIT)
+    if known is not None:
+        return (), known.numpy()
+    first = torch.arange(0, frame.nq, UNIT)
+    ends = core.interval(frame, first)
+    if ends is not None:
+        return (Band(ends[0].numpy(), ends[1].numpy(), 6),), None
+    runs = core.runs(frame, first)
+    line = np.repeat(np.arange(runs.num_rows), np.diff(runs.offsets.numpy()))
+    edges = np.zeros((len(first), -(-frame.nk // UNIT) + 1), np.int8)
+    np.add.at(edges, (line, runs.lo.numpy() >> 6), 1)
+    np.add.at(edges, (line, (runs.hi.numpy() + UNIT - 1) >> 6), -1)
+    return (), edges.cumsum(1, np.int8)[:, :-1] > 0
+
+
+def _runs(members: Ints) -> Ends:
+    """Ends of the runs of rising numbers."""
+    if not len(members):
+        return members, members
+    fresh = np.ones(len(members) + 1, bool)
+    fresh[1:-1] = members[1:] != members[:-1] + 1
+    return members[fresh[:-1]], members[fresh[1:]] + 1
+
+
+def _in_units(ends: Ends) -> Ints:
+    """(n, 2): runs of rows or keys that are whole units, as ranges of those."""
+    return np.stack([ends[0] >> 6, (ends[1] + UNIT - 1) >> 6], 1)
+
+
+def _even(rows: Ends, columns: Ends, frame: Frame) -> bool:
+    """Whether runs of rows and columns end with units, or with the matrix."""
+    (first, last), (start, stop) = rows, columns
+    edges = [start, stop[stop < frame.nk], first, last[last < frame.nq]]
+    return not (np.concatenate(edges) % UNIT).any()
+
+
+def _whole(rows: Ends, columns: Ends, frame: Frame) -> bool:
+    """Whether runs of rows and columns are whole units, none of which hangs over an edge."""
+    if frame.nq % UNIT or not _even(rows, columns, frame):
+        return False
+    return not frame.nk % UNIT or not (len(rows[0]) or (columns[1] == frame.nk).any())
+
+
+def _places(members: Ints) -> Ints:
+    """The units of rising numbers."""
+    units = members >> 6
+    fresh = np.ones(len(units), bool)
+    np.not_equal(units[1:], units[:-1], out=fresh[1:])
+    return units[fresh]
+
+
+def _shared(
+    bands: tuple[Band, ...] | None, queries: Ints, keys: Ints, frame: Frame, costs: Costs
+) -> tuple[bool, bool] | None:
+    """Whether keys, and queries, become panels; None where that depends on more than one band.
+
+    Without bands, only whether they may be panels at all: nothing of them is there already.
+    """
+    columns, rows = _places(keys), _places(queries)
+    covered = 0.0, 0.0
+    if bands:
+        if len(bands) > 1:
+            return None
+        lines = -(-frame.nq // UNIT)
+        sample = np.arange(0, lines, max(1, lines // 32))
+        some = rows[:: max(1, len(rows) // 32)]
+        everything = np.arange(-(-frame.nk // UNIT))
+        covered = _covered(bands[0], sample, columns), _covered(bands[0], some, everything)
+    members, places = (len(keys), len(queries)), (len(columns), len(rows))
+    return cheaper_shared(members, places, covered, frame, UNIT, costs)
+
+
+def _covered(band: Band, lines: Ints, columns: Ints) -> float:
+    """The part of some key units that the first rows of some lines touch."""
+    if not len(lines) or not len(columns):
+        return 0.0
+    low, high = band.low[lines * UNIT], band.high[lines * UNIT]
+    first = np.searchsorted(columns, low >> 6)
+    last = np.searchsorted(columns, (high - 1) >> 6, "right")
+    touched = int(np.where(low < high, last - first, 0).sum())
+    return min(1.0, touched / (len(lines) * len(columns)))
