@@ -21,9 +21,9 @@ from mixgrain.primitives.plans.plan import trust
 
 from .arguments import IMPLS, check_kept, check_key_mask, check_sink, check_tensors
 from .cpu import stride_order
-from .cuda.host import plan_pattern
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import plan as plan_on_cuda
+from .cuda.planner import plan_pattern
 from .eager import find, learn, run, signature
 from .plan import Plan, plan, plan_nm
 

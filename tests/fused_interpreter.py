@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixgrain.attention.cuda.tables import Tables
+
 PACKED = 1 << 24
 
 
@@ -83,6 +85,21 @@ class Literal:
             at = int(work.row_offsets[u * nq + row]) + begin
             assert at + count <= int(work.row_offsets[u * nq + row + 1])
             yield row, work.columns[at : at + count].long(), partial
+
+
+def tables(work, shape: tuple[int, int, int], *_) -> Tables:
+    """What ``tables.tables`` finds for every matrix, without a walk."""
+    batch, heads, kv = shape
+    entry = torch.tensor(work.entry).view(work.lead).expand(batch, heads)
+    by_head = work.lead[1] > 1
+    dead = None
+    if work.dead.numel():
+        each = work.dead[entry].view(batch, kv, heads // kv, -1)
+        dead = each.all(2)  # a head's value is left alone if a query's head needs it
+    none = torch.zeros(0, dtype=torch.int32)
+    queries = entry.int()
+    keys = queries if by_head else queries[:, :1].expand(batch, kv)
+    return Tables(none, none, queries, keys, none, none, dead)
 
 
 def expand(work) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.compile import Request, request
-from mixgrain.cuda.derived import known
+from mixgrain.cuda.compile import Request, build_all, request
+from mixgrain.cuda.device import facts
 from mixgrain.cuda.errors import CudaError
-from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.launch import Kernel, kernel
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.errors import BackendUnavailableError, LayoutError
@@ -32,51 +31,31 @@ from .cells import UNIT
 from .choice import split_costs
 from .panels import COPY, LINE, MASKED
 from .plan import Plan
+from .room import Struct, room
 
 # Units of the matrix, all patterns together, beyond which layouts take less memory.
 MOST_UNITS = 1 << 23
-# Distinct patterns of a table over heads and batch entries; masked cells, and slots for their kinds.
+# Distinct patterns of a table over heads and batch entries; masked cells, slots for their kinds.
 MOST_PATTERNS, MOST_MASKED, SLOTS = 16, 1 << 14, 1 << 15
 # Intervals of a row, and ints that tell of a pattern: plan.cuh, Pattern.
 BANDS, PATTERN = 6, 28
 # The head: plan.cuh, kEach and kCosts.
 EACH, COSTS = 8, 56
-# Numbers to which each array's start is rounded up: 256 bytes, as of allocations of their own.
-ALIGN = 64
 
 #: plan.cuh: PlanWork.
-_POINTERS = (
-    "given", "pattern", "counters", "cell", "taken", "held", "part", "whole", "kind", "members",
-    "number", "first", "slot", "words", "counts", "place", "slots", "merge", "item", "begin",
-    "piece", "rows", "head",
+WORK = Struct(
+    ("given", "pattern", "counters", "cell", "taken", "held", "part", "whole", "kind", "members",
+     "number", "first", "slot", "words", "counts", "place", "slots", "merge", "item", "begin",
+     "piece", "rows", "head"),
+    ("nq", "nk", "nqu", "nku", "patterns", "packed", "lines", "wide", "groups", "shortest",
+     "light_positions", "light_columns"),
 )  # fmt: skip
-_INTS = (
-    "nq", "nk", "nqu", "nku", "patterns", "packed", "lines", "wide", "groups", "shortest",
-    "light_positions", "light_columns",
-)  # fmt: skip
-WORK = np.dtype([*((name, np.int64) for name in _POINTERS), *((name, np.int32) for name in _INTS)])
 #: plan_write.cu: PlanOut.
-_TABLES = (
-    "steps", "items", "masks", "costs", "merge_rows", "merge_ptr", "merge_from", "key_rows",
-    "query_rows",
+OUT = Struct(
+    ("steps", "items", "masks", "costs", "merge_rows", "merge_ptr", "merge_from", "key_rows",
+     "query_rows", "dead"),
+    ("key_units", "query_units", "most_items", "pieces"),
 )  # fmt: skip
-OUT = np.dtype([
-    *((name, np.int64) for name in (*_TABLES, "dead")),
-    *((name, np.int32) for name in ("key_units", "query_units", "most_items", "pieces")),
-])  # fmt: skip
-
-
-class Room(NamedTuple):
-    """Arrays in one allocation of int32.
-
-    Attributes:
-        at: the first number of each array.
-        total: all numbers.
-    """
-
-    at: dict[str, int]
-    total: int
-
 
 _plans: LRU[Plan | None] = LRU(128)
 
@@ -110,16 +89,22 @@ def _costs(D: int) -> Costs:
     return split_costs(D)
 
 
+def requests() -> list[Request]:
+    """The five kernels in their order."""
+    return [
+        request("plan_cells", {}),
+        request("plan_lines", {"LONG": items.LONG, "FEW": items.FEW}),
+        request("plan_lengths", {"TURN": items.TURN}),
+        request("plan_items", {}),
+        request("plan_write", {"TURN": items.TURN}),
+    ]
+
+
 @functools.cache
-def requests() -> dict[str, Request]:
-    """The five kernels by name."""
-    return {
-        "plan_cells": request("plan_cells", {}),
-        "plan_lines": request("plan_lines", {"LONG": items.LONG, "FEW": items.FEW}),
-        "plan_lengths": request("plan_lengths", {"TURN": items.TURN}),
-        "plan_items": request("plan_items", {}),
-        "plan_write": request("plan_write", {"TURN": items.TURN}),
-    }
+def _kernels(index: int) -> list[Kernel]:
+    wanted = requests()
+    build_all([(each, facts(index).arch) for each in wanted])  # side by side, if not yet built
+    return [kernel(each, index) for each in wanted]
 
 
 def sketches(pattern: Pattern, nq: int, nk: int, costs: Costs) -> list[Sketch] | None:
@@ -191,63 +176,62 @@ def _planned(
     packed, lines = max(keys), patterns * nqu + sum(queries)
     wide, most = nku + packed, lines // groups + 2 * patterns
     pieces = 2 * most + lines + UNIT * patterns
-    given = _bring(found, nqu, nku, index)
-    zeros = _room({
-        "counters": 4, "cell": lines * wide, "taken": 2 * patterns * nqu * packed,
-        "held": 2 * patterns * nku, "part": patterns * nku, "whole": patterns * nku,
-        "kind": 2 * SLOTS, "members": 4 * most,
-    })  # fmt: skip
-    rest = _room({
-        "number": SLOTS, "first": SLOTS, "slot": MOST_MASKED, "words": 2 * UNIT * MOST_MASKED,
-        "counts": lines, "place": lines, "slots": lines, "merge": 2 * lines, "item": 4 * most,
-        "begin": 2 * most, "piece": 4 * pieces, "rows": 8 * pieces, "head": COSTS + pieces,
-    })  # fmt: skip
-    zeroed = torch.zeros(zeros.total, dtype=torch.int32, device=given.device)
-    scratch = torch.empty(rest.total, dtype=torch.int32, device=given.device)
-    places = {"given": given.data_ptr(), "pattern": given.data_ptr()}
-    places |= {name: zeroed.data_ptr() + 4 * at for name, at in zeros.at.items()}
-    places |= {name: scratch.data_ptr() + 4 * at for name, at in rest.at.items()}
+    device = torch.device("cuda", index)
+    given = _bring(found, nqu, nku, device)
+    zero = room(
+        {
+            "counters": 4, "cell": lines * wide, "taken": 2 * patterns * nqu * packed,
+            "held": 2 * patterns * nku, "part": patterns * nku, "whole": patterns * nku,
+            "kind": 2 * SLOTS, "members": 4 * most,
+        },
+        device, True,
+    )  # fmt: skip
+    scratch = room(
+        {
+            "number": SLOTS, "first": SLOTS, "slot": MOST_MASKED, "words": 2 * UNIT * MOST_MASKED,
+            "counts": lines, "place": lines, "slots": lines, "merge": 2 * lines, "item": 4 * most,
+            "begin": 2 * most, "piece": 4 * pieces, "rows": 8 * pieces, "head": COSTS + pieces,
+        },
+        device,
+    )  # fmt: skip
     shortest = items.SHORTEST if D <= 128 else items.SHORTEST_WIDE
     block = costs.block_seconds(UNIT)
-    ints = (
-        nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest,
-        sparse_limit(UNIT, costs), int(block / 2 / costs.private_column_seconds(UNIT)),
+    address = given.data_ptr()
+    work = WORK.value(
+        {"given": address, "pattern": address, **zero.at, **scratch.at},
+        (nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest,
+         sparse_limit(UNIT, costs), int(block / 2 / costs.private_column_seconds(UNIT))),
     )  # fmt: skip
-    work = _struct(WORK, [places[name] for name in _POINTERS], ints)
-    run = {name: kernel(wanted, index) for name, wanted in requests().items()}
-    run["plan_cells"]((-(-lines // 4),), 128, (work,))
-    run["plan_lines"]((1,), 1024, (work,))
-    run["plan_lengths"]((-(-most // 4), 2), 128, (work,))
-    run["plan_items"]((1,), 1024, (work,))
-    first = rest.at["head"]
-    head = scratch[first : first + COSTS + pieces].cpu().numpy()
-    count, steps, masks, merged, sources, wrong, dead, light = head[:EACH].tolist()
+    find_cells, share_lines, find_lengths, cut_items, write = _kernels(index)
+    find_cells((-(-lines // 4),), 128, (work,))
+    share_lines((1,), 1024, (work,))
+    find_lengths((-(-most // 4), 2), 128, (work,))
+    cut_items((1,), 1024, (work,))
+    head = scratch.part("head", COSTS).tolist()
+    count, steps, masks, merged, sources, wrong, dead, light = head[:EACH]
     if wrong or light * block >= costs.launch_seconds:
         return None
-    room = _room({
-        "steps": 4 * steps, "items": 8 * count, "masks": 128 * masks, "costs": count,
-        "merge_rows": merged, "merge_ptr": merged + 1, "merge_from": sources,
-        "key_rows": patterns * packed * UNIT, "query_rows": patterns * max(queries) * UNIT,
-    })  # fmt: skip
-    buffer = torch.empty(room.total, dtype=torch.int32, device=given.device)
-    lost = torch.empty((patterns, nk) if dead else 0, dtype=torch.bool, device=given.device)
-    base = buffer.data_ptr()
-    pointers = [base + 4 * room.at[name] for name in _TABLES] + [lost.data_ptr() if dead else 0]
-    out = _struct(OUT, pointers, (packed, max(queries), most, count))
-    run["plan_write"]((64, 5), 128, (work, out))
-
-    def part(name: str, *shape: int) -> Tensor:
-        return buffer[room.at[name] :][: int(np.prod(shape))].view(shape)
-
-    table, none = part("items", count, 8), buffer.new_zeros(0)
-    known(table, "costs", head[COSTS : COSTS + count].copy())
+    made = room(
+        {
+            "steps": 4 * steps, "items": 8 * count, "masks": 128 * masks, "costs": count,
+            "merge_rows": merged, "merge_ptr": merged + 1, "merge_from": sources,
+            "key_rows": patterns * packed * UNIT, "query_rows": patterns * max(queries) * UNIT,
+        },
+        device,
+    )  # fmt: skip
+    lost = torch.empty((patterns, nk) if dead else 0, dtype=torch.bool, device=device)
+    places = {**made.at, "dead": lost.data_ptr() if dead else 0}
+    out = OUT.value(places, (packed, max(queries), most, count))
+    write((64, 5), 128, (work, out))
+    none = made.part("costs", 0)
     tensors = [
-        table, part("steps", steps, 4), part("masks", masks, 128),
-        part("key_rows", patterns, packed * UNIT), part("query_rows", patterns, max(queries) * UNIT),
-        part("merge_rows", merged), part("merge_ptr", merged + 1), part("merge_from", sources),
-        none.view(0, 4), none.long(), none, lost, part("costs", count),
+        made.part("items", count, 8), made.part("steps", steps, 4), made.part("masks", masks, 128),
+        made.part("key_rows", patterns, packed * UNIT),
+        made.part("query_rows", patterns, max(queries) * UNIT), made.part("merge_rows", merged),
+        made.part("merge_ptr", merged + 1), made.part("merge_from", sources), none.view(0, 4),
+        none.long(), none, lost, made.part("costs", count),
     ]  # fmt: skip
-    each = head[EACH : EACH + 3 * patterns].reshape(patterns, 3).T.tolist()
+    each = [head[EACH + n : EACH + 3 * patterns : 3] for n in range(3)]
     sizes = [nq, nk, *pattern.lead, groups, 0, *pattern.entry, patterns, max(each[1])]
     for counts in (each[0], each[2], [0] * patterns):
         sizes += [0, *itertools.accumulate(counts)]
@@ -256,25 +240,7 @@ def _planned(
     return Plan(tensors, (*sizes, *[0] * patterns))
 
 
-def _room(sizes: dict[str, int]) -> Room:
-    at, total = {}, 0
-    for name, size in sizes.items():
-        at[name] = total
-        total += -(-size // ALIGN) * ALIGN
-    return Room(at, total)
-
-
-def _struct(kind: np.dtype[np.void], pointers: list[int], ints: tuple[int, ...]) -> np.void:
-    """A struct of pointers and ints, to be passed by value."""
-    made = np.zeros(1, kind)
-    raw = made.view(np.uint8)
-    raw[: 8 * len(pointers)].view(np.int64)[:] = pointers
-    raw[8 * len(pointers) :][: 4 * len(ints)].view(np.int32)[:] = ints
-    value: np.void = made.view(f"V{kind.itemsize}")[0]
-    return value
-
-
-def _bring(found: list[Sketch], nqu: int, nku: int, index: int) -> Tensor:
+def _bring(found: list[Sketch], nqu: int, nku: int, device: torch.device) -> Tensor:
     """Int32: what plan.cuh's ``Pattern`` says of each, and the arrays it names."""
     arrays: list[np.typing.NDArray[np.generic]] = []
     at = PATTERN * len(found)
@@ -305,7 +271,7 @@ def _bring(found: list[Sketch], nqu: int, nku: int, index: int) -> Tensor:
     for array in arrays:
         flat[at : at + array.size] = array.reshape(-1)
         at += array.size
-    return buffer.to(torch.device("cuda", index), non_blocking=True)
+    return buffer.to(device, non_blocking=True)
 
 
 def _bits(units: np.typing.NDArray[np.bool_], words: int) -> np.typing.NDArray[np.int32]:

@@ -9,7 +9,9 @@ from mixgrain.cuda.device import SHARED_BYTES
 
 from . import choice, kernel, mma
 from .merge import merge_request
+from .planner import requests as planning
 from .row import row_request
+from .tables import walk_request
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 #: Dtypes and head dimensions of the common calls.
@@ -23,7 +25,7 @@ def requests(arch: str) -> list[Request]:
     Args:
         arch: one of ``mixgrain.cuda.compile.ARCHITECTURES``.
     """
-    found = [request("gather_rows", {})]
+    found = [request("gather_rows", {}), *planning(), walk_request()]
     for dtype in DTYPES:
         for width in WIDTHS:
             found.append(merge_request(dtype, width))

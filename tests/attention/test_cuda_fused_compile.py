@@ -1,10 +1,12 @@
-"""The kernels around the fused attention compile for every architecture, without spills; no GPU."""
+"""What runs around the fused attention, and plans it, compiles everywhere without spills; no GPU."""
 
 import pytest
 import torch
 
 from mixgrain.attention.cuda.merge import merge_request
+from mixgrain.attention.cuda.planner import requests as planning
 from mixgrain.attention.cuda.row import row_request
+from mixgrain.attention.cuda.tables import walk_request
 from mixgrain.attention.cuda.warm import requests as common
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
@@ -38,7 +40,18 @@ def requests() -> list[Request]:
 @pytest.mark.parametrize("arch", service.ARCHITECTURES)
 def test_the_common_ones_are_of_every_file(arch) -> None:
     units = {"fused_sm90", "fused_mma"} if arch == "90a" else {"fused_mma"}
-    assert {one.name for one in common(arch)} == {"gather_rows", "fused_merge", "fused_row"} | units
+    plans = {one.name for one in planning()} | {"plan_walk"}
+    always = {"gather_rows", "fused_merge", "fused_row"} | plans
+    assert {one.name for one in common(arch)} == always | units
+
+
+@pytest.mark.parametrize("arch", service.ARCHITECTURES)
+def test_plans_compile_without_spills(arch, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(service, "cache_folder", lambda: tmp_path)
+    wanted = [*planning(), walk_request()]
+    for one, built in zip(wanted, service.build_all([(r, arch) for r in wanted]), strict=True):
+        assert isinstance(built, service.Built), f"{one}: {built}"
+        assert not built.faults() and "warning" not in built.log, f"{one} on {arch}: {built.log}"
 
 
 @pytest.mark.parametrize("arch", ["80", "90a", "120"])

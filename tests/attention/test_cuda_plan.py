@@ -1,6 +1,5 @@
 """Plans of the fused CUDA kernels, made on the CPU and read literally."""
 
-import itertools
 import sys
 import types
 
@@ -15,8 +14,6 @@ from mixgrain import patterns as P
 from mixgrain.attention.cuda import forward as cuda_forward
 from mixgrain.attention.cuda.cells import register_words
 from mixgrain.attention.cuda.plan import Work, build, count_work, unpack
-from mixgrain.attention.cuda.tables import tables
-from mixgrain.attention.cuda.walk import APART
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.panel import PanelLayout
@@ -156,45 +153,6 @@ def test_register_words() -> None:
         assert torch.equal(literal.literal_words(words), mask.bool())
 
 
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("ctas", [1, 7, 132, 5000])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 2), (2, 64, 64)], ids=str)
-def test_every_tile_is_walked_once(shape, ctas, apart) -> None:
-    groups = GROUPS if apart else 1
-    heads = [P.window(30), P.longformer(9, [7, 60])] * (shape[1] // 2)
-    pattern = P.per_head(heads) if heads else P.causal()
-    work = planned(pattern.to_layout("mixed", 4096, 4096, costs=H200))
-    found = tables(work, shape, 1 << 20, ctas, groups)
-    starts, tiles = found.starts.tolist(), [tuple(t) for t in found.tiles.tolist()]
-    assert starts[0] == 0 and starts[-1] == len(tiles) == len(set(tiles))
-    assert starts == sorted(starts) and len(starts) - 1 == min(ctas, len(tiles))
-    expected = [
-        (item, matrix, group)
-        for matrix in range(shape[0] * shape[1])
-        for u in [work.entry[matrix % len(work.entry)]]
-        for item in range(work.item_starts[u], work.item_starts[u + 1])
-        for group in range(groups)
-    ]
-    items = [(code % (1 << APART), code >> APART, matrix) for code, matrix in tiles]
-    walked = [
-        (item, matrix, group)
-        for item, left, matrix in items
-        for group in range(groups)
-        if not left >> group & 1
-    ]
-    assert sorted(walked) == sorted(expected)
-    # Parts only where every one has a CTA of its own, and as many as there is room for.
-    whole = len(expected) // groups
-    fitting = [n for n in (2, groups) if apart and n * whole <= ctas]
-    assert len(tiles) == whole * max([1, *fitting])
-    loads = [
-        sum(int(work.costs[item]) for item, _, _ in items[a:b])
-        for a, b in itertools.pairwise(starts)
-    ]
-    assert max(loads) <= 1.1 * sum(loads) / len(loads) + int(work.costs.max())
-    assert tables(work, shape, 1 << 20, ctas, groups) is found
-
-
 @pytest.fixture
 def on_cpu(monkeypatch) -> None:
     """The CUDA forward with the interpreter in place of the kernels."""
@@ -234,6 +192,7 @@ def on_cpu(monkeypatch) -> None:
     for name, value in {
         "rows": rows,
         "merge": merge,
+        "tables": literal.tables,
         "gather": lambda *wanted: [literal.pack(*given) for given in wanted],
         "unpack": keep_work,
         "calls": types.SimpleNamespace(

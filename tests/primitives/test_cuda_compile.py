@@ -43,7 +43,10 @@ HOPPER = {
     "sddmm_nm_sm90", "spmm_tile_thin_sm90", "spmm_expand_sm90",
 }  # fmt: skip
 #: Of the floor above, whose own tests compile them.
-FUSED = {"fused_sm90", "fused_mma", "fused_row", "fused_merge", "gather_rows"}
+FUSED = {
+    "fused_sm90", "fused_mma", "fused_row", "fused_merge", "gather_rows",
+    "plan_cells", "plan_lines", "plan_lengths", "plan_items", "plan_write", "plan_walk",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -1,0 +1,298 @@
+// plan_walk: which CTA computes which item of which matrix, in which order, and where each matrix finds its part of
+// the plan (attention/cuda/tables.py).
+//
+//   in        costs (items); given: the pattern of each entry, then for all patterns the starts of their items, of
+//             merged rows and of row items, and how many of the latter are long
+//   out       starts (ctas + 1), tiles (n, 2): item, matrix; query_patterns, key_patterns, merge_ranges, row_ranges
+//   grid      1
+//   block     1024
+//   smem      33 KB: the sort, then what CTAs have to do
+//   floor     8 bytes for every tile: a launch
+//   needs     sm_80
+// Heads whose keys fit L2 together (a section) are worked on together, longest items first. The shortest tiles of all
+// sections come last: an end made of the last heads alone is ragged. A tile goes to the CTA that is free first.
+#include "plan.cuh"
+
+constexpr int kThreads = 1024;
+constexpr int kSorted = 4096;                       // items that are sorted in shared memory
+constexpr int kFew = MG_FEW, kSingly = MG_SINGLY;   // walk.FEW, walk.SINGLY
+constexpr int kApart = MG_APART;                    // walk.APART
+
+struct Walk {
+    const int *costs, *given;
+    u64 *keys;     // (items, up to a power of two)
+    int *first;    // (sections, items): tiles before those of an item, by rank
+    int *late;     // (sections, items): how many of them come last
+    int *after;    // (items): tiles of the end before those of an item
+    int2 *tile;    // (tiles)
+    int2 *taker;   // (tiles): CTA, and which of its tiles
+    int *starts;
+    int2 *tiles;
+    int *query_patterns, *key_patterns;
+    int2 *merge_ranges;
+    int4 *row_ranges;
+    int items, patterns, entry_batches, entry_heads, batch, heads, kv, sections, nq;
+    int total, ctas, spare, dealt, parts, groups, by_head;
+};
+
+struct Shared {
+    union {
+        u64 keys[kSorted];
+        struct {
+            int load[kThreads], turn[kThreads], after[kThreads], mine[kThreads];
+        };
+    };
+    i64 sums[32];
+    int count;
+};
+
+// Exclusive sum over the CTA; every thread calls it.
+__device__ __forceinline__ i64 scan(i64 x, i64 *shared, i64 &total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    i64 sum = x;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const i64 other = __shfl_up_sync(~0u, sum, d);
+        if (lane >= d) sum += other;
+    }
+    if (lane == 31) shared[warp] = sum;
+    __syncthreads();
+    if (warp == 0) {
+        i64 all = shared[lane];
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const i64 other = __shfl_up_sync(~0u, all, d);
+            if (lane >= d) all += other;
+        }
+        shared[lane] = all;
+    }
+    __syncthreads();
+    const i64 before = warp ? shared[warp - 1] : 0;
+    total = shared[31];
+    __syncthreads();
+    return before + sum - x;
+}
+
+__device__ __forceinline__ int pattern_of_matrix(const Walk &w, int matrix) {
+    const int b = w.entry_batches > 1 ? matrix / w.heads : 0, h = w.entry_heads > 1 ? matrix % w.heads : 0;
+    return w.given[b * w.entry_heads + h];
+}
+
+__device__ __forceinline__ int section_of(const Walk &w, int matrix) {
+    return static_cast<int>(i64(matrix / (w.heads / w.kv)) * w.sections / (w.batch * w.kv));
+}
+
+// Items by falling cost; equal ones by their number.
+__device__ void sort(const Walk &w, u64 *keys, int size) {
+    for (int i = threadIdx.x; i < size; i += kThreads)
+        keys[i] = i < w.items ? u64(~u32(w.costs[i])) << 32 | i : ~0ull;
+    __syncthreads();
+    for (int run = 2; run <= size; run *= 2)
+        for (int step = run / 2; step; step /= 2) {
+            for (int i = threadIdx.x; i < size / 2; i += kThreads) {
+                const int a = i / step * 2 * step + i % step, b = a + step;
+                const u64 x = keys[a], y = keys[b];
+                if ((x > y) == !(a & run)) keys[a] = y, keys[b] = x;
+            }
+            __syncthreads();
+        }
+}
+
+// CTAs in the order in which they are free take the next tiles one each, as long as none of those that have just
+// taken one would be free again before the next. Returns how many tiles that were.
+__device__ int deal_round(const Walk &w, Shared &s, int at) {
+    const int c = threadIdx.x, ready = min(w.ctas, w.total - at);
+    int rank = 0, load = 0;
+    if (c < w.ctas) {
+        load = s.load[c];
+        for (int other = 0; other < w.ctas; ++other) rank += s.load[other] < load || (s.load[other] == load && other < c);
+        s.turn[rank] = c;
+        s.after[rank] = rank < ready ? load + w.costs[w.tile[at + rank].x] : 0x7fffffff;
+    }
+    if (c == 0) s.count = ready;
+    __syncthreads();
+    if (c < w.ctas && rank < ready) {
+        int soonest = 0x7fffffff;
+        for (int r = 0; r < rank; ++r) soonest = min(soonest, s.after[r]);
+        if (rank && load >= soonest) atomicMin(&s.count, rank);
+    }
+    __syncthreads();
+    const int count = s.count;
+    if (c < w.ctas && rank < count) {
+        w.taker[at + rank] = make_int2(c, s.mine[c]++);
+        s.load[c] = s.after[rank];
+    }
+    __syncthreads();
+    return count;
+}
+
+// Tiles one by one, by the first warp.
+__device__ void deal_singly(const Walk &w, Shared &s, int at, int end) {
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x;
+        for (; at < end; ++at) {
+            int least = 0x7fffffff, which = 0;
+            for (int c = lane; c < w.ctas; c += 32)
+                if (s.load[c] < least) least = s.load[c], which = c;
+            const int soonest = __reduce_min_sync(~0u, least);
+            const int cta = __reduce_min_sync(~0u, least == soonest ? which : 0x7fffffff);
+            if (lane == cta % 32) {
+                w.taker[at] = make_int2(cta, s.mine[cta]++);
+                s.load[cta] = soonest + w.costs[w.tile[at].x];
+            }
+            __syncwarp();
+        }
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid_constant__ Walk w) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    Shared &s = *reinterpret_cast<Shared *>(memory);
+    const int matrices = w.batch * w.heads, entries = w.entry_batches * w.entry_heads;
+    const int *item_starts = w.given + entries, *merges = item_starts + w.patterns + 1;
+    const int *rows = merges + w.patterns + 1, *longer = rows + w.patterns + 1;
+
+    for (int m = threadIdx.x; m < matrices; m += kThreads) {
+        const int u = pattern_of_matrix(w, m);
+        w.query_patterns[m] = u;
+        w.merge_ranges[m] = make_int2(merges[u], merges[u + 1] - merges[u]);
+        w.row_ranges[m] = make_int4(rows[u], longer[u], u * w.nq, 0);
+        w.row_ranges[matrices + m] = make_int4(rows[u] + longer[u], rows[u + 1] - rows[u] - longer[u], u * w.nq, 0);
+    }
+    for (int m = threadIdx.x; m < (w.by_head ? matrices : w.batch * w.kv); m += kThreads)
+        w.key_patterns[m] = pattern_of_matrix(w, w.by_head ? m : m / w.kv * w.heads);
+    if (!w.total) {
+        if (threadIdx.x < 2) w.starts[threadIdx.x] = 0;
+        return;
+    }
+
+    int size = 2;
+    while (size < w.items) size *= 2;
+    u64 *keys = size <= kSorted ? s.keys : w.keys;
+    sort(w, keys, size);
+    const auto item_at = [&](int rank) { return static_cast<int>(keys[rank] & 0xffffffffu); };
+    const auto pattern_of_item = [&](int item) {
+        int u = 0;
+        while (u + 1 < w.patterns && item_starts[u + 1] <= item) ++u;
+        return u;
+    };
+
+    // Tiles of every item in every section, and how many of the last ones are cheap enough for the end.
+    const i64 spare = i64(w.ctas) * w.costs[item_at(0)] / (i64(w.spare) * w.sections);
+    int main = 0;
+    for (int section = 0, begin = 0, end = 0; section < w.sections; ++section, begin = end) {
+        while (end < matrices && section_of(w, end) == section) ++end;
+        const auto members = [&](int item) {
+            if (w.patterns == 1) return end - begin;
+            const int u = pattern_of_item(item);
+            int n = 0;
+            for (int m = begin; m < end; ++m) n += w.query_patterns[m] == u;
+            return n;
+        };
+        i64 cost = 0, total;
+        for (int rank = threadIdx.x; rank < w.items; rank += kThreads) {
+            const int item = item_at(rank), n = members(item);
+            w.late[i64(section) * w.items + rank] = n;
+            cost += i64(n) * w.costs[item];
+        }
+        scan(cost, s.sums, total);
+        i64 left = total, before = 0, kept = 0;
+        for (int base = 0; base < w.items; base += kThreads) {
+            const int rank = base + threadIdx.x;
+            int n = 0, each = 0;
+            if (rank < w.items) n = w.late[i64(section) * w.items + rank], each = w.costs[item_at(rank)];
+            const i64 spent = scan(i64(n) * each, s.sums, total), behind = left - spent - i64(n) * each;
+            left -= total;
+            const int late = behind >= spare ? 0 : static_cast<int>(min(i64(n), (spare - behind) / max(each, 1)));
+            const i64 at = before + scan(n, s.sums, total);
+            before += total;
+            scan(n - late, s.sums, total);
+            kept += total;
+            if (rank < w.items) {
+                w.first[i64(section) * w.items + rank] = main + static_cast<int>(at);
+                w.late[i64(section) * w.items + rank] = late;
+            }
+        }
+        main += static_cast<int>(kept);
+        __syncthreads();
+    }
+    int late_before = main;
+    for (int base = 0; base < w.items; base += kThreads) {
+        const int rank = base + threadIdx.x;
+        int sum = 0;
+        for (int section = 0; rank < w.items && section < w.sections; ++section)
+            sum += w.late[i64(section) * w.items + rank];
+        i64 total;
+        const i64 at = scan(sum, s.sums, total);
+        if (rank < w.items) w.after[rank] = late_before + static_cast<int>(at);
+        late_before += static_cast<int>(total);
+    }
+    __syncthreads();
+    for (i64 n = threadIdx.x; n < i64(matrices) * w.items; n += kThreads) {
+        const int m = static_cast<int>(n / w.items), rank = static_cast<int>(n % w.items), item = item_at(rank);
+        const int u = w.query_patterns[m], section = section_of(w, m);
+        if (item < item_starts[u] || item >= item_starts[u + 1]) continue;
+        // Which of its section's matrices of this pattern it is, and how many of them there are.
+        int mine = 0, all = 0;
+        int begin = m;
+        while (begin > 0 && section_of(w, begin - 1) == section) --begin;
+        for (int other = begin; other < matrices && section_of(w, other) == section; ++other) {
+            const bool same = w.query_patterns[other] == u;
+            mine += same && other < m, all += same;
+        }
+        const int late = w.late[i64(section) * w.items + rank];
+        int at = w.first[i64(section) * w.items + rank] + mine;
+        if (mine >= all - late) {
+            at = w.after[rank] + mine - (all - late);
+            for (int other = 0; other < section; ++other) at += w.late[i64(other) * w.items + rank];
+        }
+        w.tile[at] = make_int2(item, m);
+    }
+    __syncthreads();
+
+    // To CTAs: one each, in turns, or to the one that is free first.
+    const int ctas = min(w.ctas, w.total);
+    if (w.total <= w.ctas) {
+        for (int t = threadIdx.x; t < w.total; t += kThreads) w.taker[t] = make_int2(t, 0);
+        for (int c = threadIdx.x; c <= w.total * w.parts; c += kThreads) w.starts[c] = c;
+    } else if (!w.dealt) {
+        // Every other turn goes backwards, so that all end together.
+        const int turns = (w.total + ctas - 1) / ctas, rest = w.total - (turns - 1) * ctas;
+        for (int t = threadIdx.x; t < w.total; t += kThreads) {
+            const int turn = t / ctas, x = t % ctas;
+            w.taker[t] = make_int2(turn % 2 ? ctas - 1 - x : x, turn);
+        }
+        for (int c = threadIdx.x; c <= ctas; c += kThreads)
+            w.starts[c] = c * (turns - 1) + (turns % 2 ? min(c, rest) : max(0, c - (ctas - rest)));
+    } else {
+        for (int c = threadIdx.x; c < ctas; c += kThreads) s.load[c] = s.mine[c] = 0;
+        __syncthreads();
+        for (int at = 0; at < w.total;) {
+            const int count = deal_round(w, s, at);
+            at += count;
+            if (count >= kFew) continue;
+            const int end = min(at + kSingly, w.total);
+            deal_singly(w, s, at, end);
+            at = end;
+        }
+        i64 total;
+        const i64 begin = scan(threadIdx.x < ctas ? s.mine[threadIdx.x] : 0, s.sums, total);
+        if (threadIdx.x < ctas) w.starts[threadIdx.x] = static_cast<int>(begin);
+        if (threadIdx.x == 0) w.starts[ctas] = w.total;
+    }
+    __syncthreads();
+    const int every = (1 << w.groups) - 1;
+    for (int t = threadIdx.x; t < w.total; t += kThreads) {
+        const int2 to = w.taker[t], tile = w.tile[t];
+        if (w.parts == 1) {
+            w.tiles[w.starts[to.x] + to.y] = tile;
+            continue;
+        }
+        // A warpgroup each; or all but the last one, and the last one.
+        for (int part = 0; part < w.parts; ++part) {
+            const int left = w.parts == w.groups ? every ^ 1 << part : part ? every >> 1 : 1 << (w.groups - 1);
+            w.tiles[t * w.parts + part] = make_int2(tile.x | left << kApart, tile.y);
+        }
+    }
+}
