@@ -129,8 +129,8 @@ def speed_section(measured: dict[str, Any] | None) -> str:
     lines += [
         "",
         "Device time of CUDA-graph replays with caches flushed, medians, after the device has "
-        "rested and then run the call itself for a while; of `launch`, host time of repeated "
-        f"calls; {measured['device']}, "
+        "rested and then run the call itself for a while; of `launch` and `plan`, host time of "
+        f"repeated calls; {measured['device']}, "
         f"torch {measured['torch']}, CUDA {measured['cuda']}, CuPy {measured['cupy']}, mixgrain "
         f"{measured['mixgrain']}. The floors and errors stand in "
         "[benchmarks/h200.json](benchmarks/h200.json).",

@@ -1,4 +1,4 @@
-"""What runs around the fused attention, and plans it, compiles everywhere without spills; no GPU."""
+"""What runs around fused attention, and plans it, compiles everywhere without spills; no GPU."""
 
 import pytest
 import torch

@@ -217,7 +217,9 @@ def test_plans_repeat() -> None:
 
 def test_too_many_masked_units_are_left_to_layouts() -> None:
     n = 1 << 17
-    pattern = P.window(300, 0) | P.documents(torch.arange(n) // 97) | P.window(0, 700) | P.window(900, 0)
+    pattern = (
+        P.window(300, 0) | P.documents(torch.arange(n) // 97) | P.window(0, 700) | P.window(900, 0)
+    )
     assert device_plan(pattern, n, n, 64, CUDA, split_costs(64)) is None
 
 

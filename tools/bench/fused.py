@@ -38,19 +38,22 @@ COLUMNS = {
 }
 
 
-def _scattered(n: int) -> list[int]:
+def scattered(n: int) -> list[int]:
+    """64 tokens drawn from n."""
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(n, generator=generator)[:64].tolist()
 
 
-def _documents(n: int) -> Tensor:
+def documents(n: int) -> Tensor:
+    """(n,), ids of documents of about 1024 tokens."""
     generator = torch.Generator().manual_seed(0)
     # The draw of the scattered tokens comes first.
     torch.randperm(n, generator=generator)
     return torch.sort(torch.randint(0, n // 1024, (n,), generator=generator)).values
 
 
-def _bigbird(n: int) -> Tensor:
+def bigbird(n: int) -> Tensor:
+    """Bool (n / 64, n / 64): three around the own block, two global ones, three drawn."""
     generator = torch.Generator().manual_seed(0)
     torch.randperm(n, generator=generator)
     torch.randint(0, n // 1024, (n,), generator=generator)
@@ -67,10 +70,10 @@ PATTERNS: dict[str, Callable[[int], Pattern]] = {
     "causal": lambda n: P.causal(),
     "window": lambda n: P.window(256),
     "lfront": lambda n: P.longformer(256, range(64)),
-    "lscatter": lambda n: P.longformer(256, _scattered(n)),
-    "bigbird64": lambda n: P.blocks(_bigbird(n), 64),
+    "lscatter": lambda n: P.longformer(256, scattered(n)),
+    "bigbird64": lambda n: P.blocks(bigbird(n), 64),
     "sink": lambda n: P.causal() & (P.window(1023, 0) | P.sinks(4)),
-    "document": lambda n: P.documents(_documents(n)) & P.causal(),
+    "document": lambda n: P.documents(documents(n)) & P.causal(),
 }
 
 

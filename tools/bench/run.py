@@ -106,7 +106,7 @@ def run(ids: list[str], out: Path | None) -> int:
         BackendUnavailableError: there is no GPU.
     """
     # Host times before anything starts a profiler.
-    works = sorted(chosen(ids), key=lambda work: work[0] != "launch")
+    works = sorted(chosen(ids), key=lambda work: work[0] not in ("launch", "plan"))
     if not torch.cuda.is_available():
         raise BackendUnavailableError("bench: a CUDA GPU is needed, torch finds none here")
     rows: list[dict[str, Any]] = []
@@ -143,7 +143,7 @@ def line(row: dict[str, Any], ours: float | None) -> str:
     ms = row.get("ms")
     if not ms:
         return f"{head}    failed"
-    if row["work"] == "launch":
+    if "goal_us" in row:
         return f"{head} {row['host_us']:9.1f} µs of host time  {row['shape']}"
     ratio = f"  {ms / ours:5.2f}×" if ours else ""
     share = f"floor {row['floor_ms'] / ms:4.0%}"

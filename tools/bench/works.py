@@ -15,7 +15,7 @@ from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.primitives.softmax import softmax_backward
 
-from . import launching
+from . import launching, planning
 from .fused import FUSED
 from .graphs import GRAPHS
 from .measure import once_ms
@@ -280,6 +280,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "composed-longformer": composed_longformer,
     "composed-streams": launching.composed_streams,
     "launch": launching.launch,
+    "plan": planning.plan,
     **FUSED,
     **GRAPHS,
     **PRUNED,
