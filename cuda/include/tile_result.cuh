@@ -1,9 +1,10 @@
 #pragma once
 // From the accumulators of a warp to 16 rows of a row-major result, or to 16 columns of one whose rows are tokens.
+#include "activation.cuh"
 #include "quad.cuh"
 #include "types.cuh"
 
-// Writes kWide tokens × 16 features, scaled and plus the bias (nullptr: none); kFloat: as float32.
+// Writes kWide tokens × 16 features, scaled, plus the bias (nullptr: none), activated; kFloat: as float32.
 //   acc      [8 i + 4 b + 2 h + e]: token 16 i + 8 h + g, feature 8 b + 2 t + e
 //   token    this lane's first: the tile's first plus g;  feature: the line's first
 //   out      (tokens, features), contiguous
@@ -27,7 +28,8 @@ __device__ __forceinline__ void store_tokens(const float (&acc)[kWide / 2], floa
 #pragma unroll
             for (int c = 0; c < 4; ++c) {  // 2 h + b
                 const float *from = acc + 8 * i + c % 2 * 4 + c / 2 * 2;
-                v[c] = pack2<operand_t>(fmaf(from[0], scale, more[c % 2 * 2]), fmaf(from[1], scale, more[c % 2 * 2 + 1]));
+                v[c] = pack2<operand_t>(activated(fmaf(from[0], scale, more[c % 2 * 2])),
+                                        activated(fmaf(from[1], scale, more[c % 2 * 2 + 1])));
             }
             quad_transpose(v, t);
             const int row = token + 16 * i + t / 2 * 8, at = feature + t % 2 * 8;
@@ -41,7 +43,7 @@ __device__ __forceinline__ void store_tokens(const float (&acc)[kWide / 2], floa
     for (int i = 0; i < kWide / 2; ++i) {
         const int row = token + i / 8 * 16 + i / 2 % 2 * 8, at = feature + i / 4 % 2 * 8 + 2 * t + i % 2;
         if (row >= tokens || at >= features) continue;
-        const float y = fmaf(acc[i], scale, more[i / 4 % 2 * 2 + i % 2]);
+        const float y = activated(fmaf(acc[i], scale, more[i / 4 % 2 * 2 + i % 2]));
         const i64 to = static_cast<i64>(row) * features + at;
         if constexpr (kFloat)
             static_cast<float *>(out)[to] = y;
