@@ -4,7 +4,27 @@
 #include "quad.cuh"
 #include "types.cuh"
 
-// Writes kWide tokens × 16 features, scaled, plus the bias (nullptr: none), activated; kFloat: as float32.
+// What the bias adds to a lane's features; [2 b + e], see below.
+__device__ __forceinline__ void bias_of(float (&more)[4], const operand_t *bias, int feature, int features) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const int at = feature + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
+        if (at < features) more[c] = to_float(bias[at]);
+    }
+}
+
+// Scales, adds the bias (nullptr: none) and activates what store_tokens is then to write as it is. A pass of its own:
+// with the addresses of the stores there are not enough registers.
+template <int kCount>
+__device__ __forceinline__ void activate_tokens(float (&acc)[kCount], float scale, const operand_t *bias, int feature,
+                                                int features) {
+    float more[4] = {0.f, 0.f, 0.f, 0.f};
+    if (bias) bias_of(more, bias, feature, features);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) acc[i] = activated(fmaf(acc[i], scale, more[i / 4 % 2 * 2 + i % 2]));
+}
+
+// Writes kWide tokens × 16 features, scaled and plus the bias (nullptr: none); kFloat: as float32.
 //   acc      [8 i + 4 b + 2 h + e]: token 16 i + 8 h + g, feature 8 b + 2 t + e
 //   token    this lane's first: the tile's first plus g;  feature: the line's first
 //   out      (tokens, features), contiguous
@@ -13,13 +33,7 @@ __device__ __forceinline__ void store_tokens(const float (&acc)[kWide / 2], floa
                                              int token, int tokens, int feature, int features) {
     const int t = threadIdx.x % 4;
     float more[4] = {0.f, 0.f, 0.f, 0.f};
-    if (bias) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int at = feature + c / 2 * 8 + 2 * t + c % 2;
-            if (at < features) more[c] = to_float(bias[at]);
-        }
-    }
+    if (bias) bias_of(more, bias, feature, features);
     if (!kFloat && features % 8 == 0) {
         // A lane of a quad takes 8 neighbouring features of one token: whole 16-byte stores.
 #pragma unroll
@@ -28,8 +42,7 @@ __device__ __forceinline__ void store_tokens(const float (&acc)[kWide / 2], floa
 #pragma unroll
             for (int c = 0; c < 4; ++c) {  // 2 h + b
                 const float *from = acc + 8 * i + c % 2 * 4 + c / 2 * 2;
-                v[c] = pack2<operand_t>(activated(fmaf(from[0], scale, more[c % 2 * 2])),
-                                        activated(fmaf(from[1], scale, more[c % 2 * 2 + 1])));
+                v[c] = pack2<operand_t>(fmaf(from[0], scale, more[c % 2 * 2]), fmaf(from[1], scale, more[c % 2 * 2 + 1]));
             }
             quad_transpose(v, t);
             const int row = token + 16 * i + t / 2 * 8, at = feature + t % 2 * 8;
@@ -43,7 +56,7 @@ __device__ __forceinline__ void store_tokens(const float (&acc)[kWide / 2], floa
     for (int i = 0; i < kWide / 2; ++i) {
         const int row = token + i / 8 * 16 + i / 2 % 2 * 8, at = feature + i / 4 % 2 * 8 + 2 * t + i % 2;
         if (row >= tokens || at >= features) continue;
-        const float y = activated(fmaf(acc[i], scale, more[i / 4 % 2 * 2 + i % 2]));
+        const float y = fmaf(acc[i], scale, more[i / 4 % 2 * 2 + i % 2]);
         const i64 to = static_cast<i64>(row) * features + at;
         if constexpr (kFloat)
             static_cast<float *>(out)[to] = y;

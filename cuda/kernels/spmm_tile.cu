@@ -252,8 +252,10 @@ extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers))
         const i64 plane = static_cast<i64>(matrix) * rows * width;
         void *to = kFloat ? static_cast<void *>(static_cast<float *>(out) + plane)
                           : static_cast<void *>(static_cast<operand_t *>(out) + plane);
+        if constexpr (kActivation) activate_tokens(acc, scale, bias, line * 16, rows);
         if constexpr (kTokens)
-            store_tokens<kWide, kFloat>(acc, scale, bias, to, column + lane / 4, width, line * 16, rows);
+            store_tokens<kWide, kFloat>(acc, kActivation ? 1.f : scale, kActivation ? nullptr : bias, to,
+                                        column + lane / 4, width, line * 16, rows);
         else
             store_rows<kWide, kFloat>(acc, scale, to, line * 16 + lane / 4, rows, column, width);
     }
