@@ -3,7 +3,7 @@
 //     out[f, n, r] = activated(first[f, r, n] + second[f, r, n] + bias[r]), rounded once
 //
 //   tensors   first, second float32 (F, rows, pitch); bias (rows) or none; out (F, tokens, rows), contiguous
-//   grid      (tiles of 32 tokens, tiles of 64 features, F)
+//   grid      (tiles of 32 tokens × tiles of 64 features, F)
 //   block     256 threads: a warp reads 32 neighbouring sums of 8 features, and writes 64 features of 4 tokens
 //   smem      the tile, 8.3 KB
 //   floor     4 or 8 bytes read and one result written for each element, at the rate of memory
@@ -19,8 +19,9 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
                 const operand_t *__restrict__ bias, int rows, int tokens, int pitch) {
     __shared__ float tile[kFeatures][kTokens + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int n0 = blockIdx.x * kTokens, r0 = blockIdx.y * kFeatures;
-    const i64 f = blockIdx.z;
+    const int along = (tokens + kTokens - 1) / kTokens;
+    const int n0 = blockIdx.x % along * kTokens, r0 = blockIdx.x / along * kFeatures;
+    const i64 f = blockIdx.y;
 #pragma unroll
     for (int i = 0; i < kFeatures / kWarps; ++i) {
         const int r = warp * (kFeatures / kWarps) + i;

@@ -34,7 +34,7 @@ def finish(
     for start in range(0, free, MOST_MATRICES):
         to, first, second = (t[start : start + MOST_MATRICES] for t in (out, sums[0], sums[-1]))
         run(
-            (-(-tokens // 32), -(-rows // 64), to.shape[0]),
+            (-(-tokens // 32) * -(-rows // 64), to.shape[0], 1),
             256,
             (
                 to.data_ptr(),

@@ -207,6 +207,19 @@ def test_compiled(kind: str) -> None:
     assert any("activated" in str(node.target) for node in counter.graphs[0].graph.nodes)
 
 
+def test_exported() -> None:
+    """The operator is in the program, and decides when that runs whether gradients are recorded."""
+    layer, x = SparseLinear.from_sparse(weight("nm"), activation="gelu"), tensor(5, 40)
+    program = torch.export.export(layer, (x,))
+    assert any("activated" in str(node.target) for node in program.graph.nodes)
+    made = program.module()(x)
+    torch.testing.assert_close(made, layer(x))
+    made.sum().backward()
+    assert layer.values.grad is not None
+    with torch.no_grad():
+        assert torch.equal(program.module()(x), layer(x))
+
+
 def test_autocast() -> None:
     w, x, b = weight("nm", torch.float32), tensor(5, 40).float(), tensor(24, seed=2).float()
     for recorded in (False, True):
