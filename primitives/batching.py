@@ -18,12 +18,12 @@ from .schemas import LIB, SCHEMAS
 
 # How many leading arguments are tensors with a free dimension; the run-time mask is the last.
 _FOLDED = {
-    "sddmm": 3, "spmm": 3, "spmm_t": 3, "affine": 4, "softmax": 2, "softmax_backward": 4,
-    "row_sum": 2, "row_expand": 2, "linear": 2,
+    "sddmm": 3, "spmm": 3, "spmm_t": 3, "affine": 4, "activated": 4, "softmax": 2,
+    "softmax_backward": 4, "row_sum": 2, "row_expand": 2, "linear": 2,
 }  # fmt: skip
 
 # An argument among them without a free dimension.
-_PLAIN = {"affine": 2}
+_PLAIN = {"affine": 2, "activated": 2}
 
 
 def front(t: Tensor, dim: int | None, size: int) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._functorch import autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 Saved = tuple[Tensor, ...]
 
@@ -31,13 +30,12 @@ def below(op: Callable[..., Any], *arguments: Any) -> Any:
         return op(*arguments)
 
 
-def differentiable(
-    function: type[_SingleLevelFunction], op: Callable[..., Any], inputs: int
-) -> Callable[..., Any]:
+def differentiable(function: type[Any], op: Callable[..., Any], inputs: int) -> Callable[..., Any]:
     """What an operator does at the Autograd key.
 
     Args:
-        function: calls the operator ``below``, and knows its derivatives.
+        function: its ``apply`` runs where something is recorded: that of an autograd.Function,
+            which calls the operator ``below`` and knows its derivatives, or of operators that do.
         op: the operator.
         inputs: how many leading arguments are tensors or None.
     """
@@ -50,8 +48,8 @@ def differentiable(
         ):
             if torch._C._are_functorch_transforms_active():
                 with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
-                    return function.apply(*arguments)  # type: ignore[attr-defined]
-            return function.apply(*arguments)  # type: ignore[attr-defined]
+                    return function.apply(*arguments)
+            return function.apply(*arguments)
         return below(op, *arguments)
 
     return run

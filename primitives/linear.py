@@ -11,19 +11,30 @@ from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops, ops_linear
+from .activated import activated
+from .activations import check_activation
 from .affine import affine
 from .checks import autocast, check_floats, check_same_dtype, check_sparse
 from .dispatch import plan_for
 from .fold import fold_mask
 
 
-def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, w: SparseTensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
     """Product x @ w.T + bias with a sparse weight; otherwise ``torch.nn.functional.linear``.
+
+    With an activation it is that function of the sums and the bias, rounded once. On CUDA tiles and
+    N:M need no other kernel for it; other layouts have one that adds the bias, too. Where gradients
+    are recorded it is torch's own function of linear(x, w, bias), which is rounded and kept for
+    them. The two agree within rounding.
 
     Args:
         x: (..., n_in), float16, bfloat16, float32 or float64.
         w: (n_out, n_in), any layout without leading dimensions, x's dtype.
         bias: (n_out,) of x's dtype, or None.
+        activation: None, "gelu" (exact, by erf), "gelu_tanh" (torch's approximate="tanh"), "silu"
+            or "relu".
 
     Returns:
         (..., n_out) in x.dtype, summed in float32 (float64 for float64). Differentiable with
@@ -32,6 +43,7 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ShapeError: sizes that do not fit; a weight with leading dimensions.
         DtypeError: dtypes that differ or are no floats.
+        UnsupportedError: another activation.
 
     Source: Chen et al., E.T.: Re-Thinking Self-Attention for Transformer Models on GPUs, SC 2021,
     for tiles; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, for 2:4.
@@ -59,6 +71,11 @@ def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
     plan = plan_for("linear", layout, values, x, bias, w.keep)
     tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
+    if activation is not None:
+        check_activation("linear", activation)
+        keep = fold_mask(w.keep, layout.lead, ())
+        made = activated(values[None], tokens[None], bias, keep, w.keep_rows, plan, activation)
+        return made.reshape(*x.shape[:-1], n_out)
     if isinstance(layout, NMLayout) and w.keep is None:
         made = ops_linear.linear(values[None], tokens[None], bias, plan, False)
         return made.reshape(*x.shape[:-1], n_out)

@@ -13,6 +13,8 @@ from torch import Tensor
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
 
+from .activations import ACTIVATIONS
+
 
 def mask_of(layout: Layout, keep: Tensor | None = None, over_rows: bool = False) -> Tensor:
     """Kept positions with a run-time mask applied: bool (b or B, h, nq, nk)."""
@@ -142,10 +144,13 @@ def spmm(s: SparseTensor, x: Tensor) -> Tensor:
     return torch.where(mask[..., None], product, 0).sum(-2)
 
 
-def linear(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
-    """X @ w.T + bias in float64."""
+def linear(
+    x: Tensor, w: SparseTensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Act(x @ w.T + bias) in float64."""
     y = x.double() @ dense_of(w).transpose(-1, -2)
-    return y if bias is None else y + bias.double()
+    y = y if bias is None else y + bias.double()
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def prune(

@@ -32,6 +32,8 @@ SCHEMAS = {
     "linear": f"(Tensor values, Tensor x, Tensor? bias, {_PLAN}, bool transposed) -> Tensor",
     "affine": f"(Tensor values, Tensor x, Tensor bias, {_MASK}, {_PLAN}, ScalarType dtype)"
     " -> Tensor",
+    "activated": f"(Tensor values, Tensor x, Tensor? bias, {_MASK}, {_PLAN}, str activation)"
+    " -> Tensor",
     "softmax": f"(Tensor values, {_MASK}, {_PLAN}, ScalarType dtype, bool want_lse)"
     " -> (Tensor, Tensor)",
     "softmax_backward": f"(Tensor p, Tensor grad, Tensor? grad_lse, {_MASK}, {_PLAN},"
@@ -88,6 +90,11 @@ def _(values, x, bias, tensors, dims, name, transposed):  # type: ignore[no-unty
     return x.new_empty(*x.shape[:2], dims[2 if transposed else 1])
 
 
+@torch.library.register_fake("mixgrain::activated", lib=LIB)
+def _(values, x, bias, keep, keep_rows, tensors, dims, name, activation):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:2], dims[1])
+
+
 @torch.library.register_fake("mixgrain::softmax", lib=LIB)
 def _(values, keep, keep_rows, tensors, dims, name, dtype, want_lse):  # type: ignore[no-untyped-def]
     wide = accumulation(values.dtype, dtype)
@@ -121,6 +128,7 @@ LIB.impl("spmm", cpu_spmm.spmm, "CPU")
 LIB.impl("spmm_t", cpu_spmm.spmm_t, "CPU")
 LIB.impl("linear", cpu_spmm.linear, "CPU")
 LIB.impl("affine", cpu_spmm.affine, "CPU")
+LIB.impl("activated", cpu_spmm.activated, "CPU")
 LIB.impl("softmax", cpu_softmax.softmax, "CPU")
 LIB.impl("softmax_backward", cpu_softmax.softmax_backward, "CPU")
 LIB.impl("prune", cpu_prune.prune, "CPU")

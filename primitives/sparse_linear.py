@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from mixgrain.formats.arguments import as_device, as_flag, as_size, check_dense
-from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError
+from mixgrain.formats.errors import DtypeError, LayoutError, ShapeError, UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 
+from .activations import check_activation
 from .checks import check_dtype
 from .layout_module import LayoutModule
 from .linear import linear
 
 
 class SparseLinear(torch.nn.Module):
-    """``x @ w.T + bias`` with a weight that holds values at fixed positions only.
+    """``act(x @ w.T + bias)`` with a weight that holds values at fixed positions only.
 
     Only kept values are parameters: they alone get gradients, and an optimiser's step keeps the
     positions. What fills up a layout (see ``Layout``) is zero, gets zero gradients and stays zero.
@@ -33,12 +34,15 @@ class SparseLinear(torch.nn.Module):
         values: Parameter (slots,), the values in the order of the layout.
         bias: Parameter (n_out,), or None.
         positions: LayoutModule with the layout, (n_out, n_in).
+        activation: name of what is applied to the result, as in ``linear``, or None. It is no part
+            of the state dict.
     """
 
     in_features: int
     out_features: int
     values: torch.nn.Parameter
     bias: torch.nn.Parameter | None
+    activation: str | None = None
 
     def __init__(
         self,
@@ -50,6 +54,7 @@ class SparseLinear(torch.nn.Module):
         size: int = 64,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        activation: str | None = None,
     ) -> None:
         """A layer with random values at given positions.
 
@@ -63,13 +68,17 @@ class SparseLinear(torch.nn.Module):
             size: side of its blocks.
             device: of the parameters and positions; on "meta" the positions are on the CPU.
             dtype: of the parameters.
+            activation: None, "gelu", "gelu_tanh", "silu" or "relu"; see ``linear``.
 
         Raises:
             LayoutError: no layout or pattern, or one without linear layers (P.nm chooses by
                 score: see ``from_linear`` for N:M weights).
             ShapeError: a layout of another shape, or with leading dimensions.
+            UnsupportedError: another activation.
         """
         super().__init__()
+        check_activation("SparseLinear", activation)
+        self.activation = activation
         self.in_features, self.out_features = (
             as_size("SparseLinear", name, n)
             for name, n in (("in_features", in_features), ("out_features", out_features))
@@ -96,12 +105,15 @@ class SparseLinear(torch.nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_sparse(cls, s: SparseTensor, bias: Tensor | None = None) -> Self:
-        """A layer that computes ``linear(x, s, bias)``.
+    def from_sparse(
+        cls, s: SparseTensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Self:
+        """A layer that computes ``linear(x, s, bias, activation)``.
 
         Args:
             s: (n_out, n_in), without a run-time mask; its values are copied.
             bias: (n_out,), copied, or None.
+            activation: as for the layer.
 
         Raises:
             LayoutError: no SparseTensor, or one with a run-time mask.
@@ -125,7 +137,8 @@ class SparseLinear(torch.nn.Module):
                 f"SparseLinear.from_sparse: bias has shape {tuple(bias.shape)}; expected ({n_out},)"
             )
         _check(s.layout, (n_out, n_in))
-        made = cls(n_in, n_out, bias=bias is not None, device="meta", dtype=s.dtype)
+        has_bias = bias is not None
+        made = cls(n_in, n_out, bias=has_bias, device="meta", dtype=s.dtype, activation=activation)
         made.positions = LayoutModule(s.layout)
         made.values = torch.nn.Parameter(s.values.detach().clone())
         if bias is not None:
@@ -133,12 +146,19 @@ class SparseLinear(torch.nn.Module):
         return made
 
     @classmethod
-    def from_linear(cls, dense: torch.nn.Linear, kind: str | None = None, **options: Any) -> Self:
+    def from_linear(
+        cls,
+        dense: torch.nn.Linear,
+        kind: str | None = None,
+        activation: str | None = None,
+        **options: Any,
+    ) -> Self:
         """A layer with the weight of a dense one, in a layout or pruned to it.
 
         Args:
             dense: the layer; it is left as it is.
             kind: "tile", "nm", "block", "row" or "mixed".
+            activation: as for the layer: what follows the dense one.
             options: as for ``sparsify``: prune=True to drop what is small, with density, n and m,
                 or size; layout= to take given positions.
 
@@ -150,7 +170,8 @@ class SparseLinear(torch.nn.Module):
                 f"SparseLinear.from_linear: given a {type(dense).__name__}, expected a "
                 "torch.nn.Linear; for a sparse weight use from_sparse"
             )
-        made = cls.from_sparse(sparsify(dense.weight.detach(), kind, **options), dense.bias)
+        sparse = sparsify(dense.weight.detach(), kind, **options)
+        made = cls.from_sparse(sparse, dense.bias, activation)
         made.values.requires_grad_(dense.weight.requires_grad)
         if made.bias is not None:
             made.bias.requires_grad_(dense.bias.requires_grad)
@@ -185,14 +206,24 @@ class SparseLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) -> (..., n_out); see ``mixgrain.linear``."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.activation)
 
     def to_dense(self) -> Tensor:
         """The weight as a dense (n_out, n_in) tensor, +0 where nothing is kept; differentiable."""
         return self.weight.to_dense()
 
     def to_linear(self) -> torch.nn.Linear:
-        """A torch.nn.Linear that computes the same, with copies of the parameters."""
+        """A torch.nn.Linear that computes the same, with copies of the parameters.
+
+        Raises:
+            UnsupportedError: the layer has an activation.
+        """
+        if self.activation is not None:
+            raise UnsupportedError(
+                f"SparseLinear.to_linear: the layer applies {self.activation!r}, for which a "
+                "torch.nn.Linear has no place; set layer.activation = None and put the activation "
+                "behind the new layer"
+            )
         weight = self.to_dense().detach()
         made = torch.nn.Linear(self.in_features, self.out_features, bias=self.bias is not None,
                                device="meta", dtype=weight.dtype)  # fmt: skip
@@ -251,11 +282,12 @@ class SparseLinear(torch.nn.Module):
         self.values.data = self.values.data.new_empty(found.layout.slots)
 
     def extra_repr(self) -> str:
-        """Sizes; the layout follows as a module of its own."""
-        return (
+        """Sizes and the activation; the layout follows as a module of its own."""
+        said = (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
         )
+        return said if self.activation is None else f"{said}, activation={self.activation!r}"
 
 
 def _check(layout: object, shape: tuple[int, int]) -> None:

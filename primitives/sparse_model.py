@@ -46,6 +46,8 @@ def sparsify_model(model: nn.Module, rule: Rule, **options: Any) -> ModelReport:
     Linear, whose owner (MultiheadAttention, say) may read the weight itself; layers with hooks; a
     weight that something else uses too, an embedding say. The fast path of TransformerEncoderLayer
     (inference), which reads its layers' weights, is switched off where they are swapped.
+    Activations stay where the model has them: what a linear layer is followed by is not for its
+    weight to know. A layer's ``activation`` fuses one by hand.
 
     Biases stay the parameters they were, values are new ones: make the optimiser afterwards. Either
     all layers are swapped or, when an error is raised, none; until then the device holds both.

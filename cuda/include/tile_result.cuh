@@ -1,7 +1,28 @@
 #pragma once
 // From the accumulators of a warp to 16 rows of a row-major result, or to 16 columns of one whose rows are tokens.
+#include "activation.cuh"
 #include "quad.cuh"
 #include "types.cuh"
+
+// What the bias adds to a lane's features; [2 b + e], see below.
+__device__ __forceinline__ void bias_of(float (&more)[4], const operand_t *bias, int feature, int features) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const int at = feature + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2;
+        if (at < features) more[c] = to_float(bias[at]);
+    }
+}
+
+// Scales, adds the bias (nullptr: none) and activates what store_tokens is then to write as it is. A pass of its own:
+// with the addresses of the stores there are not enough registers.
+template <int kCount>
+__device__ __forceinline__ void activate_tokens(float (&acc)[kCount], float scale, const operand_t *bias, int feature,
+                                                int features) {
+    float more[4] = {0.f, 0.f, 0.f, 0.f};
+    if (bias) bias_of(more, bias, feature, features);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) acc[i] = activated(fmaf(acc[i], scale, more[i / 4 % 2 * 2 + i % 2]));
+}
 
 // Writes kWide tokens × 16 features, scaled and plus the bias (nullptr: none); kFloat: as float32.
 //   acc      [8 i + 4 b + 2 h + e]: token 16 i + 8 h + g, feature 8 b + 2 t + e
@@ -12,13 +33,7 @@ __device__ __forceinline__ void store_tokens(const float (&acc)[kWide / 2], floa
                                              int token, int tokens, int feature, int features) {
     const int t = threadIdx.x % 4;
     float more[4] = {0.f, 0.f, 0.f, 0.f};
-    if (bias) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int at = feature + c / 2 * 8 + 2 * t + c % 2;
-            if (at < features) more[c] = to_float(bias[at]);
-        }
-    }
+    if (bias) bias_of(more, bias, feature, features);
     if (!kFloat && features % 8 == 0) {
         // A lane of a quad takes 8 neighbouring features of one token: whole 16-byte stores.
 #pragma unroll

@@ -1,4 +1,4 @@
-// spmm_nm.cu: an N:M matrix of 2:4 or 1:2 times a dense one on mma.sp; linear as x Sᵀ + bias.
+// spmm_nm.cu: an N:M matrix of 2:4 or 1:2 times a dense one on mma.sp; linear as act(x Sᵀ + bias).
 //
 //   tensors   values (F, E · stored · packed); metadata (E, lines, stored) int32, hardware order (nm_left.cuh)
 //             x (F, E, inner, N) with N contiguous (MAJOR 1) or inner (MAJOR 0)
@@ -13,12 +13,14 @@
 // Halves, or float32 as TF32. Unchosen elements of x are never multiplied; slots past the last column are
 // zeroed whatever they hold.
 #include "types.cuh"
+#include "activation.cuh"
 #include "copy.cuh"
 #include "mma_sparse.cuh"
 #define MG_DEPTH 1
 #include "nm_left.cuh"
 
 constexpr bool kMajor = MG_MAJOR, kTurned = MG_TURNED;
+static_assert(kTurned || !kActivation, "ACTIVATION: TURNED only");
 constexpr int kRows = MG_ROWS, kWide = MG_WIDE, kStages = 3;
 static_assert(kRows == 64 || kRows == 128, "ROWS must be 64 or 128");
 static_assert(kWide == 16 || kWide == 64 || kWide == 128, "WIDE must be 16, 64 or 128");
@@ -147,8 +149,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                 const int column = from + n0 + 8 * j + 2 * t;
                 const float low = fmaf(acc[i][j][2 * h], scale, plus), high = fmaf(acc[i][j][2 * h + 1], scale, plus);
                 if constexpr (kTurned) {
-                    if (column < width) to[static_cast<i64>(column) * pitch + row] = from_float<out_t>(low);
-                    if (column + 1 < width) to[static_cast<i64>(column + 1) * pitch + row] = from_float<out_t>(high);
+                    if (column < width) to[static_cast<i64>(column) * pitch + row] = from_float<out_t>(activated(low));
+                    if (column + 1 < width) to[static_cast<i64>(column + 1) * pitch + row] = from_float<out_t>(activated(high));
                 } else if (column < width) {
                     store_pair(to + static_cast<i64>(row) * width + column, low, high);
                 }

@@ -11,9 +11,11 @@
 //
 // S is expanded on chip. Dead slots are left out whatever they hold; rows of x that no element of the patch
 // meets are zeros in it: 0 · NaN is NaN.
+#include "activation.cuh"
 #include "nm_patch.cuh"
 
 constexpr bool kTransposed = MG_TRANSPOSED, kMajor = MG_MAJOR, kTurned = MG_TURNED;
+static_assert(kTurned || !kActivation, "ACTIVATION: TURNED only");
 constexpr int kWide = MG_WIDE, kRows = 64, kStages = 3;
 using Split = Warps<kRows, kWide>;
 constexpr int kDown = kTransposed ? kDepth : kRows, kAcross = kTransposed ? kRows : kDepth;  // of a patch of S
@@ -120,9 +122,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
                 const int column = from + n0 + 8 * j + 2 * t;
                 const float low = acc[i][j][2 * h] * scale, high = acc[i][j][2 * h + 1] * scale;
                 if constexpr (kTurned) {
-                    if (column < width) mine[static_cast<i64>(column) * outer + row] = from_float<out_t>(low + plus);
+                    if (column < width) mine[static_cast<i64>(column) * outer + row] = from_float<out_t>(activated(low + plus));
                     if (column + 1 < width)
-                        mine[static_cast<i64>(column + 1) * outer + row] = from_float<out_t>(high + plus);
+                        mine[static_cast<i64>(column + 1) * outer + row] = from_float<out_t>(activated(high + plus));
                 } else if (column < width) {
                     store_pair(mine + static_cast<i64>(row) * width + column, low, high);
                 }

@@ -1,4 +1,4 @@
-// spmm_nm_sm90: out = scale · S x, S of 2:4 or 1:2, on wgmma.sp and TMA; linear as x Sᵀ + bias.
+// spmm_nm_sm90: out = scale · S x, S of 2:4 or 1:2, on wgmma.sp and TMA; linear as act(x Sᵀ + bias).
 //
 //   out       (M, rows, N), N % 8 == 0, or, TURNED, (M, N, pitch), pitch % 8 == 0; M = F · E matrices
 //   values    (M, padded rows, packed columns) by a 3-D map, boxes of kRows × 64 · kDepth bytes
@@ -16,6 +16,7 @@
 //
 // Unchosen elements of x are never multiplied; slots past the last column are zeroed whatever they hold.
 #include "types.cuh"
+#include "activation.cuh"
 #include "cluster.cuh"
 #include "nm_words.cuh"
 #include "wgmma.cuh"
@@ -24,6 +25,7 @@
 
 constexpr int kGroups = MG_GROUPS, kWide = MG_WIDE, kStages = MG_STAGES, kCluster = MG_CLUSTER;
 constexpr bool kMajor = MG_MAJOR, kTurned = MG_TURNED, kPartial = MG_PARTIAL;
+static_assert(kTurned || !kActivation, "ACTIVATION: TURNED only");
 static_assert(kWide == 64 || kWide == 128 || (kWide == 256 && kGroups == 2), "WIDE: 64, 128, or 256 of 2 groups");
 static_assert(kCluster == 1 || (kCluster == 2 && kWide >= 128), "CLUSTER must be 1, or 2 with WIDE >= 128");
 static_assert(!kMajor || sizeof(operand_t) == 2, "MAJOR 1 is for 16-bit operands");
@@ -187,7 +189,7 @@ __launch_bounds__(kConsumers + 128, 1)
                 for (int k = 0; k < kWide / 2; ++k) {
                     const int token = column + k / 4 * 8 + lane % 4 * 2 + k % 2, r = mine + k / 2 % 2 * 8;
                     if (token < width && r < rows)
-                        to[static_cast<i64>(token) * pitch + r] = fmaf(acc[k], scale, k / 2 % 2 ? high : low);
+                        to[static_cast<i64>(token) * pitch + r] = activated(fmaf(acc[k], scale, k / 2 % 2 ? high : low));
                 }
             } else {
                 const u32 staged = ring + kStages * kStage + group * kStaged;
@@ -203,7 +205,7 @@ __launch_bounds__(kConsumers + 128, 1)
                         for (int h = 0; h < 4; ++h) {  // columns 8 (j + h / 2), rows + 8 (h % 2)
                             const float *d = acc + 4 * (j + h / 2) + 2 * (h % 2);
                             const float plus = h % 2 ? high : low;
-                            v[h] = pack2<operand_t>(fmaf(d[0], scale, plus), fmaf(d[1], scale, plus));
+                            v[h] = pack2<operand_t>(activated(fmaf(d[0], scale, plus)), activated(fmaf(d[1], scale, plus)));
                         }
                         // Eight rows of the result, one column of ours each, to 16 bytes side by side.
                         const int token = 8 * (j - pass * 8 + lane / 16) + lane % 8;

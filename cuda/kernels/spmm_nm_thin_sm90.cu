@@ -15,6 +15,7 @@
 //
 // The sums of a cluster's CTAs are added in the order of the inner dimension: the same bits every time.
 #include "types.cuh"
+#include "activation.cuh"
 #include "cluster.cuh"
 #include "nm_words.cuh"
 #include "wgmma.cuh"
@@ -129,6 +130,6 @@ __launch_bounds__(kConsumers + 32)
         const int token = column + i / 4 * 8 + lane % 4 * 2 + i % 2, r = row + 16 * warp + lane / 4 + i / 2 % 2 * 8;
         if (i * kSplit / kSums == rank && token < width && r < rows)
             to[static_cast<i64>(token) * pitch + r] =
-                from_float<operand_t>(fmaf(acc[i], scale, bias ? to_float(bias[r]) : 0.f));
+                from_float<operand_t>(activated(fmaf(acc[i], scale, bias ? to_float(bias[r]) : 0.f)));
     }
 }

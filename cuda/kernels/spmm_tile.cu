@@ -5,7 +5,7 @@
 // its own tiles, straight from global memory into fragments, and multiplies by no others. So warps drift
 // apart by as much as the ring is long, and uneven lines even out.
 //
-//   out     (F, rows, D); with kTokens (F, D, rows), plus the bias of each row
+//   out     (F, rows, D); with kTokens (F, D, rows), plus the bias of each row, activated
 //   x       (F, inner, D), columns contiguous; with kTokens inner positions contiguous
 //   values  (F, slots), 512 bytes a tile
 //   bounds  (lines + 1)   first tile of each line
@@ -33,6 +33,7 @@
 
 constexpr int kWarps = MG_WARPS, kWide = MG_WIDE, kStages = MG_STAGES;
 constexpr bool kTransposed = MG_TRANSPOSED, kTokens = MG_TOKENS, kFloat = MG_PARTIAL, kBulk = MG_TMA;
+static_assert(kTokens || !kActivation, "ACTIVATION: TOKENS only");
 static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
 constexpr int kProducers = kBulk ? 1 : kWarps > 8 ? 4 : kWarps > 4 ? 2 : 1;  // warps that bring x
 constexpr int kPanels = kWide / 64, kQuarters = 4;
@@ -251,8 +252,10 @@ extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers))
         const i64 plane = static_cast<i64>(matrix) * rows * width;
         void *to = kFloat ? static_cast<void *>(static_cast<float *>(out) + plane)
                           : static_cast<void *>(static_cast<operand_t *>(out) + plane);
+        if constexpr (kActivation) activate_tokens(acc, scale, bias, line * 16, rows);
         if constexpr (kTokens)
-            store_tokens<kWide, kFloat>(acc, scale, bias, to, column + lane / 4, width, line * 16, rows);
+            store_tokens<kWide, kFloat>(acc, kActivation ? 1.f : scale, kActivation ? nullptr : bias, to,
+                                        column + lane / 4, width, line * 16, rows);
         else
             store_rows<kWide, kFloat>(acc, scale, to, line * 16 + lane / 4, rows, column, width);
     }

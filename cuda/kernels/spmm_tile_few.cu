@@ -5,7 +5,7 @@
 // kRing tiles at once, so that all of a short line is under way before anything is waited for; what is asked
 // of x, 16 inner positions for each tile, comes through the caches. Nothing is aligned but values.
 //
-//   out     (F, rows, D) by strides, plus the bias of each row (nullptr: none)
+//   out     (F, rows, D) by strides, plus the bias of each row (nullptr: none), activated
 //   x       (F, inner, D) by strides; kPairs: inner positions contiguous, pairs at multiples of 4 bytes
 //   values  (F, slots), 512 bytes a tile
 //   shares  (lines, kWarps, span) int2: first cell of a warp and number of its cells, then span − 1 of them
@@ -17,6 +17,7 @@
 //   floor  tile bytes at the rate of memory
 //   needs  sm_80
 #include "types.cuh"
+#include "activation.cuh"
 #include "copy.cuh"
 #include "tile.cuh"
 
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, (kBlocks == 4 ? 24 : 3
         float sum = 0.f;
 #pragma unroll
         for (int k = 0; k < kWarps; ++k) sum += sums[k][c][r];
-        const float y = fmaf(sum, scale, bias ? to_float(bias[row]) : 0.f);
+        const float y = activated(fmaf(sum, scale, bias ? to_float(bias[row]) : 0.f));
         out[f * out_free + row * out_row + (column + c) * out_column] = from_float<out_t>(y);
     }
 }

@@ -9,7 +9,7 @@
 // Tiles go straight to registers, two batches of kGroup under way. All is latency and instructions: what a warp
 // does for a tile is counted, and nothing that a thread computes once waits for a table.
 //
-//   out      (F, rows, D) by strides, plus the bias of each row (nullptr: none)
+//   out      (F, rows, D) by strides, plus the bias of each row (nullptr: none), activated
 //   x        (F, inner, D) by strides; kWide: inner positions contiguous, columns at 16 bytes, inner % 8 == 0
 //   values   (F, slots), 512 bytes a tile
 //   work     (CTAs, pitch) int: for each warp its first cell, its number of cells + 2²⁰ · its first segment, and its
@@ -26,6 +26,7 @@
 //          768² 6.3, 768 -> 3072 7.9, 3072 -> 768 8.9; a kernel that loads and stores 200 KB takes 4.2
 //   needs  sm_90
 #include "types.cuh"
+#include "activation.cuh"
 #include "cluster.cuh"
 #include "tile.cuh"
 
@@ -241,7 +242,7 @@ __launch_bounds__(kThreads)
         out_t y[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            y[i] = from_float<out_t>(fmaf(v[i], scale, bias && row + i < rows ? to_float(bias[row + i]) : 0.f));
+            y[i] = from_float<out_t>(activated(fmaf(v[i], scale, bias && row + i < rows ? to_float(bias[row + i]) : 0.f)));
         if (quads && row + 3 < rows) {
             struct alignas(4 * sizeof(out_t)) Four { out_t v[4]; };
             *reinterpret_cast<Four *>(to) = {y[0], y[1], y[2], y[3]};

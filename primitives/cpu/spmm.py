@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..checks import accumulation
 from ..plans.plan import Plan
 from .matrix import Matrix, flat, operand
@@ -81,6 +82,27 @@ def affine(
     plan = Plan(tensors, dims, name)
     out = _product(values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
     return out.add_(bias[:, None].to(wide)).to(dtype)
+
+
+def activated(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    keep_rows: bool,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    activation: str,
+) -> Tensor:
+    """Act(x Sᵀ + bias), rounded once: (F, slots), (F, T, inner), (outer,) -> (F, T, outer)."""
+    wide = accumulation(x.dtype)
+    plan = Plan(tensors, dims, name)
+    right = x.mT[:, None]
+    out = _product(values, right, keep, keep_rows, plan, 1.0, wide, transposed=False)[:, 0].mT
+    if bias is not None:
+        out = out + bias.to(wide)
+    return ACTIVATIONS[activation](out).to(x.dtype).contiguous()
 
 
 def _product(

@@ -30,6 +30,7 @@ MODULES = {
     "spmm_t": "spmm",
     "linear": "spmm",
     "affine": "spmm",
+    "activated": "spmm",
     "softmax": "softmax",
     "softmax_backward": "softmax",
     "row_sum": "softmax",

@@ -112,6 +112,7 @@ def product(
     transposed: bool,
     turned: bool = False,
     bias: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
     """Scale · S x, or Sᵀ x when transposed.
 
@@ -127,6 +128,7 @@ def product(
         transposed: multiply by the transpose.
         turned: return the product's transpose; dtype is x's and there is no mask.
         bias: (F, outer), added to each column before rounding; turned only, F = 1.
+        activation: a code of ``activations``, applied before rounding; 0 = none; turned only.
 
     Returns:
         (F, E, outer, N), contiguous, or (F, E, N, outer).
@@ -149,12 +151,12 @@ def product(
         # TF32 has no wgmma for an x whose columns lie side by side.
         fits = x.dtype != torch.float32 or not major
         engine = nm_sm90 if fits and _hopper(x.device.index) else nm_mma
-        engine.spmm(out, values, s, x, major, scale, turned, bias)
+        engine.spmm(out, values, s, x, major, scale, turned, bias, activation=activation)
         return out[..., : outer if turned else width].contiguous()
     if turned:
         out = x.new_empty(free, entries, wide, outer, dtype=dtype)
     side = 0 if keep is None else 1 if keep_rows == flipped else 2
-    nm_any.spmm(out, values, s, x, keep, side, scale, transposed, major, turned, bias)
+    nm_any.spmm(out, values, s, x, keep, side, scale, transposed, major, turned, bias, activation)
     return out if turned else out[..., :width].contiguous()
 
 
@@ -165,8 +167,9 @@ def linear(
     part: PartPlan,
     shape: tuple[int, int],
     transposed: bool,
+    activation: int = 0,
 ) -> Tensor:
-    """Product x Sᵀ + bias, or x S + bias when transposed; see `product`.
+    """Product x Sᵀ + bias, or x S + bias when transposed, activated; see `product`.
 
     Args:
         values: (F, slots).
@@ -175,6 +178,7 @@ def linear(
         part: kind "nm" or "nm_t".
         shape: of S.
         transposed: multiply by S itself.
+        activation: a code of ``activations``; 0 = none.
 
     Returns:
         (F, T, outer) of x's dtype.
@@ -182,7 +186,8 @@ def linear(
     free, tokens, inner = x.shape
     step = x.stride()
     backwards = transposed != (part.kind == "nm_t")
-    if backwards and bias is None and free == 1 and tokens >= nm_dense.TOKENS:
+    plain = bias is None and not activation
+    if backwards and plain and free == 1 and tokens >= nm_dense.TOKENS:
         s = stored(part, shape, 1)
         if values.dtype == x.dtype and s.rows * s.columns <= MOST_DENSE:
             made = nm_dense.product(
@@ -191,7 +196,7 @@ def linear(
             return made.view(1, tokens, s.columns)
     right = x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
     out = product(
-        values, right, None, False, part, shape, 1.0, x.dtype, transposed, True, bias
+        values, right, None, False, part, shape, 1.0, x.dtype, transposed, True, bias, activation
     )  # fmt: skip
     return out.view(free, tokens, out.shape[3])
 

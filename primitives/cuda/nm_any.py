@@ -12,7 +12,7 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.launch import Kernel, kernel
 
-from .parts import CODES, THREADS, aligned, mask, ready, runs, tf32
+from .parts import CODES, THREADS, activation_constant, aligned, mask, ready, runs, tf32
 
 if TYPE_CHECKING:
     from .nm import Stored
@@ -30,8 +30,9 @@ def spmm(
     major: bool,
     turned: bool,
     bias: Tensor | None,
+    activation: int = 0,
 ) -> None:
-    """Write scale · S x, or Sᵀ x when transposed, or (turned) its transpose plus a bias.
+    """Write scale · S x, or Sᵀ x when transposed, or (turned) its transpose + bias, activated.
 
     Args:
         out: (F, E, outer, N), contiguous, N % 8 == 0; turned: (F, E, N, outer), contiguous.
@@ -45,12 +46,13 @@ def spmm(
         major: whether N is the contiguous one.
         turned: write the transpose.
         bias: (outer,) of x's dtype, added before rounding; turned only.
+        activation: a code of ``activations``, applied before rounding; 0 = none; turned only.
     """
     entries, width = s.entries, x.shape[3]
     outer, across = s.columns if transposed else s.rows, wide_of(x.shape[3], x.dtype)
     run, shared = _spmm_kernel(
         x.device.index, s.encoding, s.n, s.m, x.dtype, values.dtype, out.dtype,
-        transposed, major, turned, across, side, tf32(x.dtype),
+        transposed, major, turned, across, side, tf32(x.dtype), activation,
     )  # fmt: skip
     for kept, to, weights, right in runs(keep, out, values, x, entries=entries):
         run(
@@ -94,6 +96,7 @@ def spmm_request(
     wide: int,
     side: int,
     rounded: bool,
+    activation: int = 0,
 ) -> Request:
     """The kernel that takes every N:M product."""
     constants = {
@@ -110,6 +113,7 @@ def spmm_request(
         "KEEP": side,
         "TF32": int(rounded),
     }
+    constants |= activation_constant(activation)
     return request("spmm_nm_any", constants, flush=operand != torch.float32)
 
 

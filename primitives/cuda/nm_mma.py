@@ -13,7 +13,7 @@ from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
-from .parts import CODES, runs
+from .parts import CODES, activation_constant, runs
 
 if TYPE_CHECKING:
     from .nm import Stored
@@ -29,7 +29,12 @@ def tile_of(rows: int, width: int, matrices: int, several: int) -> tuple[int, in
 
 @functools.lru_cache(maxsize=256)
 def spmm_request(
-    operand: torch.dtype, out: torch.dtype, tile: tuple[int, int], major: bool, turned: bool
+    operand: torch.dtype,
+    out: torch.dtype,
+    tile: tuple[int, int],
+    major: bool,
+    turned: bool,
+    activation: int = 0,
 ) -> Request:
     """The kernel; ``major``: columns of x lie side by side."""
     constants = {
@@ -40,6 +45,7 @@ def spmm_request(
         "MAJOR": int(major),
         "TURNED": int(turned),
     }
+    constants |= activation_constant(activation)
     return request("spmm_nm", constants, flush=operand != torch.float32)
 
 
@@ -65,8 +71,9 @@ def spmm(
     scale: float,
     turned: bool = False,
     bias: Tensor | None = None,
+    activation: int = 0,
 ) -> None:
-    """Write scale · S x of every matrix, or (turned) its transpose plus a bias.
+    """Write scale · S x of every matrix, or (turned) its transpose plus a bias, activated.
 
     Args:
         out: (F, E, rows, N), contiguous, N % 8 == 0, or, turned, (F, E, N, rows rounded up to 8).
@@ -77,10 +84,11 @@ def spmm(
         scale: multiplies the product.
         turned: write the transpose.
         bias: (rows,) of x's dtype, added before rounding; turned only.
+        activation: a code of ``activations``, applied before rounding; 0 = none; turned only.
     """
     width, entries, device = x.shape[3], s.entries, x.device.index
     tile = tile_of(s.rows, width, out.shape[0] * entries, facts(device).multiprocessors)
-    run = kernel(spmm_request(x.dtype, out.dtype, tile, major, turned), device)
+    run = kernel(spmm_request(x.dtype, out.dtype, tile, major, turned, activation), device)
     lines = s.words // (4 * s.lines)
     for _, to, weights, right in runs(None, out, values, x, entries=entries):
         run(

@@ -17,7 +17,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import Argument, kernel
 from mixgrain.cuda.tma import descriptor
 
-from .parts import CODES, MOST_MATRICES
+from .parts import CODES, MOST_MATRICES, activation_constant
 
 if TYPE_CHECKING:
     from .nm import Stored
@@ -82,7 +82,9 @@ def cut_of(rows: int, width: int, matrices: int, several: int) -> Cut:
 
 
 @functools.lru_cache(maxsize=256)
-def spmm_request(dtype: torch.dtype, cut: Cut, major: bool, turned: bool, partial: bool) -> Request:
+def spmm_request(
+    dtype: torch.dtype, cut: Cut, major: bool, turned: bool, partial: bool, activation: int = 0
+) -> Request:
     """The kernel; ``major``: columns of x lie side by side; ``partial`` writes float32."""
     constants = {
         "DTYPE": CODES[dtype],
@@ -95,6 +97,7 @@ def spmm_request(dtype: torch.dtype, cut: Cut, major: bool, turned: bool, partia
         "TURNED": int(turned),
         "PARTIAL": int(partial),
     }
+    constants |= activation_constant(activation)
     return request("spmm_nm_sm90", constants, flush=True)
 
 
@@ -154,7 +157,7 @@ def best_of(rows: int, width: int, inner: int, matrices: int, several: int) -> C
 
 
 @functools.lru_cache(maxsize=256)
-def thin_request(dtype: torch.dtype, cut: Thin) -> Request:
+def thin_request(dtype: torch.dtype, cut: Thin, activation: int = 0) -> Request:
     """The kernel of few columns."""
     constants = {
         "DTYPE": CODES[dtype],
@@ -164,6 +167,7 @@ def thin_request(dtype: torch.dtype, cut: Thin) -> Request:
         "STAGES": cut.stages,
         "DEPTH": 2,
     }
+    constants |= activation_constant(activation)
     return request("spmm_nm_thin_sm90", constants, flush=True)
 
 
@@ -208,8 +212,9 @@ def spmm(
     turned: bool = False,
     bias: Tensor | None = None,
     cut: Cut | Thin | None = None,
+    activation: int = 0,
 ) -> None:
-    """Write scale · S x of every matrix, or (turned) its transpose plus a bias.
+    """Write scale · S x of every matrix, or (turned) its transpose plus a bias, activated.
 
     Args:
         out: (F, E, rows, N), contiguous, N % 8 == 0, of x's dtype or float32; turned: (F, E, N,
@@ -222,13 +227,14 @@ def spmm(
         turned: write the transpose.
         bias: (rows,) of x's dtype, added before rounding; turned only.
         cut: how to cut it; None = as measured.
+        activation: a code of ``activations``, applied before rounding; 0 = none; turned only.
     """
     width, size, device = x.shape[3], x.element_size(), x.device.index
     matrices, several = out.shape[0] * s.entries, facts(x.device.index).multiprocessors
     if cut is None and turned and not major and matrices * -(-width // 64) <= MOST_MATRICES:
         cut = best_of(s.rows, width, s.columns, matrices, several)
     if isinstance(cut, Thin):
-        _thin(out, values, s, x, scale, bias, cut)
+        _thin(out, values, s, x, scale, bias, cut, activation)
         return
     cut = cut or cut_of(s.rows, width, matrices, several)
     panel = 128 // size
@@ -241,7 +247,8 @@ def spmm(
         pitch = out.shape[3]
         dims, strides = (pitch, width, matrices), (pitch * 2, pitch * width * 2)
         staged = descriptor(out.data_ptr(), out.dtype, dims, strides, (64, 64, 1))
-    kernel(spmm_request(x.dtype, cut, major, turned, out.dtype != x.dtype), device)(
+    wanted = spmm_request(x.dtype, cut, major, turned, out.dtype != x.dtype, activation)
+    kernel(wanted, device)(
         (min(count, several // cut.cluster) * cut.cluster,),
         cut.groups * 128 + 128,
         (
@@ -274,10 +281,11 @@ def _thin(
     scale: float,
     bias: Tensor | None,
     cut: Thin,
+    activation: int,
 ) -> None:
     """Write x Sᵀ for at most 64 columns of x; see `spmm`."""
     size, rows, across = x.element_size(), 64 * cut.groups, -(-x.shape[3] // cut.wide)
-    kernel(thin_request(x.dtype, cut), x.device.index)(
+    kernel(thin_request(x.dtype, cut, activation), x.device.index)(
         (-(-s.rows // rows) * cut.split, across * out.shape[0] * s.entries),
         cut.groups * 128 + 32,
         (

@@ -25,6 +25,11 @@ MOST_MATRICES = 65_535
 FORK_POSITIONS = 1 << 20
 
 
+def activation_constant(code: int) -> dict[str, int]:
+    """MG_ACTIVATION, which requests without one do not name: they are as old as their kernels."""
+    return {"ACTIVATION": code} if code else {}
+
+
 def check_dtypes(op: str, *dtypes: torch.dtype) -> None:
     """Raise UnsupportedError for float64, which has no kernels here."""
     for dtype in dtypes:

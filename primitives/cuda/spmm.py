@@ -1,4 +1,4 @@
-"""The operators spmm, spmm_t and affine on CUDA: one kernel or two per part.
+"""The operators of products on CUDA: one kernel or two per part.
 
 Coarse parts (blocks, panels) and fine ones (rows) leave float32 sums of their own, so that they can
 run at once; a last kernel adds the two and rounds.
@@ -13,8 +13,10 @@ from torch import Tensor
 from mixgrain.cuda.compile import request
 from mixgrain.cuda.launch import kernel
 
+from ..activations import CODES as ACTIVATIONS
 from ..plans.plan import PartPlan, Plan, split
 from . import block, expand_sm90, nm, nm_within, panel, row, tile
+from .finish import finish
 from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
 
@@ -102,6 +104,45 @@ def affine(
     return torch.add(out, bias.contiguous().view(1, 1, rows, 1)).to(dtype)
 
 
+def activated(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    keep_rows: bool,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    activation: str,
+) -> Tensor:
+    """Act(x Sᵀ + bias): (F, slots), (F, T, inner), (outer,) -> (F, T, outer).
+
+    In the kernels that write rows of tokens; else by the one that lays sums out so.
+    """
+    check_dtypes("linear", values.dtype, x.dtype)
+    _, shape, _, parts = split(Plan(tensors, dims, name))
+    free, tokens, inner = x.shape
+    step, code, wide = x.stride(), ACTIVATIONS[activation], torch.float32
+    if bias is not None:
+        bias = bias.contiguous()
+    if not parts or 0 in (*x.shape, shape[0]):
+        sums = [x.new_zeros((free, 1, shape[0], tokens), dtype=wide)]
+        return finish(sums, bias, tokens, x.dtype, code)
+    part = parts[0]
+    right = x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
+    if part.kind in nm.KINDS and keep is None:
+        return nm.linear(values, x, bias, part, shape, False, code)
+    if part.kind in nm.KINDS and not within(part):
+        sums = [nm.product(values, right, keep, keep_rows, part, shape, 1.0, wide, False)]
+    elif part.kind == "ctile":
+        out = tile.spmm(values, right, keep, keep_rows, part, 1.0, x.dtype, False, bias, code)
+        return out.mT.contiguous().view(free, tokens, shape[0])
+    else:
+        sums = _sums(values, right, keep, keep_rows, parts, shape[0], 1.0, wide, transposed=False)
+    with together():
+        return finish(sums, bias, tokens, x.dtype, code)
+
+
 def _product(
     op: str,
     values: Tensor,
@@ -125,8 +166,30 @@ def _product(
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     if parts[0].kind == "ctile":
         return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
+    sums = _sums(values, x, keep, keep_rows, parts, lines, scale, dtype, transposed)
+    if len(parts) == 1:
+        return sums[0][..., :width].contiguous()
+    with together():
+        return _rounded(sums, dtype)[..., :width].contiguous()
+
+
+def _sums(
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    parts: list[PartPlan],
+    lines: int,
+    scale: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> list[Tensor]:
+    """The product of a single part; of several, one or two float32 tensors that add up to it.
+
+    Columns are as many as x has, rounded up.
+    """
     x, values = aligned(x), aligned_values(values)
-    size = (*size[:3], x.shape[3])
+    size = (*x.shape[:2], lines, x.shape[3])
     if len(parts) == 1:
         out = x.new_empty(size, dtype=dtype)
         left: PartPlan | None = parts[0]
@@ -134,7 +197,7 @@ def _product(
             left = expand_sm90.spmm(out, values, x, parts[0], scale, transposed)
         if left is not None:
             _KINDS[left.kind](out, values, x, keep, keep_rows, left, scale, transposed, False)
-        return out[..., :width].contiguous()
+        return [out]
     # Each lane is summed in the order of its parts, then coarse + fine: always the same bits.
     sums: dict[bool, Tensor] = {}
 
@@ -147,9 +210,7 @@ def _product(
         _KINDS[part.kind](out, values, x, keep, keep_rows, part, scale, transposed, more)
 
     at_once(parts, add, values.shape[0])
-    with together():
-        out = _rounded([sums[lane] for lane in sorted(sums)], dtype)
-        return out[..., :width].contiguous()
+    return [sums[lane] for lane in sorted(sums)]
 
 
 def _rounded(sums: list[Tensor], dtype: torch.dtype) -> Tensor:

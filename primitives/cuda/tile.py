@@ -20,7 +20,8 @@ from ..plans import cuda_tile
 from ..plans.plan import PartPlan
 from . import block, tile_thin
 from .block_sm90 import laid_out, walks
-from .parts import CODES, MOST_MATRICES, aligned, aligned_values
+from .finish import finish
+from .parts import CODES, MOST_MATRICES, activation_constant, aligned, aligned_values
 from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
 
 # Up to this many columns, a line of tiles is a CTA's (spmm_tile_few).
@@ -91,8 +92,9 @@ def spmm(
     dtype: torch.dtype,
     transposed: bool,
     bias: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
-    """Scale · S x, or scale · Sᵀ x when transposed, plus the bias of each row.
+    """Scale · S x, or scale · Sᵀ x when transposed, plus the bias of each row, activated.
 
     Args:
         values: (F, slots).
@@ -104,13 +106,16 @@ def spmm(
         dtype: of the result.
         transposed: multiply by the transpose.
         bias: (rows,) of x's dtype, or None.
+        activation: a code of ``activations``, applied before rounding; 0 = none.
 
     Returns:
         (F, 1, rows, D), contiguous, or its last two dimensions exchanged where x is so.
     """
     tokens = in_tokens(x)
-    if bias is not None and not tokens:  # biases join where rows of tokens are written
-        shared = (keep, keep_rows, part, scale, dtype, transposed, bias)
+    if (
+        bias is not None or activation
+    ) and not tokens:  # they join where rows of tokens are written
+        shared = (keep, keep_rows, part, scale, dtype, transposed, bias, activation)
         return spmm(values, x.mT.contiguous().mT, *shared).contiguous()
     rows = part.scalars[1 if transposed else 0]
     free, _, inner, width = x.shape
@@ -119,7 +124,9 @@ def spmm(
     if keep is not None or x.dtype not in HALVES or values.dtype != x.dtype or (
         dtype not in (x.dtype, torch.float32)
     ):  # fmt: skip
-        out = _as_blocks(values, x, keep, keep_rows, part, scale, dtype, transposed, bias)
+        out = _as_blocks(
+            values, x, keep, keep_rows, part, scale, dtype, transposed, bias, activation
+        )
         return out.mT.contiguous().mT if tokens else out
     tables = part.tensors[2:] if transposed else part.tensors[:2]
     chosen = _choose(x.device.index, tables, width, free, tokens)
@@ -130,16 +137,16 @@ def spmm(
         index = x.device.index
         thin = tile_thin.cut(facts(index), lines, tiles, inner, width) if _hopper(index) else None
         if thin is None:
-            _few(out, values, x, tables, scale, transposed, bias)
+            _few(out, values, x, tables, scale, transposed, bias, activation)
         else:
-            tile_thin.spmm(out, values, x, tables, thin, scale, transposed, bias)
+            tile_thin.spmm(out, values, x, tables, thin, scale, transposed, bias, activation)
         return out
     x = laid_out(aligned(x.mT)).mT if tokens else laid_out(aligned(x))
     # Aligning pads the last dimension with zeros: inner positions that no tile meets, or columns.
     if not tokens:
         shape = (*shape[:3], x.shape[3])
     out = x.new_empty(shape, dtype=dtype)
-    _wide(out, values, x, inner, tables, chosen, scale, transposed, tokens, bias)
+    _wide(out, values, x, inner, tables, chosen, scale, transposed, tokens, bias, activation)
     return out.mT if tokens else out[..., :width].contiguous()
 
 
@@ -169,6 +176,7 @@ def _few(
     scale: float,
     transposed: bool,
     bias: Tensor | None,
+    activation: int,
 ) -> None:
     bounds, cells = tables
     free, _, rows, width = out.shape
@@ -183,7 +191,7 @@ def _few(
     warps = 8 if width <= 16 or lines * chunks <= 3 * there.multiprocessors else 4
     shares, most = derived(cells, ("shares", warps), lambda: cuda_tile.shares(bounds, cells, warps))
     ring = 12 if most > 6 and there.shared_bytes > 160_000 else 6
-    wanted = few_request(blocks, warps, ring, x.dtype, out.dtype, transposed, pairs)
+    wanted = few_request(blocks, warps, ring, x.dtype, out.dtype, transposed, pairs, activation)
     run = kernel(wanted, x.device.index)
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
@@ -226,6 +234,7 @@ def _wide(
     transposed: bool,
     tokens: bool,
     bias: Tensor | None,
+    activation: int,
 ) -> None:
     bounds, cells = tables
     free, rows, width = out.shape[0], *out.shape[-2:]
@@ -240,7 +249,7 @@ def _wide(
     )
     across = -(-width // how.wide)
     partial = out.dtype == torch.float32
-    run = kernel(wide_request(how, x.dtype, transposed, tokens, partial), device)
+    run = kernel(wide_request(how, x.dtype, transposed, tokens, partial, activation), device)
     several = facts(device).multiprocessors * how.each
     tiles = walks(records, across, free, several)
     run(
@@ -295,14 +304,18 @@ def _as_blocks(
     dtype: torch.dtype,
     transposed: bool,
     bias: Tensor | None,
+    activation: int,
 ) -> Tensor:
     """What there are no kernels for on tiles themselves: float32, mixed dtypes, run-time masks."""
     rows, width = part.scalars[1 if transposed else 0], x.shape[3]
     x = aligned(x)
-    wide = dtype if bias is None else torch.float32
+    wide = dtype if bias is None and not activation else torch.float32
     out = x.new_empty((x.shape[0], 1, rows, x.shape[3]), dtype=wide)
     turned = rows_first(values, back=False)
     block.spmm(out, turned, x, keep, keep_rows, blocks_of(part), scale, transposed, add=False)
+    if activation:
+        made = finish([out], bias, width, dtype, activation)
+        return made.view(made.shape[0], 1, width, rows).mT
     out = out[..., :width].contiguous()
     if bias is None:
         return out
@@ -318,6 +331,7 @@ def few_request(
     out: torch.dtype,
     transposed: bool,
     pairs: bool,
+    activation: int = 0,
 ) -> Request:
     """The kernel for few columns; ``pairs`` of inner positions are read at once."""
     constants = {
@@ -328,12 +342,18 @@ def few_request(
         "OUT": CODES[out],
     }
     constants |= {"TRANSPOSED": int(transposed), "PAIRS": int(pairs)}
+    constants |= activation_constant(activation)
     return request("spmm_tile_few", constants, flush=True)
 
 
 @functools.lru_cache(maxsize=256)
 def wide_request(
-    how: Cut, dtype: torch.dtype, transposed: bool, tokens: bool, partial: bool
+    how: Cut,
+    dtype: torch.dtype,
+    transposed: bool,
+    tokens: bool,
+    partial: bool,
+    activation: int = 0,
 ) -> Request:
     """The kernel for many columns; ``partial`` writes float32."""
     constants = {
@@ -348,4 +368,5 @@ def wide_request(
         "TOKENS": int(tokens),
         "PARTIAL": int(partial),
     }
+    constants |= activation_constant(activation)
     return request("spmm_tile", constants, flush=True)

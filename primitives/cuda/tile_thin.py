@@ -16,7 +16,7 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
-from .parts import CODES, MOST_MATRICES, ready
+from .parts import CODES, MOST_MATRICES, activation_constant, ready
 
 WARPS = 16
 # Slabs that a cluster's CTAs take, and the share of all multiprocessors that such clusters find
@@ -102,6 +102,7 @@ def spmm(
     scale: float,
     transposed: bool,
     bias: Tensor | None,
+    activation: int = 0,
 ) -> None:
     """Scale · S x, or scale · Sᵀ x when transposed, plus the bias of each row, to ``out``.
 
@@ -114,6 +115,7 @@ def spmm(
         scale: multiplies the product.
         transposed: multiply by the transpose.
         bias: (rows,) of x's dtype, or None.
+        activation: a code of ``activations``, applied before rounding; 0 = none.
     """
     bounds, cells = tables
     _, _, rows, width = out.shape
@@ -125,7 +127,7 @@ def spmm(
     )
     wide = inner % 8 == 0 and ready(x, 2, 3)
     quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
-    run = kernel(thin_request(how, x.dtype, out.dtype, transposed, wide), device)
+    run = kernel(thin_request(how, x.dtype, out.dtype, transposed, wide, activation), device)
     for start in range(0, out.shape[0], MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
@@ -156,7 +158,12 @@ def spmm(
 
 
 def thin_request(
-    how: Thin, dtype: torch.dtype, out: torch.dtype, transposed: bool, wide: bool
+    how: Thin,
+    dtype: torch.dtype,
+    out: torch.dtype,
+    transposed: bool,
+    wide: bool,
+    activation: int = 0,
 ) -> Request:
     """The kernel; ``wide`` copies of 16 bytes bring x."""
     constants = {
@@ -169,4 +176,5 @@ def thin_request(
         "TRANSPOSED": int(transposed),
         "WIDE": int(wide),
     }
+    constants |= activation_constant(activation)
     return request("spmm_tile_thin_sm90", constants, flush=True)

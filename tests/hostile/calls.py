@@ -78,7 +78,9 @@ def calls(folder: Path) -> dict[str, Call]:
         "softmax_backward": (softmax_backward, {
             "p": s, "grad": s, "grad_lse": torch.ones(1, 2, N)}),
         "spmm": (mg.spmm, {"s": s, "x": q}),
-        "linear": (mg.linear, {"x": _q(columns=N), "w": w, "bias": torch.ones(N)}),
+        "linear": (mg.linear, {
+            "x": _q(columns=N), "w": w, "bias": torch.ones(N), "activation": "gelu",
+        }),
         "attend": _attend("auto"),
         "attend, composed": _attend("composed"),
         "attend, reference": _attend("reference"),

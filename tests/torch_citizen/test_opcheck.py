@@ -57,7 +57,9 @@ def arguments(op: str, kind: str) -> tuple:
 
 
 KINDS = ("row", "block", "mixed", "nm", "nm within")
-CASES = [(op, kind) for op in SCHEMAS if op not in ("prune", "linear") for kind in KINDS]
+# Those of weights have tests of their own.
+APART = ("prune", "linear", "activated")
+CASES = [(op, kind) for op in SCHEMAS if op not in APART for kind in KINDS]
 # A weight and its gradients.
 CASES += [(op, "tile") for op in ("spmm", "spmm_t", "sddmm", "affine")]
 
