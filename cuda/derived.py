@@ -38,7 +38,8 @@ def derived(source: Tensor, key: Hashable, make: Callable[[], V]) -> V:
     Args:
         source: a tensor of a plan that no other plan has: a layout and its transpose share some.
         key: tells what is derived from one tensor apart.
-        make: may allocate, copy and read back; on CUDA it is called in a thread of its own.
+        make: may allocate, copy and read back; on CUDA it is called in a thread of its own, but
+            on the default stream.
 
     Raises:
         CudaError: first use while a CUDA graph is being captured.
@@ -56,17 +57,18 @@ def _apart(source: Tensor, make: Callable[[], V]) -> V:
 
     Where torch.compile warms up a CUDA graph, what the calling thread allocates goes to the graph's
     memory pool, which is torch's to reuse. Other threads allocate where memory always comes from.
+    That never happens on the default stream, whose work no graph captures.
     """
     if torch.cuda.is_current_stream_capturing():
         raise CudaError(
             "a call would be planned while a CUDA graph is captured; plan first: run the same call "
             "once before the capture"
         )
-    if _thread.makes:
+    stream = torch.cuda.current_stream(source.device)
+    if _thread.makes or not stream.cuda_stream:
         return make()
     if _thread.worker is None:
         _thread.worker = ThreadPoolExecutor(1, "mixgrain derives")
-    stream = torch.cuda.current_stream(source.device)
 
     def run() -> V:
         _thread.makes = True

@@ -67,7 +67,7 @@ _NO_RANGES = np.zeros((0, 2), np.int64)
 
 
 def sketch(flat: Pattern, frame: Frame, costs: Costs) -> Sketch | None:
-    """A flat pattern whose tensors lie on the CPU; None where ``split`` has to decide.
+    """A flat pattern in few terms; None where ``split`` has to decide.
 
     Args:
         flat: a flat pattern.
@@ -128,7 +128,7 @@ def _coarse(core: Pattern, frame: Frame) -> tuple[tuple[Band, ...], Bools | None
     """A pattern of whole units: an interval of every line if that is all, else its units."""
     known = core.block_mask(frame, UNIT)
     if known is not None:
-        return (), known.numpy()
+        return (), known.cpu().numpy()
     first = torch.arange(0, frame.nq, UNIT)
     ends = core.interval(frame, first)
     if ends is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,10 +19,16 @@ class Source(torch.Tensor):
         return True
 
 
+class Stream(NamedTuple):
+    """Of a device; 0 is the default one."""
+
+    cuda_stream: int
+
+
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(1))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(derived, "_thread", derived._Thread())
 
@@ -35,6 +42,11 @@ def test_a_thread_of_its_own_that_stays() -> None:
     made = [derived.derived(one, n, threading.get_ident) for n in range(3)]
     assert len(set(made)) == 1 and made[0] != threading.get_ident()
     assert derived.derived(one, 0, lambda: 0) == made[0]  # kept
+
+
+def test_no_thread_on_the_default_stream(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(0))
+    assert derived.derived(source(), "it", threading.get_ident) == threading.get_ident()
 
 
 def test_what_is_asked_for_while_making_is_made_there() -> None:

@@ -110,10 +110,12 @@ def _kernels(index: int) -> list[Kernel]:
 def sketches(pattern: Pattern, nq: int, nk: int, costs: Costs) -> list[Sketch] | None:
     """All distinct patterns, if they are among those that are planned here.
 
+    Tensors of theirs that lie on a device are brought here: a wait, but a short one.
+
     Raises:
         LayoutError: a pattern of another fixed shape.
     """
-    if not pattern._static or pattern.device.type != "cpu":
+    if not pattern._static:
         return None
     flats = pattern.distinct
     if len(flats) > MOST_PATTERNS or len(flats) * -(-nq // UNIT) * -(-nk // UNIT) > MOST_UNITS:

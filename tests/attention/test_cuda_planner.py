@@ -193,19 +193,21 @@ def test_any_intervals(nq, nk, lengths, reach, sinks, causal) -> None:
     same(P.causal() & pattern if causal else pattern, nq, nk, split_costs(64), False)
 
 
+def read(made: Plan) -> list[Tensor]:
+    """All tensors, masks in the place of their numbers."""
+    # Kinds of masks are numbered in the order in which they are met, which may differ.
+    work = unpack(*made)
+    masks = torch.cat([work.masks, work.masks.new_zeros(2, 128)])
+    masks[-1, 0], masks[-2, 0] = -1, -2
+    kinds = masks[work.steps[:, 1:].long()]
+    return [
+        kinds,
+        *(getattr(work, name) for name in NAMES if name not in ("steps", "masks")),
+    ]
+
+
 def test_plans_repeat() -> None:
     pattern = P.per_head([P.longformer(256, drawn(4096, 64)), P.causal(), P.window(90)])
-
-    def read(made: Plan) -> list[Tensor]:
-        # Kinds of masks are numbered in the order in which they are met, which may differ.
-        work = unpack(*made)
-        masks = torch.cat([work.masks, work.masks.new_zeros(2, 128)])
-        masks[-1, 0], masks[-2, 0] = -1, -2
-        kinds = masks[work.steps[:, 1:].long()]
-        return [
-            kinds,
-            *(getattr(work, name) for name in NAMES if name not in ("steps", "masks")),
-        ]
 
     first = device_plan(pattern, 4096, 4096, 64, CUDA, split_costs(64), 3)
     expected = [t.clone() for t in read(first)]
@@ -213,6 +215,23 @@ def test_plans_repeat() -> None:
         again = device_plan(pattern, 4096, 4096, 64, CUDA, split_costs(64), 3)
         assert again.ints == first.ints
         assert all(torch.equal(a, b) for a, b in zip(read(again), expected, strict=True))
+
+
+def test_tensors_on_the_device() -> None:
+    ids, tokens, mask = torch.arange(4096) // 300, drawn(4096, 64), block_mask(4096)
+    for make in (
+        lambda where: P.causal() & P.documents(ids.to(where)),
+        lambda where: P.longformer(200, tokens.to(where)),
+        lambda where: P.blocks(mask.to(where), 64),
+    ):
+        here, there = (
+            device_plan(make(where), 4096, 4096, 64, CUDA, split_costs(64), 3)
+            for where in ("cpu", "cuda")
+        )
+        assert here.ints == there.ints
+        assert all(torch.equal(a, b) for a, b in zip(read(here), read(there), strict=True))
+    for pattern in (P.from_dense(torch.rand(300, 300, device="cuda") < 0.01), P.random(0.01, 1)):
+        assert device_plan(pattern, 300, 300, 64, CUDA, split_costs(64)) is None
 
 
 def test_too_many_masked_units_are_left_to_layouts() -> None:

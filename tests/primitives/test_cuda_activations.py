@@ -136,7 +136,10 @@ def test_float32_by_sparse_tensor_cores():
         for tokens in (8, 300):
             x, bias = tensor(tokens, 320, dtype=FLOAT), tensor(256, dtype=FLOAT)
             made = linear(x.to(DEVICE), there(w), bias.to(DEVICE), "gelu").cpu().double()
-            assert (made - reference.linear(x, w, bias, "gelu")).abs().max() < 0.1
+            # Operands lose all but 10 bits; gelu is nowhere steeper than 1.13.
+            sizes = x.abs().double() @ w.to_dense().abs().double().T
+            error = (made - reference.linear(x, w, bias, "gelu")).abs()
+            assert (error <= 1.13 * 2**-9 * sizes).all()
             exact = reference.linear(x, w, bias)
             unrounded = linear(x.to(DEVICE), there(w), bias.to(DEVICE)).cpu().double()
             assert (made - ACTIVATIONS["gelu"](unrounded)).abs().max() < 1e-5
