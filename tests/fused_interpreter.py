@@ -14,18 +14,28 @@ from mixgrain.attention.cuda.tables import Tables
 PACKED = 1 << 24
 
 
-def literal_words(words: list[int]) -> Tensor:
-    """bool (64, 64) of one mask in register order."""
-    out = torch.zeros(64, 64, dtype=torch.bool)
+def literal_places() -> Tensor:
+    """(128, 32) where in a unit of 64 × 64 every bit of every thread's register stands."""
+    places = torch.full((128, 32), -1)
     for t in range(128):
         w, g, p = t // 32, t % 32 // 4, t % 4
         for j in range(8):
             for e in range(2):
                 for h in range(2):
-                    out[16 * w + g + 8 * h, 8 * j + 2 * p + e] = (
-                        words[t] >> (2 * j + e + 16 * h) & 1
-                    )
-    return out
+                    row, column = 16 * w + g + 8 * h, 8 * j + 2 * p + e
+                    places[t, 2 * j + e + 16 * h] = 64 * row + column
+    return places
+
+
+PLACES = literal_places()
+
+
+def literal_masks(words: Tensor) -> Tensor:
+    """bool (n, 64, 64) of masks in register order, int32 (n, 128)."""
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32) & 1).bool()
+    out = torch.zeros(len(words), 64 * 64, dtype=torch.bool)
+    out[:, PLACES.flatten()] = bits.flatten(1)
+    return out.view(-1, 64, 64)
 
 
 def members(unit: int, packed: Tensor, extent: int) -> Tensor:
@@ -41,7 +51,7 @@ class Literal:
 
     def __init__(self, work) -> None:
         self.work = work
-        self.masks = [literal_words(m) for m in work.masks.tolist()]
+        self.masks = literal_masks(work.masks)
 
     def tile(self, mask: int) -> Tensor:
         """bool (64, 64)."""

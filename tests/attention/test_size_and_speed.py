@@ -17,35 +17,46 @@ from mixgrain import patterns as P
 
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
 
+# Each way is limited and runs in a process of its own, forked from one that has all imports.
 CHILD = """
-import resource, sys
+import os, resource, sys
 sys.path.insert(0, {source!r})
 import torch
 import mixgrain as mg
 from mixgrain import patterns as P
 import mixgrain.attention.attend, mixgrain.attention.composed, mixgrain.attention.ops
-torch.set_num_threads(2)
-# Threads and libraries that the first call starts are part of the imports.
-x = torch.randn(1, 1, 256, 64, requires_grad=True)
-mg.attend(x, x, x, P.longformer(8, [3]), impl={impl!r}).sum().backward()
-with open("/proc/self/status") as status:
-    used = next(int(l.split()[1]) for l in status if l.startswith("VmSize")) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
-torch.manual_seed(0)
-N = 65536
-q = torch.randn(1, 1, {nq}, 64, requires_grad=True)
-k, v = (torch.randn(1, 1, {nk}, 64, requires_grad=True) for _ in range(2))
-kept = {kept}
-o, lse = mg.attend(q, k, v, kept, return_lse=True, impl={impl!r})
-assert torch.isfinite(o).all() and torch.isfinite(lse).all()
-o.sum().backward()
-assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+def attends(impl):
+    torch.set_num_threads(2)
+    # Threads and libraries that the first call starts are part of the imports.
+    x = torch.randn(1, 1, 256, 64, requires_grad=True)
+    mg.attend(x, x, x, P.longformer(8, [3]), impl=impl).sum().backward()
+    with open("/proc/self/status") as status:
+        used = next(int(l.split()[1]) for l in status if l.startswith("VmSize")) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+    torch.manual_seed(0)
+    N = 65536
+    q = torch.randn(1, 1, {nq}, 64, requires_grad=True)
+    k, v = (torch.randn(1, 1, {nk}, 64, requires_grad=True) for _ in range(2))
+    kept = {kept}
+    o, lse = mg.attend(q, k, v, kept, return_lse=True, impl=impl)
+    assert torch.isfinite(o).all() and torch.isfinite(lse).all()
+    o.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+    print(impl, "done", flush=True)
+
+for impl in ("fused", "composed"):
+    child = os.fork()
+    if not child:
+        attends(impl)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, impl
 """
 
 SIZES = {
     "window": ("P.window(128)", "N", "N"),
     "blocks": ("P.window(128).to_layout('block', N, N)", "N", "N"),
-    "rows": ("P.random(0.001, seed=1) | P.window(0)", "N", "N"),
+    "rows": ("P.random(0.0005, seed=1) | P.window(0)", "N", "N"),
     "longformer": ("P.longformer(128, torch.arange(0, N, 1024))", "N", "N"),
     "nm in a window": ("P.nm(2, 4) & P.window(128)", "N", "N"),
     "nm": ("P.nm(2, 4)", "N", "1024"),
@@ -53,13 +64,13 @@ SIZES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["fused", "composed"])
 @pytest.mark.parametrize("case", SIZES)
-def test_nothing_of_size_n_squared_is_built(case, impl) -> None:
+def test_nothing_of_size_n_squared_is_built(case) -> None:
     kept, nq, nk = SIZES[case]
-    code = CHILD.format(source=SOURCE, kept=kept, nq=nq, nk=nk, impl=impl)
+    code = CHILD.format(source=SOURCE, kept=kept, nq=nq, nk=nk)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["fused done", "composed done"]
 
 
 @pytest.fixture
@@ -84,9 +95,9 @@ def best(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, flo
     return least
 
 
-def tensors(n: int) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(n: int, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    made = (torch.randn(1, 4, n, 64, generator=generator).requires_grad_() for _ in range(3))
+    made = (torch.randn(1, heads, n, 64, generator=generator).requires_grad_() for _ in range(3))
     return tuple(made)  # type: ignore[return-value]
 
 
@@ -97,7 +108,7 @@ def tensors(n: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.slow
 def test_a_window_is_much_faster_than_dense(one_thread) -> None:
     n = 8192
-    q, k, v = tensors(n)
+    q, k, v = tensors(n, heads=2)
     pattern = P.window(128)
     mask = pattern.dense(n, n)
 

@@ -77,6 +77,7 @@ def attack(folder: Path, first: int, last: int) -> dict:
         draw = random.Random(n)
         name, other = draw.choice(names), draw.choice(names)
         kind, content = mutate(draw, seeds[name], seeds[other])
+        path.unlink(missing_ok=True)  # a file cut short and written again waits for the disk
         path.write_bytes(content)
         log.seek(0)
         log.write(f"{n:>9} {kind} of {name}\n".ljust(80))  # where to look if the process dies

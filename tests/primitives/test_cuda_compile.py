@@ -3,8 +3,11 @@
 What is compiled is what launch code asks for when it is recorded, so it is real requests.
 """
 
+import itertools
+
 import pytest
 import torch
+from covering import covering, met
 
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
@@ -113,18 +116,47 @@ def tile_cuts(arch: str) -> list[service.Request]:
     return made
 
 
-def chosen(arch: str) -> list[service.Request]:
-    """Spills hardly depend on the architecture: more where it matters, some elsewhere.
+# Of these every two values of constants that are asked for at once; of others every value. Spills
+# hardly depend on the architecture, and the others take them from different requests.
+WHOLE = ("80", "90a")
+OTHERS = ("86", "89", "100", "120")
 
-    All of them together are hours; every 13th is of another dtype, width, mask and phase.
-    """
+
+def chosen(arch: str) -> list[service.Request]:
+    """Of every kernel those that meet all dtypes, masks and cuts; all of them would take hours."""
     found = [wanted for wanted in everything(arch) if wanted.name not in HOPPER]
-    by_name: dict[str, list[service.Request]] = {}
-    for wanted in found:
-        by_name.setdefault(wanted.name, []).append(wanted)
-    step = 13 if arch in ("80", "90a") else 37
-    some = [w for all_of in by_name.values() for w in all_of[::step]] + rounded() + tile_cuts(arch)
+    more = rounded() + tile_cuts(arch)
+    if arch in WHOLE:
+        # What is laid out in shared memory depends on no architecture.
+        some = covering(found, 2, shared=arch == "80") + more
+    else:
+        n = OTHERS.index(arch)
+        some = covering(found, 1, n / len(OTHERS)) + more[n % 2 :: 2]
     return list(dict.fromkeys(some))  # what is built twice comes from the cache
+
+
+def test_what_is_chosen_meets_all() -> None:
+    values = {"A": range(4), "B": range(3), "C": range(2), "D": range(3)}
+    listed = [
+        service.request(name, dict(zip(values, of, strict=True)) | {"SHARED": sum(of)})
+        for name in ("one", "other")
+        for of in itertools.product(*values.values())
+        if of[0] != of[1]  # a pair that nobody asks for
+    ]
+    for together in (1, 2):
+        for shared in (False, True):
+            some = covering(listed, together, 0.3, shared)
+            assert set(some) <= set(listed) and len(set(some)) == len(some)
+            for name in ("one", "other"):
+                wanted, got = (
+                    set().union(*(met(w, together, shared) for w in those if w.name == name))
+                    for those in (listed, some)
+                )
+                assert got == wanted
+                assert 4 <= sum(w.name == name for w in some) < 18  # of 54
+    sizes = {dict(w.constants)["SHARED"] for w in covering(listed, 1, shared=True)}
+    assert sizes == {dict(w.constants)["SHARED"] for w in listed}
+    assert covering(listed, 1) != covering(listed, 1, 0.5)
 
 
 def _warned(wanted: service.Request, log: str) -> bool:
@@ -133,7 +165,7 @@ def _warned(wanted: service.Request, log: str) -> bool:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("arch", ["80", "86", "89", "90a", "100", "120"])
+@pytest.mark.parametrize("arch", [*WHOLE, *OTHERS])
 def test_kernels_compile_without_faults(arch, tmp_path_factory, monkeypatch):
     # A cubin from the cache says nothing of spills.
     monkeypatch.setenv("MIXGRAIN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))

@@ -72,7 +72,7 @@ def requests():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("wanted", list(requests()), ids=str)
+@pytest.mark.parametrize("wanted", dict.fromkeys(requests()), ids=str)  # each once
 def test_no_spills_and_nothing_serialised(wanted, tmp_path, monkeypatch):
     from mixgrain.cuda import compile as service
 
