@@ -15,8 +15,12 @@ from torch import Tensor
 from mixgrain.cuda.recording import strides_of
 
 from ..plans.plan import Plan
-from . import sddmm, spmm
+from . import sddmm, spmm, turn
 from .nm import KINDS
+from .parts import CODES
+
+#: Kinds of parts whose kernels take and write rows of features.
+TURNED = {"cblock", "cpanel", "crow"}
 
 
 def tokens(
@@ -35,7 +39,16 @@ def tokens(
     if direct(name, keep):
         out = spmm.linear(weights, _shaped(rows, (1, *rows.shape)), bias, *plan, False)
         return out.view(*x.shape[:-1], dims[1])
-    columns, mask = _columns(rows), _mask(keep)
+    mask = _mask(keep)
+    if _turns(dims, name, rows):
+        # The bias joins the sums before they are rounded.
+        wide = x.dtype if bias is None else torch.float32
+        sums = spmm.spmm(weights, _features(rows), mask, keep_rows, *plan, 1.0, wide)
+        sums = _shaped(sums, tuple(sums.shape[2:]), tuple(sums.stride()[2:]))
+        bias = None if bias is None else bias.contiguous()
+        out = turn.turned(sums, rows.shape[0], dims[1], x.dtype, bias)
+        return out.view(*x.shape[:-1], dims[1])
+    columns = _columns(rows)
     if bias is None:
         out = spmm.spmm(weights, columns, mask, keep_rows, *plan, 1.0, x.dtype)
     else:
@@ -74,7 +87,9 @@ def token_gradients(
     """
     plan = Plan(tensors, dims, name)
     weights, rows, above = _shaped(values, (1, *values.shape)), _rows(x), _rows(grad)
-    one_by_one, columns, tops = direct(name, keep), _columns(rows), _columns(above)
+    one_by_one = direct(name, keep)
+    turns = _turns(dims, name, rows, above)
+    columns, tops = (_features(t) if turns else _columns(t) for t in (rows, above))
     shared = (_mask(keep), keep_rows, *plan, 1.0)
     made: list[Tensor] = []
     if wanted[0]:
@@ -83,12 +98,12 @@ def token_gradients(
         dx = spmm.linear(weights, _shaped(above, (1, *above.shape)), None, *plan, True)
         made.append(dx.view(*x.shape))
     elif wanted[1]:
-        dx = spmm.spmm_t(weights, tops, *shared, x.dtype).mT
-        made.append(_spread(dx, tuple(x.shape)))
+        dx = spmm.spmm_t(weights, tops, *shared, x.dtype)
+        made.append(_spread(dx[..., : rows.shape[0]].mT, tuple(x.shape)))
     if wanted[2]:
         # torch sums half precision in float32.
         total = torch.sum(_shaped(above, (1, *above.shape)), (0, 1)) if one_by_one else (
-            torch.sum(tops, (0, 1, 3))
+            torch.sum(_columns(above), (0, 1, 3))
         )  # fmt: skip
         made.append(total.to(bias_dtype))
     return made[0] if len(made) == 1 else tuple(made)
@@ -114,6 +129,29 @@ def _columns(rows: Tensor) -> Tensor:
     """(T, n) as (1, 1, n, T), transposed."""
     (count, n), (line, step) = rows.shape, rows.stride()
     return _shaped(rows, (1, 1, n, count), (0, 0, step, line))
+
+
+def _turns(dims: list[int], name: str, *given: Tensor) -> bool:
+    """Whether rows of tokens are turned into rows of features by a kernel of our own.
+
+    Not where features are rows already, or nothing is contiguous.
+    """
+    if not set(name.split("+")) <= TURNED or min(dims[1:3]) < 1 or max(dims[1:3]) > turn.MOST_ROWS:
+        return False
+    for t in given:
+        (count, _), (line, step) = t.shape, t.stride()
+        if t.dtype not in CODES or not 0 < count <= turn.MOST_ROWS:
+            return False
+        if step != 1 or (line == 1 and count > 1):
+            return False
+    return True
+
+
+def _features(rows: Tensor) -> Tensor:
+    """(T, n) as (1, 1, n, T) as kernels want it: to a multiple of 8 in T, zeros at the end."""
+    count, n = rows.shape
+    made = turn.turned(rows, n, count + -count % 8, rows.dtype)
+    return _shaped(made, (1, 1, *made.shape))
 
 
 def _mask(keep: Tensor | None) -> Tensor | None:

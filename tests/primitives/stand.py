@@ -104,6 +104,12 @@ def launch_code(name):
     return getattr(tokens, name)
 
 
+def turned(t, columns, pitch, dtype, bias=None):
+    """What ``cuda.turn`` does."""
+    out = t[:, :columns].mT.to(dtype) if bias is None else (t[:, :columns].mT + bias).to(dtype)
+    return torch.nn.functional.pad(out, (0, pitch - t.shape[0])).contiguous()
+
+
 def stand_in(monkeypatch) -> Runs:
     """Let CPU tensors go the short way."""
     seen = Runs()
@@ -111,6 +117,7 @@ def stand_in(monkeypatch) -> Runs:
     monkeypatch.setattr(cuda, "together", lambda *given: Stand(seen, *given))
     monkeypatch.setattr(cuda, "alone", lambda *given: Alone(seen, *given))
     monkeypatch.setattr(tokens, "spmm", cpu_spmm)
+    monkeypatch.setattr(tokens.turn, "turned", turned)
     monkeypatch.setattr(tokens, "sddmm", cpu_sddmm)
     for module in (eager, recorded, recorded_linear, recorded_nm):
         monkeypatch.setattr(module, "usable", lambda t: type(t) in eager.TENSORS)

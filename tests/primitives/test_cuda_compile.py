@@ -34,7 +34,7 @@ EVERYWHERE = {
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
-    "spmm_tile", "sddmm_tile", "tile_order",
+    "spmm_tile", "sddmm_tile", "tile_order", "turn",
 }  # fmt: skip
 # Asked for where there is nothing better.
 ELSEWHERE = {"spmm_nm", "spmm_tile_few"}

@@ -6,10 +6,17 @@ from cases import BUILDERS, Case, density, masks_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mixgrain.cuda.device import pretending
+from mixgrain.cuda.recording import Recording, recorded
+from mixgrain.cuda.steps import Launch
 from mixgrain.formats.errors import DtypeError, ShapeError
 from mixgrain.formats.sparse import SparseTensor
+from mixgrain.formats.sparsify import sparsify
 from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives import eager
+from mixgrain.primitives.cuda import launch_code, tokens
+from mixgrain.primitives.cuda.calls import describe
+from mixgrain.primitives.dispatch import TABLE
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sparse_linear import SparseLinear
 
@@ -71,6 +78,23 @@ def test_the_short_way_equals_the_long_way(kind, masked, biased, runs):
                 assert torch.equal(a, b), name
                 assert a.shape == b.shape, name
             assert found[0].is_contiguous()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ["block", "row", "panel", "mixed"])
+def test_rows_of_tokens_are_turned(kind, biased, runs, monkeypatch):
+    """As for kernels that want rows of features, of a multiple of 8 tokens."""
+    monkeypatch.setattr(tokens, "TURNED", {"block", "row", "panel"})
+    monkeypatch.setattr(tokens, "CODES", {torch.float64: 2})
+    monkeypatch.setattr(tokens.torch, "float32", torch.float64)
+    w, bias = weight(kind), drawn(OUT) if biased else None
+    for name, make in SHAPES.items():
+        x = make(drawn)
+        with torch.device("cpu"):
+            right = everything(x, w, bias)
+        for a, b in zip(everything(x, w, bias), right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+    assert runs
 
 
 def test_only_the_gradients_that_are_wanted_are_computed(runs):
@@ -220,3 +244,34 @@ def test_caches_are_bounded(runs):
     for n in range(1, eager.SIGNATURES + 5):
         linear(drawn(n, IN), w)
     assert max(map(len, eager._layouts._values.values())) <= eager.SIGNATURES
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("count", [1, 13, 16])
+@pytest.mark.parametrize("kind", ["tile", "nm", "block", "row"])
+def test_a_layer_is_kernels_alone(kind, count, biased, arch):
+    """Nothing is left for torch to copy, add or cast: that is what host time is spent on."""
+    dense = torch.randn(208, 336, generator=torch.Generator().manual_seed(0)).half()
+    options = {"tile": {"density": 0.4}, "nm": {}, "block": {"density": 0.4, "size": 16}}
+    w = sparsify(dense, kind, prune=True, **options.get(kind, {"density": 0.1}))
+    with pretending(arch):
+        plan = TABLE["linear"][type(w.layout)]["cuda"](w.layout)
+        recording = Recording(0)
+        values, x, bias, above = (
+            torch.empty(*n, dtype=torch.half, device="meta")
+            for n in ((w.layout.slots,), (count, 336), (208,), (count, 208))
+        )
+        arguments = (values, x, bias if biased else None, *plan, None, False)
+        with recorded(recording):
+            y = launch_code("tokens")(*describe(recording, arguments))
+        assert {type(step) for step in recording.steps} == {Launch}
+        assert y.shape == (count, 208)
+        assert y.whole()
+        recording = Recording(0)
+        wanted = (True, True, False)
+        arguments = (values, x, above, *plan, None, False, wanted, torch.half)
+        with recorded(recording):
+            dv, dx = launch_code("token_gradients")(*describe(recording, arguments))
+        assert {type(step) for step in recording.steps} == {Launch}
+        assert (dv.shape, dx.shape) == (values.shape, x.shape)
