@@ -273,5 +273,6 @@ def test_a_layer_is_kernels_alone(kind, count, biased, arch):
         arguments = (values, x, above, *plan, None, False, wanted, torch.half)
         with recorded(recording):
             dv, dx = launch_code("token_gradients")(*describe(recording, arguments))
-        assert {type(step) for step in recording.steps} == {Launch}
+        if kind != "nm" or count > 1:  # one row of tokens is copied to be aligned
+            assert {type(step) for step in recording.steps} == {Launch}
         assert (dv.shape, dx.shape) == (values.shape, x.shape)
