@@ -20,7 +20,6 @@ from mixgrain.formats.sparse import SparseTensor
 from . import recorded_nm
 from .eager import (
     LAYOUT_TYPES,
-    TENSORS,
     Backward,
     Call,
     Term,
@@ -124,7 +123,9 @@ def together(
     return tensors if keep is None else (*tensors, keep)
 
 
-def _usable(index: Tensor | None, keep: Tensor | None) -> bool:
+def _usable(a: Any, b: Any, index: Tensor | None, keep: Tensor | None) -> bool:
+    if not usable(a) or (b is not a and not usable(b)):
+        return False
     return (index is None or usable(index)) and (keep is None or usable(keep))
 
 
@@ -205,7 +206,7 @@ def _sddmm_key(
     return (
         "sddmm", q.shape, q.is_contiguous() or q.stride(), dtype, a & 15, q.get_device(),
         k.shape, k.is_contiguous() or k.stride(), k.dtype, b & 15, k.get_device(),
-        q.is_neg() or k.is_neg(), scale, out, None if keep is None else mask_key(keep),
+        scale, out, None if keep is None else mask_key(keep),
         None if index is None else _index_key(index),
         tf32() if dtype is _FLOAT else None,
     )  # fmt: skip
@@ -224,9 +225,9 @@ def sddmm(
     # Other numbers are checked the long way; a scale of 0 and one of −0 are equal keys.
     if type(scale) not in _NUMBERS or not scale or type(out_dtype) not in _DTYPES:
         return None
-    calls = find(layout) if type(q) in TENSORS and type(k) in TENSORS else None
     index = layout.metadata if type(layout) is NMLayout else None
-    if calls is None or not plain() or not _usable(index, keep):
+    calls = find(layout)
+    if calls is None or not plain() or not _usable(q, k, index, keep):
         return None
     a, b = q.data_ptr(), k.data_ptr()
     call = calls.get(_sddmm_key(q, k, scale, index, keep, out_dtype, a, b))
@@ -277,7 +278,7 @@ def _spmm_key(s: SparseTensor, x: Tensor, index: Tensor | None, a: int, b: int) 
     return (
         "spmm", values.shape, values.is_contiguous() or values.stride(), kind, a & 15,
         x.shape, x.is_contiguous() or x.stride(), dtype, b & 15,
-        values.get_device(), x.get_device(), values.is_neg() or x.is_neg(),
+        values.get_device(), x.get_device(),
         None if keep is None else (s.keep_rows, *mask_key(keep)),
         None if index is None else _index_key(index),
         tf32() if dtype is _FLOAT or kind is _FLOAT else None,
@@ -291,9 +292,9 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
     layout, values, keep = s.layout, s.values, s.keep
     if type(layout) not in LAYOUT_TYPES:
         return None
-    calls = find(layout) if type(values) in TENSORS and type(x) in TENSORS else None
     index = layout.metadata if type(layout) is NMLayout else None
-    if calls is None or not plain() or not _usable(index, keep):
+    calls = find(layout)
+    if calls is None or not plain() or not _usable(values, x, index, keep):
         return None
     a, b = values.data_ptr(), x.data_ptr()
     call = calls.get(_spmm_key(s, x, index, a, b))
@@ -325,7 +326,7 @@ def _softmax_key(s: SparseTensor, index: Tensor | None, want_lse: bool, out: Any
     values, keep = s.values, s.keep
     return (
         "softmax", values.shape, values.is_contiguous() or values.stride(), values.dtype, a & 15,
-        values.get_device(), values.is_neg(), want_lse, out,
+        values.get_device(), want_lse, out,
         None if keep is None else (s.keep_rows, *mask_key(keep)),
         None if index is None else _index_key(index),
     )  # fmt: skip
@@ -336,13 +337,13 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
     if torch.compiler.is_dynamo_compiling() or type(s) is not SparseTensor:
         return None
     layout, values, keep = s.layout, s.values, s.keep
-    if type(layout) not in LAYOUT_TYPES or type(values) not in TENSORS:
+    if type(layout) not in LAYOUT_TYPES:
         return None
     if (want_lse is not True and want_lse is not False) or type(out_dtype) not in _DTYPES:
         return None
-    calls = find(layout)
     index = layout.metadata if type(layout) is NMLayout else None
-    if calls is None or not plain() or not _usable(index, keep):
+    calls = find(layout)
+    if calls is None or not plain() or not _usable(values, values, index, keep):
         return None
     a = values.data_ptr()
     call = calls.get(_softmax_key(s, index, want_lse, out_dtype, a))

@@ -222,6 +222,28 @@ def test_what_watches_sees_the_operators(runs):
     assert runs == ["sddmm"]
 
 
+def test_what_has_no_memory_of_its_own_goes_the_long_way(runs):
+    case = CASES["shared"]
+    layout = BUILDERS["block"](case, *masks_of(case))
+    q, k, v = (t.detach() for t in operands(case))
+    s = sddmm(q, k, layout)
+    spmm(softmax(s), v)
+    runs.clear()
+    zero = torch._efficientzerotensor(q.shape, dtype=q.dtype)
+    imaginary = torch.complex(q, q).conj().imag
+    assert imaginary.is_neg()
+    assert torch.equal(sddmm(imaginary, k, layout).values, sddmm(-q, k, layout).values)
+    assert runs == ["sddmm"]
+    for call in (
+        lambda: sddmm(zero, k, layout),
+        lambda: sddmm(q.to_sparse(), k, layout),
+        lambda: spmm(s, v.to_sparse()),
+    ):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            call()
+    assert runs == ["sddmm"]
+
+
 def test_broadcast_operands_are_not_recorded(runs):
     case = CASES["shared"]
     layout = BUILDERS["block"](case, *masks_of(case))
