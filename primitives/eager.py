@@ -1,15 +1,16 @@
 """The short way of the public functions: eager calls on CUDA tensors whose signature was seen.
 
-The first call of a signature goes the long way, with every check, through the operators. What it
-found out is kept here, and equal calls need none of it: the signature proves what the checks would.
-They go to the prepared kernels directly, past torch's dispatcher, with or without autograd.
+The first call of a signature goes the long way, through every check and to a plan. What it found
+out is kept here, and equal calls need none of it: the signature proves what the checks would. They
+go to the prepared kernels directly, past torch's dispatcher, with or without autograd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.mixed import MixedLayout
+from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.panel import PanelLayout
 from mixgrain.formats.row import RowLayout
 
@@ -34,14 +36,14 @@ from .fold import (
     unfold_vector,
 )
 from .gradients import Work
-from .plans.plan import Plan
+from .plans.plan import Plan, trusted
 
 if TYPE_CHECKING:
     from mixgrain.cuda.prepared import Prepared
 
 _Signatures = dict[Hashable, "Call"]
 TENSORS = (Tensor, torch.nn.Parameter)
-LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout))
+LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout, NMLayout))
 # Layouts whose calls are kept, and signatures of each.
 LAYOUTS, SIGNATURES = 128, 64
 
@@ -81,7 +83,42 @@ _layouts: LRU[_Signatures] = LRU(LAYOUTS)
 
 def find(layout: Layout) -> _Signatures | None:
     """The calls of a layout."""
-    return _layouts.peek((layout.key, layout._home))  # `home` itself asks whether this is traced
+    if type(layout) is NMLayout and not trusted(layout):
+        return None
+    return _layouts.peek(_place(layout))
+
+
+def _place(layout: Layout) -> Hashable:
+    """What a layout's calls are kept under.
+
+    An NMLayout may have been made by the call before. All of a valid one but its metadata, which
+    calls are given, follows from this much; its identity has no part in it.
+    """
+    if type(layout) is not NMLayout:
+        return layout.key, layout._home  # `home` itself asks whether this is traced
+    found: Hashable = layout.__dict__.get("_place")
+    if found is None:
+        within = layout.within
+        found = (
+            layout.shape, layout.lead, layout.n, layout.m, layout.encoding, layout.transposed,
+            layout._home, None if within is None else (within.key, within._home),
+        )  # fmt: skip
+        layout.__dict__["_place"] = found
+    return found
+
+
+def index_of(layout: Layout) -> Tensor | None:
+    """What calls are given of a layout itself: the metadata of an NMLayout."""
+    return layout.metadata if type(layout) is NMLayout else None
+
+
+def without_index(layout: Layout, plan: Plan) -> tuple[Layout, Plan]:
+    """A layout and its plan as they may be kept: without what calls are given."""
+    if not isinstance(layout, NMLayout):
+        return layout, plan
+    nothing = layout.metadata.new_empty(0)
+    tensors = [nothing, *plan.tensors[1:]]
+    return replace(layout, metadata=nothing), plan._replace(tensors=tensors)
 
 
 class Term(NamedTuple):
@@ -91,7 +128,8 @@ class Term(NamedTuple):
         works: what to compute of the tensors, one operator or several.
         layout: the positions.
         lead: leading dimensions of the matrices.
-        kinds: of each tensor, as in ``gradients.KINDS``.
+        kinds: of each tensor, as in ``gradients.KINDS``; "index", the last, is that of a tensor
+            that stands for the first one of the plan.
         keep_rows: the run-time mask is over rows.
         plan: of the layout for these operators.
     """
@@ -102,6 +140,15 @@ class Term(NamedTuple):
     kinds: tuple[str, ...]
     keep_rows: bool
     plan: Plan
+
+    def of(self, wanted: tuple[bool, ...]) -> Self:
+        """The same with some of its operators."""
+        return self._replace(works=tuple(compress(self.works, wanted)))
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the last tensor is of the plan."""
+        return self.kinds[-1] == "index"
 
     @property
     def results(self) -> list[str]:
@@ -130,10 +177,14 @@ class Term(NamedTuple):
     ) -> list[Tensor]:
         """Compute by the dispatcher, so that whatever is active sees it."""
         folded, mask = self.folded(tensors), self.folded_mask(keep)
+        plan, index = self.plan, folded[-1]
+        if self.indexed:
+            assert index is not None
+            plan = plan._replace(tensors=[index, *plan.tensors[1:]])
         made: list[Tensor] = []
         for work in self.works:
             given = [folded[n] for n in work.operands]
-            found = getattr(ops, work.op)(*given, mask, self.keep_rows, self.plan, *work.scalars)
+            found = getattr(ops, work.op)(*given, mask, self.keep_rows, plan, *work.scalars)
             made += (found if isinstance(found, tuple) else (found,))[: len(work.results)]
         return self.unfolded(made)
 
@@ -142,7 +193,7 @@ class Term(NamedTuple):
         from .cuda import together
 
         folded, mask = self.folded(tensors), self.folded_mask(keep)
-        made = together(self.works, folded, mask, self.keep_rows, self.plan)
+        made = together(self.works, folded, mask, self.keep_rows, self.plan, self.indexed)
         copied = any(
             new is not None and old is not None and not _same_memory(new, old)
             for new, old in zip([*folded, mask], [*tensors, keep], strict=True)
@@ -156,6 +207,8 @@ class Term(NamedTuple):
         b, h = self.layout.lead
         if kind == "values":
             return (*free_shape((b, h), self.lead), shape[1])
+        if kind == "index":
+            return shape
         return None if b > 1 and h == 1 else (*self.lead, *shape[2:])
 
 
@@ -167,12 +220,16 @@ def _same_memory(view: Tensor, of: Tensor) -> bool:
 def _fold(kind: str, t: Tensor, lead: tuple[int, int], full: tuple[int, ...]) -> Tensor:
     if kind == "dense":
         return fold(expand(t, full), lead)
+    if kind == "index":
+        return t
     return fold_values(t, lead, full) if kind == "values" else fold_vector(t, lead)
 
 
 def _unfold(kind: str, t: Tensor, layout: Layout, full: tuple[int, ...]) -> Tensor:
     if kind == "values":
         return t.reshape(*free_shape(layout.lead, full), layout.slots)
+    if kind == "index":
+        return t
     return (unfold if kind == "dense" else unfold_vector)(t, layout.lead, full)
 
 
@@ -187,7 +244,7 @@ class Call:
 
     __slots__ = ("_prepared", "_term", "_viewed", "backward", "run")
 
-    def __init__(self, term: Term, prepared: Prepared, copied: bool, viewed: bool) -> None:
+    def __init__(self, term: Any, prepared: Prepared, copied: bool, viewed: bool) -> None:
         self._term, self._prepared, self._viewed = term, prepared, viewed
         self.backward: Backward | None = None
         self.run: Callable[[tuple[Tensor, ...], list[int]], Any] = prepared.__call__
@@ -205,11 +262,28 @@ class Call:
         """Where folding copies: repeated key heads, strides that do not fold."""
         keep = given[-1] if given[-1].dtype == torch.bool else None
         tensors: list[Tensor | None] = list(given if keep is None else given[:-1])
-        tensors += [None] * (len(self._term.kinds) - len(tensors))
+        # What may be missing stands before what is of the plan.
+        last = len(tensors) - self._term.indexed
+        tensors[last:last] = [None] * (len(self._term.kinds) - len(tensors))
         every = (*self._term.folded(tensors), self._term.folded_mask(keep))
         folded = tuple(t for t in every if t is not None)
         pointers = [t.data_ptr() for t in folded]
         return (self._viewing if self._viewed else self._prepared)(folded, pointers)
+
+
+class Preparable(Protocol):
+    """What makes calls; see the method of ``Term``."""
+
+    def prepare(self, tensors: Sequence[Tensor | None], keep: Tensor | None) -> Call: ...
+
+
+class Gradients(Preparable, Protocol):
+    """What computes the gradients of a call's inputs; see the methods of ``Term``."""
+
+    def of(self, wanted: tuple[bool, ...]) -> Self: ...
+    def through_operators(
+        self, tensors: Sequence[Tensor | None], keep: Tensor | None
+    ) -> list[Tensor]: ...
 
 
 class Backward:
@@ -222,7 +296,7 @@ class Backward:
 
     __slots__ = ("_calls", "_term")
 
-    def __init__(self, term: Term) -> None:
+    def __init__(self, term: Gradients) -> None:
         self._term = term
         self._calls: _Signatures = {}
 
@@ -253,7 +327,7 @@ class Backward:
         signature = tuple(key)
         call = self._calls.get(signature)
         if call is None:
-            call = self._of(wanted).prepare(tensors, keep)
+            call = self._term.of(wanted).prepare(tensors, keep)
             if not torch.cuda.is_current_stream_capturing():
                 if len(self._calls) >= SIGNATURES:
                     self._calls = {}
@@ -263,14 +337,10 @@ class Backward:
             return made if isinstance(made, tuple) else (made,)
         return _spread(made if isinstance(made, tuple) else (made,), wanted)
 
-    def _of(self, wanted: tuple[bool, ...]) -> Term:
-        """The term of the gradients that are wanted."""
-        return self._term._replace(works=tuple(compress(self._term.works, wanted)))
-
     def _through_operators(
         self, tensors: tuple[Tensor | None, ...], keep: Tensor | None, wanted: tuple[bool, ...]
     ) -> Sequence[Tensor | None]:
-        return _spread(self._of(wanted).through_operators(tensors, keep), wanted)
+        return _spread(self._term.of(wanted).through_operators(tensors, keep), wanted)
 
 
 def _spread(made: Sequence[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:
@@ -285,7 +355,7 @@ def tf32() -> str:
 
 
 def learnable(*tensors: Tensor | None) -> bool:
-    """Whether a call that went the long way may go the short one next time."""
+    """Whether a call that passed all checks may go the short way from here on."""
     return (
         not torch.compiler.is_dynamo_compiling()
         and plain()
@@ -295,13 +365,19 @@ def learnable(*tensors: Tensor | None) -> bool:
 
 
 def learn(
-    layout: Layout, key: Hashable, term: Term, tensors: tuple[Tensor, ...], keep: Tensor | None
+    layout: Layout,
+    key: Hashable,
+    term: Preparable,
+    tensors: Sequence[Tensor | None],
+    keep: Tensor | None,
 ) -> Call:
     """Keep the call of a signature; it has to be ``learnable``."""
-    with torch.no_grad():
-        call = term.prepare(tensors, keep)
-    kept = _layouts.get((layout.key, layout._home), dict)
-    if len(kept) >= SIGNATURES:
-        kept.clear()
-    kept[key] = call
+    kept = _layouts.get(_place(layout), dict)
+    call = kept.get(key)  # which may not be recorded, or of another NMLayout
+    if call is None:
+        with torch.no_grad():
+            call = term.prepare(tensors, keep)
+        if len(kept) >= SIGNATURES:
+            kept.clear()
+        kept[key] = call
     return call

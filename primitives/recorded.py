@@ -13,20 +13,24 @@ import torch
 from torch import Tensor
 
 from mixgrain.formats.layout import Layout
+from mixgrain.formats.nm import NMLayout
+from mixgrain.formats.pattern_nm import NM
 from mixgrain.formats.sparse import SparseTensor
 
+from . import recorded_nm
 from .eager import (
     LAYOUT_TYPES,
-    TENSORS,
     Backward,
     Call,
     Term,
     find,
+    index_of,
     learn,
     learnable,
     plain,
     tf32,
     usable,
+    without_index,
 )
 from .fold import free_shape
 from .gradients import KINDS, Work, gradients
@@ -35,6 +39,7 @@ from .plans.plan import Plan
 _grad_enabled = torch.is_grad_enabled
 _FLOAT = torch.float32
 _NUMBERS = (float, int)
+_DTYPES = (torch.dtype, type(None))
 _new = object.__new__
 
 
@@ -42,6 +47,7 @@ class _Context(torch.autograd.function.FunctionCtx):
     """What the forwards below leave for their backwards."""
 
     gradients: Backward
+    index: Tensor | None
     keep: Tensor | None
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -52,30 +58,41 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, call: Call, keep: Tensor | None, pointers: list[int], a: Tensor, b: Tensor
+        ctx: _Context,
+        call: Call,
+        index: Tensor | None,
+        keep: Tensor | None,
+        pointers: list[int],
+        a: Tensor,
+        b: Tensor,
     ) -> Tensor:
         assert call.backward is not None
-        ctx.gradients, ctx.keep = call.backward, keep
+        ctx.gradients, ctx.index, ctx.keep = call.backward, index, keep
         ctx.save_for_backward(a, b)
-        made: Tensor = call.run((a, b) if keep is None else (a, b, keep), pointers)
+        made: Tensor = call.run(together((a, b), index, keep), pointers)
         return made
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Any, ...]:
         a, b = ctx.saved_tensors
-        made = ctx.gradients((a, b, grad), ctx.keep, ctx.needs_input_grad[3:])
-        return None, None, None, *made
+        held = together((a, b, grad), ctx.index)
+        return None, None, None, None, *ctx.gradients(held, ctx.keep, ctx.needs_input_grad[4:])
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context, call: Call, keep: Tensor | None, pointers: list[int], values: Tensor
+        ctx: _Context,
+        call: Call,
+        index: Tensor | None,
+        keep: Tensor | None,
+        pointers: list[int],
+        values: Tensor,
     ) -> Any:
         assert call.backward is not None
-        ctx.gradients, ctx.keep = call.backward, keep
+        ctx.gradients, ctx.index, ctx.keep = call.backward, index, keep
         ctx.set_materialize_grads(False)
-        made = call.run((values,) if keep is None else (values, keep), pointers)
+        made = call.run(together((values,), index, keep), pointers)
         ctx.save_for_backward(made[0] if isinstance(made, tuple) else made)
         return made
 
@@ -85,9 +102,11 @@ class _Softmax(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         (p,) = ctx.saved_tensors
         if grad is None and grad_lse is None:
-            return (None,) * 4
+            return (None,) * 5
         grad = torch.zeros_like(p) if grad is None else grad
-        return None, None, None, *ctx.gradients((p, grad, grad_lse), ctx.keep, (True,))
+        held: tuple[Any, ...] = (p, grad, grad_lse)
+        held = held if ctx.index is None else (*held, ctx.index)
+        return None, None, None, None, *ctx.gradients(held, ctx.keep, (True,))
 
 
 # What Function.apply does besides is to look for transforms, which `plain` has done.
@@ -95,13 +114,43 @@ _apply_product: Callable[..., Any] = super(torch.autograd.Function, _Product).ap
 _apply_softmax: Callable[..., Any] = super(torch.autograd.Function, _Softmax).apply
 
 
-def _mask_key(keep: Tensor | None) -> Any:
+def together(
+    tensors: tuple[Tensor, ...], index: Tensor | None, keep: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Tensors, then metadata and a mask where there are any."""
+    if index is not None:
+        tensors = (*tensors, index)
+    return tensors if keep is None else (*tensors, keep)
+
+
+def _usable(a: Any, b: Any, index: Tensor | None, keep: Tensor | None) -> bool:
+    if not usable(a) or (b is not a and not usable(b)):
+        return False
+    return (index is None or usable(index)) and (keep is None or usable(keep))
+
+
+def _addresses(pointers: list[int], index: Tensor | None, keep: Tensor | None) -> list[int]:
+    """Those of ``together``."""
+    if index is not None:
+        pointers.append(index.data_ptr())
+    if keep is not None:
+        pointers.append(keep.data_ptr())
+    return pointers
+
+
+def _index_key(index: Tensor) -> Any:
+    """Of metadata; on which device it is, its layout says."""
+    return index.shape, index.is_contiguous() or index.stride(), index.dtype, index.data_ptr() & 15
+
+
+def mask_key(keep: Tensor | None) -> Any:
+    """Of a run-time mask."""
     if keep is None:
         return None
     return keep.shape, keep.stride(), keep.dtype, keep.data_ptr() & 7, keep.get_device()
 
 
-def _sparse(layout: Layout, values: Tensor, keep: Tensor | None, rows: bool) -> SparseTensor:
+def sparse(layout: Layout, values: Tensor, keep: Tensor | None, rows: bool) -> SparseTensor:
     """A SparseTensor whose values are known to fit."""
     made = _new(SparseTensor)
     fields = made.__dict__
@@ -118,11 +167,18 @@ def _forward(
     keep_rows: bool,
     plan: Plan,
     results: int = 1,
-) -> Term:
-    """An operator as the public function that has its name calls it; its first results."""
+) -> tuple[Term, Tensor | None]:
+    """An operator as the public function that has its name calls it; its first results.
+
+    Also what the call is given of the layout.
+    """
     kinds, made = KINDS[op]
     work = Work(op, tuple(range(len(kinds))), scalars, made[:results])
-    return Term((work,), layout, lead, kinds, keep_rows, plan)
+    index = index_of(layout)
+    if index is not None:
+        kinds = (*kinds, "index")
+    layout, plan = without_index(layout, plan)
+    return Term((work,), layout, lead, kinds, keep_rows, plan), index
 
 
 def _backward(
@@ -132,17 +188,26 @@ def _backward(
     operands, results = KINDS[op]
     works = gradients(op, dtypes, scale)
     # Softmax saves its result instead, which is of the same kind.
-    return Backward(term._replace(works=works, kinds=(*operands, *results)))
+    kinds = (*operands, *results, *(("index",) if term.indexed else ()))
+    return Backward(term._replace(works=works, kinds=kinds))
 
 
 def _sddmm_key(
-    q: Tensor, k: Tensor, scale: float, keep: Tensor | None, out: Any, a: int, b: int
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    index: Tensor | None,
+    keep: Tensor | None,
+    out: Any,
+    a: int,
+    b: int,
 ) -> Any:
     dtype = q.dtype
     return (
         "sddmm", q.shape, q.is_contiguous() or q.stride(), dtype, a & 15, q.get_device(),
         k.shape, k.is_contiguous() or k.stride(), k.dtype, b & 15, k.get_device(),
-        q.is_neg() or k.is_neg(), scale, out, None if keep is None else _mask_key(keep),
+        scale, out, None if keep is None else mask_key(keep),
+        None if index is None else _index_key(index),
         tf32() if dtype is _FLOAT else None,
     )  # fmt: skip
 
@@ -151,26 +216,31 @@ def sddmm(
     q: Tensor, k: Tensor, layout: Any, scale: float, keep: Tensor | None, out_dtype: Any
 ) -> SparseTensor | None:
     """What ``sddmm`` returns, or None: not seen before, or not to be had this way."""
-    if torch.compiler.is_dynamo_compiling() or type(layout) not in LAYOUT_TYPES:
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    if type(layout) is NM:
+        return recorded_nm.sddmm(q, k, layout, scale, keep, out_dtype)
+    if type(layout) not in LAYOUT_TYPES:
         return None
     # Other numbers are checked the long way; a scale of 0 and one of −0 are equal keys.
-    if type(scale) not in _NUMBERS or not scale:
+    if type(scale) not in _NUMBERS or not scale or type(out_dtype) not in _DTYPES:
         return None
-    calls = find(layout) if type(q) in TENSORS and type(k) in TENSORS else None
-    if calls is None or not plain() or not (keep is None or usable(keep)):
+    index = layout.metadata if type(layout) is NMLayout else None
+    calls = find(layout)
+    if calls is None or not plain() or not _usable(q, k, index, keep):
         return None
     a, b = q.data_ptr(), k.data_ptr()
-    call = calls.get(_sddmm_key(q, k, scale, keep, out_dtype, a, b))
+    call = calls.get(_sddmm_key(q, k, scale, index, keep, out_dtype, a, b))
     if call is None:
         return None
-    pointers = [a, b] if keep is None else [a, b, keep.data_ptr()]
+    pointers = _addresses([a, b], index, keep)
     if _grad_enabled() and (q.requires_grad or k.requires_grad):
         if call.backward is None:
             return None
-        values = _apply_product(call, keep, pointers, q, k)
+        values = _apply_product(call, index, keep, pointers, q, k)
     else:
-        values = call.run((q, k) if keep is None else (q, k, keep), pointers)
-    return _sparse(layout, values, keep, False)
+        values = call.run(together((q, k), index, keep), pointers)
+    return sparse(layout, values, keep, False)
 
 
 def learn_sddmm(
@@ -182,29 +252,35 @@ def learn_sddmm(
     out_dtype: torch.dtype | None,
     plan: Plan,
     lead: tuple[int, ...],
-) -> None:
-    """Keep the call that went the long way."""
+) -> SparseTensor | None:
+    """Keep the call that passed all checks, and run it; None: not to be had this way.
+
+    Even the first call of a signature is not the operators': a checkpoint that makes it again
+    wants tensors of the same shapes saved.
+    """
     if type(layout) not in LAYOUT_TYPES or not learnable(q, k, keep):
-        return
-    if type(scale) not in _NUMBERS:
-        return
+        return None
+    if type(scale) not in _NUMBERS or not scale:
+        return None
     wide = float(scale)
     scalars = (wide, q.dtype if out_dtype is None else out_dtype)
-    term = _forward("sddmm", scalars, layout, lead, False, plan)
-    key = _sddmm_key(q, k, scale, keep, out_dtype, q.data_ptr(), k.data_ptr())
-    call = learn(layout, key, term, (q, k), keep)
+    term, index = _forward("sddmm", scalars, layout, lead, False, plan)
+    key = _sddmm_key(q, k, scale, index, keep, out_dtype, q.data_ptr(), k.data_ptr())
+    call = learn(layout, key, term, together((q, k), index), keep)
     if q.shape[:-2] == lead == k.shape[:-2]:
         call.backward = _backward("sddmm", term, (q.dtype, k.dtype), (wide,))
+    return sddmm(q, k, layout, scale, keep, out_dtype)
 
 
-def _spmm_key(s: SparseTensor, x: Tensor, a: int, b: int) -> Any:
+def _spmm_key(s: SparseTensor, x: Tensor, index: Tensor | None, a: int, b: int) -> Any:
     values, keep = s.values, s.keep
     kind, dtype = values.dtype, x.dtype
     return (
         "spmm", values.shape, values.is_contiguous() or values.stride(), kind, a & 15,
         x.shape, x.is_contiguous() or x.stride(), dtype, b & 15,
-        values.get_device(), x.get_device(), values.is_neg() or x.is_neg(),
-        None if keep is None else (s.keep_rows, *_mask_key(keep)),
+        values.get_device(), x.get_device(),
+        None if keep is None else (s.keep_rows, *mask_key(keep)),
+        None if index is None else _index_key(index),
         tf32() if dtype is _FLOAT or kind is _FLOAT else None,
     )  # fmt: skip
 
@@ -216,40 +292,43 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
     layout, values, keep = s.layout, s.values, s.keep
     if type(layout) not in LAYOUT_TYPES:
         return None
-    calls = find(layout) if type(values) in TENSORS and type(x) in TENSORS else None
-    if calls is None or not plain() or not (keep is None or usable(keep)):
+    index = layout.metadata if type(layout) is NMLayout else None
+    calls = find(layout)
+    if calls is None or not plain() or not _usable(values, x, index, keep):
         return None
     a, b = values.data_ptr(), x.data_ptr()
-    call = calls.get(_spmm_key(s, x, a, b))
+    call = calls.get(_spmm_key(s, x, index, a, b))
     if call is None:
         return None
-    pointers = [a, b] if keep is None else [a, b, keep.data_ptr()]
+    pointers = _addresses([a, b], index, keep)
     made: Tensor | None = None
     if not _grad_enabled() or not (values.requires_grad or x.requires_grad):
-        made = call.run((values, x) if keep is None else (values, x, keep), pointers)
+        made = call.run(together((values, x), index, keep), pointers)
     elif call.backward is not None:
-        made = _apply_product(call, keep, pointers, values, x)
+        made = _apply_product(call, index, keep, pointers, values, x)
     return made
 
 
-def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) -> None:
-    """Keep the call that went the long way."""
+def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) -> Tensor | None:
+    """Keep the call that passed all checks, and run it; see ``learn_sddmm``."""
     layout, values = s.layout, s.values
     if type(layout) not in LAYOUT_TYPES or not learnable(values, x, s.keep):
-        return
-    term = _forward("spmm", (1.0, x.dtype), layout, lead, s.keep_rows, plan)
-    key = _spmm_key(s, x, values.data_ptr(), x.data_ptr())
-    call = learn(layout, key, term, (values, x), s.keep)
+        return None
+    term, index = _forward("spmm", (1.0, x.dtype), layout, lead, s.keep_rows, plan)
+    key = _spmm_key(s, x, index, values.data_ptr(), x.data_ptr())
+    call = learn(layout, key, term, together((values, x), index), s.keep)
     if values.shape[:-1] == free_shape(layout.lead, lead) and x.shape[:-2] == lead:
         call.backward = _backward("spmm", term, (values.dtype, x.dtype), (1.0,))
+    return spmm(s, x)
 
 
-def _softmax_key(s: SparseTensor, want_lse: bool, out: Any, a: int) -> Any:
+def _softmax_key(s: SparseTensor, index: Tensor | None, want_lse: bool, out: Any, a: int) -> Any:
     values, keep = s.values, s.keep
     return (
         "softmax", values.shape, values.is_contiguous() or values.stride(), values.dtype, a & 15,
-        values.get_device(), values.is_neg(), want_lse, out,
-        None if keep is None else (s.keep_rows, *_mask_key(keep)),
+        values.get_device(), want_lse, out,
+        None if keep is None else (s.keep_rows, *mask_key(keep)),
+        None if index is None else _index_key(index),
     )  # fmt: skip
 
 
@@ -258,39 +337,41 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
     if torch.compiler.is_dynamo_compiling() or type(s) is not SparseTensor:
         return None
     layout, values, keep = s.layout, s.values, s.keep
-    if type(layout) not in LAYOUT_TYPES or type(values) not in TENSORS:
+    if type(layout) not in LAYOUT_TYPES:
         return None
-    if want_lse is not True and want_lse is not False:
+    if (want_lse is not True and want_lse is not False) or type(out_dtype) not in _DTYPES:
         return None
+    index = layout.metadata if type(layout) is NMLayout else None
     calls = find(layout)
-    if calls is None or not plain() or not (keep is None or usable(keep)):
+    if calls is None or not plain() or not _usable(values, values, index, keep):
         return None
     a = values.data_ptr()
-    call = calls.get(_softmax_key(s, want_lse, out_dtype, a))
+    call = calls.get(_softmax_key(s, index, want_lse, out_dtype, a))
     if call is None:
         return None
-    pointers = [a] if keep is None else [a, keep.data_ptr()]
+    pointers = _addresses([a], index, keep)
     if _grad_enabled() and values.requires_grad:
         if call.backward is None:
             return None
-        made = _apply_softmax(call, keep, pointers, values)
+        made = _apply_softmax(call, index, keep, pointers, values)
     else:
-        made = call.run((values,) if keep is None else (values, keep), pointers)
+        made = call.run(together((values,), index, keep), pointers)
     if want_lse:
-        return _sparse(layout, made[0], keep, s.keep_rows), made[1]
-    return _sparse(layout, made, keep, s.keep_rows)
+        return sparse(layout, made[0], keep, s.keep_rows), made[1]
+    return sparse(layout, made, keep, s.keep_rows)
 
 
 def learn_softmax(
     s: SparseTensor, want_lse: bool, out_dtype: torch.dtype | None, plan: Plan
-) -> None:
-    """Keep the call that went the long way."""
+) -> Any:
+    """Keep the call that passed all checks, and run it; see ``learn_sddmm``."""
     layout, values, lead = s.layout, s.values, s.lead_shape
     if type(layout) not in LAYOUT_TYPES or not learnable(values, s.keep):
-        return
+        return None
     scalars = (values.dtype if out_dtype is None else out_dtype, want_lse)
     results = 2 if want_lse else 1
-    term = _forward("softmax", scalars, layout, lead, s.keep_rows, plan, results)
-    key = _softmax_key(s, want_lse, out_dtype, values.data_ptr())
-    call = learn(layout, key, term, (values,), s.keep)
+    term, index = _forward("softmax", scalars, layout, lead, s.keep_rows, plan, results)
+    key = _softmax_key(s, index, want_lse, out_dtype, values.data_ptr())
+    call = learn(layout, key, term, together((values,), index), s.keep)
     call.backward = _backward("softmax", term, (values.dtype,))
+    return softmax(s, want_lse, out_dtype)

@@ -90,6 +90,9 @@ def sddmm(
     lead = join_lead("sddmm", layout.lead, q.shape[:-2], k.shape[:-2])
     if key_mask is not None and key_mask.dim() == 2:
         lead = join_lead("sddmm", (1, 1), lead, (key_mask.shape[0], 1))
+    seen = recorded.learn_sddmm(q, k, layout, scale, key_mask, out_dtype, plan, lead)
+    if seen is not None:
+        return seen
     values = ops.sddmm(
         fold(expand(q, lead), layout.lead),
         fold(expand(k, lead), layout.lead),
@@ -99,7 +102,6 @@ def sddmm(
         float(scale),
         dtype,
     )
-    recorded.learn_sddmm(q, k, layout, scale, key_mask, out_dtype, plan, lead)
     free = free_shape(layout.lead, lead)
     return SparseTensor(layout, values.reshape(*free, layout.slots), key_mask)
 

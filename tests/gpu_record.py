@@ -31,6 +31,8 @@ SOURCES = (
     "attention/eager.py",
     "primitives/eager.py",
     "primitives/recorded.py",
+    "primitives/recorded_linear.py",
+    "primitives/recorded_nm.py",
 )
 
 

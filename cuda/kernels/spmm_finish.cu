@@ -2,11 +2,11 @@
 //
 //     out[f, n, r] = activated(first[f, r, n] + second[f, r, n] + bias[r]), rounded once
 //
-//   tensors   first, second float32 (F, rows, pitch); bias (rows) or none; out (F, tokens, rows), contiguous
+//   tensors   first, second VALUES (F, rows, pitch); bias (rows) or none; out (F, tokens, rows), contiguous
 //   grid      (tiles of 32 tokens × tiles of 64 features, F)
 //   block     256 threads: a warp reads 32 neighbouring sums of 8 features, and writes 64 features of 4 tokens
 //   smem      the tile, 8.3 KB
-//   floor     4 or 8 bytes read and one result written for each element, at the rate of memory
+//   floor     what is read of each element and one result written, at the rate of memory
 //   needs     sm_80
 #include "types.cuh"
 #include "activation.cuh"
@@ -15,7 +15,7 @@ constexpr bool kTwo = MG_TWO;  // else there is no second
 constexpr int kTokens = 32, kFeatures = 64, kWarps = 8;
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
-    spmm_finish(operand_t *__restrict__ out, const float *__restrict__ first, const float *__restrict__ second,
+    spmm_finish(operand_t *__restrict__ out, const value_t *__restrict__ first, const value_t *__restrict__ second,
                 const operand_t *__restrict__ bias, int rows, int tokens, int pitch) {
     __shared__ float tile[kFeatures][kTokens + 1];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -27,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
         const int r = warp * (kFeatures / kWarps) + i;
         if (r0 + r >= rows || n0 + lane >= tokens) continue;
         const i64 at = (f * rows + r0 + r) * pitch + n0 + lane;
-        tile[r][lane] = kTwo ? __ldcs(first + at) + __ldcs(second + at) : __ldcs(first + at);
+        const float one = to_float(__ldcs(first + at));
+        tile[r][lane] = kTwo ? one + to_float(__ldcs(second + at)) : one;
     }
     float more[2];
 #pragma unroll

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mixgrain.cuda.device import using
 from mixgrain.cuda.errors import CudaError
 from mixgrain.cuda.prepared import Prepared
 from mixgrain.formats.errors import BackendUnavailableError
@@ -36,6 +37,8 @@ MODULES = {
     "row_sum": "softmax",
     "row_expand": "softmax",
     "chain": "chain",
+    "tokens": "tokens",
+    "token_gradients": "tokens",
 }
 
 
@@ -52,6 +55,7 @@ def together(
     keep: Tensor | None,
     keep_rows: bool,
     plan: Plan,
+    indexed: bool = False,
 ) -> Prepared:
     """One prepared call of several operators on the same positions; see ``calls.together``.
 
@@ -60,9 +64,22 @@ def together(
     """
     code = [(launch_code(work.op), work) for work in works]
     try:
-        return calls.together(code, operands, keep, keep_rows, plan)
+        return calls.together(code, operands, keep, keep_rows, plan, indexed)
     except CudaError as error:
         raise _unavailable(", ".join(work.op for work in works), error) from error
+
+
+def alone(name: str, arguments: tuple[Any, ...]) -> Prepared:
+    """A prepared call of launch code on its own; see ``calls.prepare``.
+
+    Raises:
+        BackendUnavailableError: CuPy, NVRTC or kernels for this architecture are missing.
+    """
+    try:
+        with using(arguments[0].device.index):
+            return calls.prepare(launch_code(name), arguments)
+    except CudaError as error:
+        raise _unavailable("linear", error) from error
 
 
 @functools.cache

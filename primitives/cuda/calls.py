@@ -116,6 +116,7 @@ def together(
     keep: Tensor | None,
     keep_rows: bool,
     plan: Plan,
+    indexed: bool = False,
 ) -> Prepared:
     """Several operators on the same positions in one prepared call.
 
@@ -125,6 +126,7 @@ def together(
         keep: the run-time mask, folded, or None.
         keep_rows: it is over rows.
         plan: of the layout for all the operators.
+        indexed: the last operand stands for the first tensor of the plan.
 
     Returns:
         A call that takes the operands and the mask, those that are None left out; it returns the
@@ -133,16 +135,21 @@ def together(
     device = next(t.device.index for t in operands if t is not None)
     recording = Recording(device)
     described = [None if t is None else _described(recording, t) for t in (*operands, keep)]
+    fixed = plan.tensors[1:] if indexed else plan.tensors
+    if indexed:
+        index: Any = described[-2]
+        plan = plan._replace(tensors=[index, *fixed])
     results: list[Any] = []
     with using(device):
         with recorded(recording):
             for launch_code, work in works:
                 given = [described[n] for n in work.operands]
-                made = launch_code(*given, described[-1], keep_rows, *plan, *work.scalars)
+                mask = described[-1:] if work.op == "prune" else (described[-1], keep_rows)
+                made = launch_code(*given, *mask, *plan, *work.scalars)
                 several = made if isinstance(made, tuple) else (made,)
                 results += several[: len(work.results)]
         alone = len(results) == 1
-        return Prepared(recording, results[0] if alone else tuple(results), plan.tensors)
+        return Prepared(recording, results[0] if alone else tuple(results), fixed)
 
 
 def _described(recording: Recording, t: Tensor) -> Operand:

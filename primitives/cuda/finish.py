@@ -1,4 +1,4 @@
-"""The end of a linear layer whose sums lie by features in float32: bias, activation, rounding."""
+"""The end of a linear layer whose sums lie by features: bias, activation, rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def finish(
     """Rows of tokens, (F, tokens, rows) of ``dtype``, from sums by features; one kernel.
 
     Args:
-        sums: one or two float32 (F, 1, rows, tokens or more), contiguous, to be added up.
+        sums: one or two (F, 1, rows, tokens or more), contiguous, to be added up: float32, or of
+            ``dtype`` where nothing is left to do but to turn them.
         bias: (rows,) of ``dtype``, contiguous, or None.
         tokens: how many there are.
         dtype: of the result.
@@ -30,7 +31,8 @@ def finish(
     out = sums[0].new_empty((free, tokens, rows), dtype=dtype)
     if not out.numel():
         return out
-    run = kernel(finish_request(dtype, len(sums) == 2, activation), out.device.index)
+    wanted = finish_request(dtype, sums[0].dtype, len(sums) == 2, activation)
+    run = kernel(wanted, out.device.index)
     for start in range(0, free, MOST_MATRICES):
         to, first, second = (t[start : start + MOST_MATRICES] for t in (out, sums[0], sums[-1]))
         run(
@@ -48,7 +50,8 @@ def finish(
 
 
 @functools.lru_cache(maxsize=64)
-def finish_request(dtype: torch.dtype, two: bool, activation: int) -> Request:
-    """The kernel; ``two`` sums are added up."""
-    constants = {"DTYPE": CODES[dtype], "TWO": int(two), **activation_constant(activation)}
+def finish_request(dtype: torch.dtype, sums: torch.dtype, two: bool, activation: int) -> Request:
+    """The kernel for sums of this dtype; ``two`` of them are added up."""
+    constants = {"DTYPE": CODES[dtype], "VALUES": CODES[sums], "TWO": int(two)}
+    constants |= activation_constant(activation)
     return request("spmm_finish", constants, flush=dtype != torch.float32)

@@ -166,11 +166,30 @@ def _product(
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     if parts[0].kind == "ctile":
         return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
-    sums = _sums(values, x, keep, keep_rows, parts, lines, scale, dtype, transposed)
+    made = _sums(values, x, keep, keep_rows, parts, lines, scale, dtype, transposed)
     if len(parts) == 1:
-        return sums[0][..., :width].contiguous()
+        return made[0][..., :width].contiguous()
     with together():
-        return _rounded(sums, dtype)[..., :width].contiguous()
+        return _rounded(made, dtype)[..., :width].contiguous()
+
+
+def unrounded(
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    keep_rows: bool,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    scale: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The product of blocks, panels and rows, of a single part, or one or two float32 sums.
+
+    Columns are as many as x has, rounded up.
+    """
+    _, shape, _, parts = split(Plan(tensors, dims, name))
+    return _sums(values, x, keep, keep_rows, parts, shape[0], scale, dtype, transposed=False)
 
 
 def _sums(

@@ -130,7 +130,7 @@ def requests(
                             found |= dict.fromkeys(_asked("prune", arguments))
         for operand, value in dtypes:
             if operand == value:
-                for name, arguments in _weight_calls(operand, masks):
+                for name, arguments in (*_weight_calls(operand, masks), *_layer_calls(operand)):
                     found |= dict.fromkeys(_asked(name, arguments))
     return list(found)
 
@@ -157,6 +157,15 @@ def _weight_calls(
                     for name in ("spmm", "spmm_t"):
                         yield name, (values, x, *keep, *plan, 1.0, dtype)
                     yield "sddmm", (x, x, *keep, *plan, 1.0, dtype)
+
+
+def _layer_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Arguments of a layer of blocks, whose rows of tokens are turned."""
+    layout = _layouts()[0]
+    plan = TABLE["linear"][type(layout)]["cuda"](layout)
+    values, x = _meta(layout.slots, dtype=dtype), _meta(64, layout.shape[1], dtype=dtype)
+    for bias in (None, _meta(layout.shape[0], dtype=dtype)):
+        yield "tokens", (values, x, bias, *plan, None, False, None)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

@@ -94,6 +94,11 @@ def trust(layout: Layout) -> None:
     _validated.get(abs(layout.key), lambda: True)
 
 
+def trusted(layout: Layout) -> bool:
+    """Whether a layout was validated, or made by this library; counts as a use."""
+    return LRU.peek(_validated, abs(layout.key)) is not None
+
+
 def validate_once(layout: Layout) -> None:
     """Validate a layout the first time it is seen; later calls are free.
 

@@ -133,12 +133,14 @@ def test_the_short_way_gives_the_bits_of_the_long_way(pattern, dtype, monkeypatc
     mg.clear_caches()
     seen = operators_run(monkeypatch)
     q, k, v = (random(2, 3, N, D, dtype=dtype, seed=n) for n in range(3))
-    long = attention(q, k, v, layout)
+    with torch.device("cuda"):  # something watches
+        long = attention(q, k, v, layout)
     assert seen == ["sddmm", "softmax", "spmm"]
     seen.clear()
-    short = attention(q, k, v, layout)
+    for _ in range(2):
+        short = attention(q, k, v, layout)
+        assert torch.equal(long, short)
     assert not seen
-    assert torch.equal(long, short)
     close(short, dense(q, k, v, layout))
 
 
@@ -149,9 +151,9 @@ def test_recorded_gradients_are_the_operators(pattern, monkeypatch):
     seen = operators_run(monkeypatch)
     q, k, v = (random(2, 3, N, D, seed=n).requires_grad_() for n in range(3))
     g = random(2, 3, N, D, seed=9)
-    long = torch.autograd.grad(attention(q, k, v, layout), (q, k, v), g)
+    with torch.device("cuda"):  # something watches
+        long = torch.autograd.grad(attention(q, k, v, layout), (q, k, v), g)
     assert {"spmm_t", "softmax_backward"} <= set(seen)
-    torch.autograd.grad(attention(q, k, v, layout), (q, k, v), g)
     seen.clear()
     short = torch.autograd.grad(attention(q, k, v, layout), (q, k, v), g)
     assert not seen

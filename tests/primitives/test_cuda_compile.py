@@ -37,7 +37,7 @@ EVERYWHERE = {
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
-    "spmm_tile", "sddmm_tile", "tile_order",
+    "spmm_tile", "sddmm_tile", "tile_order", "turn", "spmm_finish",
 }  # fmt: skip
 # Asked for where there is nothing better.
 ELSEWHERE = {"spmm_nm", "spmm_tile_few"}
@@ -50,15 +50,13 @@ FUSED = {
     "fused_sm90", "fused_mma", "fused_row", "fused_merge", "gather_rows",
     "plan_cells", "plan_lines", "plan_lengths", "plan_items", "plan_write", "plan_walk",
 }  # fmt: skip
-#: Of activations, which are left to first use; test_activation_compile.py.
-ACTIVATIONS = {"spmm_finish"}
 
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_kernel_file_is_asked_for(arch):
     names = {wanted.name for wanted in requests(arch)}  # the common ones are of every file
     assert names == EVERYWHERE | (HOPPER if arch == "90a" else ELSEWHERE)
-    known = EVERYWHERE | ELSEWHERE | HOPPER | FUSED | ACTIVATIONS
+    known = EVERYWHERE | ELSEWHERE | HOPPER | FUSED
     assert {path.stem for path in service.KERNELS.glob("*.cu")} == known
 
 

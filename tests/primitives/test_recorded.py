@@ -1,6 +1,6 @@
 """The short way of the public functions on the CPU: a stand-in runs for prepared calls."""
 
-import copy
+import contextlib
 import itertools
 import types
 
@@ -8,11 +8,12 @@ import pytest
 import torch
 from cases import BUILDERS, Case, density, masks_of
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.errors import DtypeError
 from mixgrain.formats.sparse import SparseTensor
-from mixgrain.primitives import cuda, eager, ops, recorded
+from mixgrain.primitives import eager, ops
 from mixgrain.primitives.sddmm import sddmm
 from mixgrain.primitives.softmax import softmax
 from mixgrain.primitives.spmm import spmm
@@ -24,58 +25,6 @@ CASES = {
     "both": Case((20, 28), density(0.4), lead=(2, 3)),
     "plain": Case((20, 28), density(0.4)),
 }
-
-
-class Stand:
-    """What a prepared call is to the layers above it."""
-
-    def __init__(self, runs, works, operands, keep, keep_rows, plan):
-        self.runs, self.sizes = runs, None
-        self.works, self.operands, self.keep, self.rest = works, operands, keep, (keep_rows, *plan)
-        every = self._compute([t for t in (*operands, keep) if t is not None])
-        self.shapes = [tuple(t.shape) for t in every]
-
-    def _compute(self, given):
-        rest = iter(given)
-        every = [None if t is None else next(rest) for t in (*self.operands, self.keep)]
-        made = []
-        for work in self.works:
-            operands = [every[n] for n in work.operands]
-            with torch._C._AutoDispatchBelowAutograd():
-                found = getattr(torch.ops.mixgrain, work.op)(
-                    *operands, every[-1], *self.rest, *work.scalars
-                )
-            made += (found if isinstance(found, tuple) else (found,))[: len(work.results)]
-        return made
-
-    def shaped(self, sizes):
-        other = copy.copy(self)
-        other.sizes = sizes
-        return other
-
-    def __call__(self, given, pointers):
-        assert pointers == [t.data_ptr() for t in given]
-        self.runs.append("+".join(work.op for work in self.works))
-        # The operators take folded tensors; these are views of the same memory.
-        folded = [t for t in (*self.operands, self.keep) if t is not None]
-        given = [g.as_strided(f.shape, f.stride()) for g, f in zip(given, folded, strict=True)]
-        made = self._compute(given)
-        if self.sizes is not None:
-            made = [t.reshape(size) for t, size in zip(made, self.sizes, strict=True)]
-        return made[0] if len(made) == 1 else tuple(made)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Operators of the prepared calls that ran; CPU tensors count as usable."""
-    seen: list[str] = []
-    clear_caches()
-    monkeypatch.setattr(cuda, "together", lambda *given: Stand(seen, *given))
-    for module in (eager, recorded):
-        monkeypatch.setattr(module, "usable", lambda t: type(t) in eager.TENSORS)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    yield seen
-    clear_caches()
 
 
 def operands(case: Case, seed: int = 0) -> list[Tensor]:
@@ -102,20 +51,23 @@ def test_the_short_way_equals_the_long_way(name, kind, masked, runs):
     layout = BUILDERS[kind](case, *masks_of(case))
     mask = mask_of(case) if masked else None
     found = []
-    for n in range(3):
+    for n in range(4):
         runs.clear()
-        q, k, v = operands(case)
-        with torch.no_grad():
-            plain = attention(q, k, v, layout, mask)
-        assert runs == ([] if n == 0 else ["sddmm", "softmax", "spmm"])
-        o, lse = attention(q, k, v, layout, mask)
+        # The first time something watches: the operators.
+        with torch.device("cpu") if n == 0 else contextlib.nullcontext():
+            q, k, v = operands(case)
+            with torch.no_grad():
+                plain = attention(q, k, v, layout, mask)
+            assert runs == ([] if n == 0 else ["sddmm", "softmax", "spmm"])
+            o, lse = attention(q, k, v, layout, mask)
+        assert runs.prepared == (0 if n == 0 else 3 if n == 1 else 6)
         assert o.requires_grad
         assert torch.equal(o, plain[0])
         assert torch.equal(lse, plain[1])
         total = o.square().sum() + (torch.where(lse.isfinite(), lse, 0) ** 2).sum()
         runs.clear()
         first = torch.autograd.grad(total, (q, k, v), retain_graph=True)
-        assert runs == ["sddmm+spmm_t", "softmax_backward", "spmm+spmm_t"]
+        assert runs == ([] if n == 0 else ["sddmm+spmm_t", "softmax_backward", "spmm+spmm_t"])
         runs.clear()
         (again,) = torch.autograd.grad(total, q, create_graph=True)
         assert runs == []  # to be differentiated: the operators
@@ -152,6 +104,20 @@ def test_only_the_gradients_that_are_wanted_are_computed(runs):
             (made,) = torch.autograd.grad(call().square().sum(), inputs[n])
             assert runs == [name, alone]
             torch.testing.assert_close(made, whole[name][n], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_checkpoints(warm, runs):
+    """What is saved is alike, the first time and when a checkpoint makes the call again."""
+    case = CASES["both"]
+    layout = BUILDERS["mixed"](case, *masks_of(case))
+    given = operands(case)
+    if warm:
+        attention(*given, layout)
+    o = checkpoint(lambda *t: attention(*t, layout)[0], *given, use_reentrant=False)
+    found = torch.autograd.grad(o.square().sum(), given)
+    right = torch.autograd.grad(attention(*given, layout)[0].square().sum(), given)
+    assert all(map(torch.equal, found, right))
 
 
 def test_saved_tensors_that_hooks_replace(runs):
@@ -196,13 +162,13 @@ def test_every_part_of_a_signature_counts(runs):
     q, k, _ = (t.detach() for t in operands(case))
     sddmm(q, k, layout)
     assert sddmm(q, k, layout) is not None
-    assert runs == ["sddmm"]
+    assert runs == ["sddmm"] * 2
+    assert runs.prepared == 1
     runs.clear()
     base = torch.zeros(q.numel() + 2, dtype=torch.float64)
     shifted = base[1 : 1 + q.numel()].view(q.shape)
     others = {
         "scale": lambda: sddmm(q, k, layout, 2.0),
-        "zero": lambda: [sddmm(q, k, layout, 0.0) for _ in range(2)],
         "dtype": lambda: sddmm(q, k, layout, out_dtype=torch.float32),
         "mask": lambda: sddmm(q, k, layout, key_mask=torch.ones(28, dtype=torch.bool)),
         "shape": lambda: sddmm(q[:1], k[:1], layout),
@@ -213,13 +179,18 @@ def test_every_part_of_a_signature_counts(runs):
             layout,
         ),
     }
-    for name, call in others.items():
+    for count, (name, call) in enumerate(others.items()):
         call()
-        assert runs == [], name
+        assert runs.prepared == count + 2, name
+    runs.clear()
+    for _ in range(2):
+        sddmm(q, k, layout, 0.0)
     with pytest.raises(DtypeError):
         sddmm(q, k.float(), layout)
     with pytest.raises(TypeError):
         sddmm(q, k, layout, torch.tensor(1.0))
+    with pytest.raises(DtypeError):
+        sddmm(q, k, layout, out_dtype=["float32"])
     assert runs == []
 
 
@@ -251,6 +222,28 @@ def test_what_watches_sees_the_operators(runs):
     assert runs == ["sddmm"]
 
 
+def test_what_has_no_memory_of_its_own_goes_the_long_way(runs):
+    case = CASES["shared"]
+    layout = BUILDERS["block"](case, *masks_of(case))
+    q, k, v = (t.detach() for t in operands(case))
+    s = sddmm(q, k, layout)
+    spmm(softmax(s), v)
+    runs.clear()
+    zero = torch._efficientzerotensor(q.shape, dtype=q.dtype)
+    imaginary = torch.complex(q, q).conj().imag
+    assert imaginary.is_neg()
+    assert torch.equal(sddmm(imaginary, k, layout).values, sddmm(-q, k, layout).values)
+    assert runs == ["sddmm"]
+    for call in (
+        lambda: sddmm(zero, k, layout),
+        lambda: sddmm(q.to_sparse(), k, layout),
+        lambda: spmm(s, v.to_sparse()),
+    ):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            call()
+    assert runs == ["sddmm"]
+
+
 def test_broadcast_operands_are_not_recorded(runs):
     case = CASES["shared"]
     layout = BUILDERS["block"](case, *masks_of(case))
@@ -261,6 +254,7 @@ def test_broadcast_operands_are_not_recorded(runs):
         s = sddmm(q, single, layout)
         grads.append(torch.autograd.grad(s.values.square().sum(), (q, single)))
     assert runs == []
+    assert runs.prepared == 1
     assert all(torch.equal(a, b) for made in grads[1:] for a, b in zip(made, grads[0], strict=True))
     with torch.no_grad():
         short = sddmm(q, single, layout)
@@ -278,10 +272,11 @@ def test_caches_are_bounded_and_cleared(runs):
         kept.append(SparseTensor(layout, torch.zeros(layout.slots, dtype=torch.float64)))
         spmm(kept[-1], x)
     assert len(eager._layouts) == eager.LAYOUTS
+    assert runs.prepared == eager.LAYOUTS + 3
     spmm(kept[0], x)  # dropped: the long way
-    assert runs == []
+    assert runs.prepared == eager.LAYOUTS + 4
     spmm(kept[-1], x)
-    assert runs == ["spmm"]
+    assert runs.prepared == eager.LAYOUTS + 4
     for width in range(1, eager.SIGNATURES + 5):
         spmm(kept[-1], x[:, :1].expand(28, width).contiguous())
     assert max(map(len, eager._layouts._values.values())) <= eager.SIGNATURES

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mixgrain.attention.ops as fused
-import mixgrain.primitives.ops_linear  # noqa: F401  # registers its derivative
+import mixgrain.primitives.affine
+import mixgrain.primitives.ops_linear  # noqa: F401  # they register derivatives
 from mixgrain.attention.plan import plan, plan_nm
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparsify import sparsify
