@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .errors import CudaError
+from .recording import recorded
 
 V = TypeVar("V")
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -66,7 +67,8 @@ def _apart(source: Tensor, make: Callable[[], V]) -> V:
         )
     stream = torch.cuda.current_stream(source.device)
     if _thread.makes or not stream.cuda_stream:
-        return make()
+        with recorded(None):  # it is for now and for later calls, no step of the one at hand
+            return make()
     if _thread.worker is None:
         _thread.worker = ThreadPoolExecutor(1, "mixgrain derives")
 

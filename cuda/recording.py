@@ -344,10 +344,10 @@ def current() -> Recording | None:
 
 
 @contextlib.contextmanager
-def recorded(into: Recording) -> Iterator[Recording]:
-    """Record what launch code of this thread does inside."""
+def recorded(into: Recording | None) -> Iterator[None]:
+    """Record what launch code of this thread does inside; None: it is done at once."""
     before, _current.recording = _current.recording, into
     try:
-        yield into
+        yield
     finally:
         _current.recording = before

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mixgrain.cuda import derived
+from mixgrain.cuda.recording import Recording, current, recorded
 
 
 class Source(torch.Tensor):
@@ -47,6 +48,15 @@ def test_a_thread_of_its_own_that_stays() -> None:
 def test_no_thread_on_the_default_stream(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(0))
     assert derived.derived(source(), "it", threading.get_ident) == threading.get_ident()
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_what_is_made_is_no_step_of_a_recording(default, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(int(not default)))
+    mine = Recording(0)
+    with recorded(mine):
+        assert derived.derived(source(), "it", current) is None
+        assert current() is mine
 
 
 def test_what_is_asked_for_while_making_is_made_there() -> None:

@@ -31,7 +31,7 @@ FEW, SINGLY = 24, 256
 DEALT, MOST_CTAS = 32, 1024
 # A tile: its item; from this bit on, the warpgroups that leave it to other tiles.
 APART = 28
-SHARED = 33040
+SHARED = 33168
 
 #: plan_walk.cu: Walk.
 WALK = Struct(

@@ -39,10 +39,11 @@ struct Shared {
     union {
         u64 keys[kSorted];
         struct {
-            int load[kThreads], turn[kThreads], after[kThreads], mine[kThreads];
+            int load[kThreads], cost[kThreads], after[kThreads], before[kThreads], mine[kThreads];
         };
     };
     i64 sums[32];
+    int ends[32];
     int count;
 };
 
@@ -101,21 +102,42 @@ __device__ void sort(const Walk &w, u64 *keys, int size) {
 // CTAs in the order in which they are free take the next tiles one each, as long as none of those that have just
 // taken one would be free again before the next. Returns how many tiles that were.
 __device__ int deal_round(const Walk &w, Shared &s, int at) {
-    const int c = threadIdx.x, ready = min(w.ctas, w.total - at);
+    const int c = threadIdx.x, lane = c % 32, ready = min(w.ctas, w.total - at), whole = (w.ctas + 31) / 32 * 32;
+    constexpr int kNever = 0x7fffffff;
     int rank = 0, load = 0;
+    if (c < ready) s.cost[c] = w.costs[w.tile[at + c].x];
     if (c < w.ctas) {
         load = s.load[c];
-        for (int other = 0; other < w.ctas; ++other) rank += s.load[other] < load || (s.load[other] == load && other < c);
-        s.turn[rank] = c;
-        s.after[rank] = rank < ready ? load + w.costs[w.tile[at + rank].x] : 0x7fffffff;
+#pragma unroll 8
+        for (int other = 0; other < w.ctas; ++other) {
+            const int its = s.load[other];
+            rank += its < load || (its == load && other < c);
+        }
     }
     if (c == 0) s.count = ready;
     __syncthreads();
-    if (c < w.ctas && rank < ready) {
-        int soonest = 0x7fffffff;
-        for (int r = 0; r < rank; ++r) soonest = min(soonest, s.after[r]);
-        if (rank && load >= soonest) atomicMin(&s.count, rank);
+    if (c < whole) s.after[c < w.ctas ? rank : c] = c < w.ctas && rank < ready ? load + s.cost[rank] : kNever;
+    __syncthreads();
+    // The soonest that one of those before is free again, by rank.
+    const int after = c < whole ? s.after[c] : kNever;
+    int soonest = after;
+    if (c < whole) {
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int other = __shfl_up_sync(~0u, soonest, d);
+            if (lane >= d) soonest = min(soonest, other);
+        }
+        if (lane == 31) s.ends[c / 32] = soonest;
+        soonest = __shfl_up_sync(~0u, soonest, 1);
+        if (lane == 0) soonest = kNever;
     }
+    __syncthreads();
+    if (c < whole) {
+        for (int warp = 0; warp < c / 32; ++warp) soonest = min(soonest, s.ends[warp]);
+        s.before[c] = soonest;
+    }
+    __syncthreads();
+    if (c < w.ctas && rank < ready && rank && load >= s.before[rank]) atomicMin(&s.count, rank);
     __syncthreads();
     const int count = s.count;
     if (c < w.ctas && rank < count) {
