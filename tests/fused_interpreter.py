@@ -98,7 +98,7 @@ class Literal:
 
 
 def tables(work, shape: tuple[int, int, int], *_) -> Tables:
-    """What ``tables.tables`` finds for every matrix, without a walk."""
+    """What ``tables.tables`` finds for every matrix, and one CTA for all tiles."""
     batch, heads, kv = shape
     entry = torch.tensor(work.entry).view(work.lead).expand(batch, heads)
     by_head = work.lead[1] > 1
@@ -106,10 +106,19 @@ def tables(work, shape: tuple[int, int, int], *_) -> Tables:
     if work.dead.numel():
         each = work.dead[entry].view(batch, kv, heads // kv, -1)
         dead = each.all(2)  # a head's value is left alone if a query's head needs it
-    none = torch.zeros(0, dtype=torch.int32)
     queries = entry.int()
     keys = queries if by_head else queries[:, :1].expand(batch, kv)
-    return Tables(none, none, queries, keys, none, none, dead)
+    tiles = [
+        (item, matrix)
+        for matrix, u in enumerate(entry.flatten().tolist())
+        for item in range(work.item_starts[u], work.item_starts[u + 1])
+    ]
+    walk = torch.tensor([0, len(tiles)], dtype=torch.int32)
+    ranges = torch.zeros(batch * heads, 2, dtype=torch.int32)
+    return Tables(
+        walk, torch.tensor(tiles, dtype=torch.int32).view(-1, 2), queries, keys, ranges,
+        ranges.new_zeros(2, batch * heads, 4), dead,
+    )  # fmt: skip
 
 
 def expand(work) -> tuple[Tensor, Tensor]:

@@ -107,28 +107,28 @@ __device__ __forceinline__ int pattern_of(const PlanWork &w, int line) {
     return u;
 }
 
-// Exclusive sum over a CTA of 1024; `total` is that of all. Every thread calls it.
-__device__ __forceinline__ int scan1024(int x, int *shared, int &total) {
+// Exclusive sum over a CTA of 1024; `total` is that of all. Every thread calls it; `shared` has room for 32.
+template <typename T> __device__ __forceinline__ T scan1024(T x, T *shared, T &total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int sum = x;
+    T sum = x;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(~0u, sum, d);
+        const T other = __shfl_up_sync(~0u, sum, d);
         if (lane >= d) sum += other;
     }
     if (lane == 31) shared[warp] = sum;
     __syncthreads();
     if (warp == 0) {
-        int all = shared[lane];
+        T all = shared[lane];
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(~0u, all, d);
+            const T other = __shfl_up_sync(~0u, all, d);
             if (lane >= d) all += other;
         }
         shared[lane] = all;
     }
     __syncthreads();
-    const int before = warp ? shared[warp - 1] : 0;
+    const T before = warp ? shared[warp - 1] : T(0);
     total = shared[31];
     __syncthreads();
     return before + sum - x;

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_lines(const __gri
         for (int base = 0, before = 0; base < n; base += kThreads, before += total) {
             const int i = base + threadIdx.x, line = i < n ? line_of(i) : 0;
             const bool is = i < n && w.counts[line] > limit;
-            const int rank = before + scan1024(is, shared, total);
+            const int rank = before + scan1024(int(is), shared, total);
             if (i < n) {
                 const int at = is ? rank : i - rank;
                 const int item = items + (is ? short_items : 0) + at / w.groups;

@@ -47,33 +47,6 @@ struct Shared {
     int count;
 };
 
-// Exclusive sum over the CTA; every thread calls it.
-__device__ __forceinline__ i64 scan(i64 x, i64 *shared, i64 &total) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    i64 sum = x;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const i64 other = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) sum += other;
-    }
-    if (lane == 31) shared[warp] = sum;
-    __syncthreads();
-    if (warp == 0) {
-        i64 all = shared[lane];
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const i64 other = __shfl_up_sync(~0u, all, d);
-            if (lane >= d) all += other;
-        }
-        shared[lane] = all;
-    }
-    __syncthreads();
-    const i64 before = warp ? shared[warp - 1] : 0;
-    total = shared[31];
-    __syncthreads();
-    return before + sum - x;
-}
-
 __device__ __forceinline__ int pattern_of_matrix(const Walk &w, int matrix) {
     const int b = w.entry_batches > 1 ? matrix / w.heads : 0, h = w.entry_heads > 1 ? matrix % w.heads : 0;
     return w.given[b * w.entry_heads + h];
@@ -218,18 +191,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
             w.late[i64(section) * w.items + rank] = n;
             cost += i64(n) * w.costs[item];
         }
-        scan(cost, s.sums, total);
+        scan1024(cost, s.sums, total);
         i64 left = total, before = 0, kept = 0;
         for (int base = 0; base < w.items; base += kThreads) {
             const int rank = base + threadIdx.x;
             int n = 0, each = 0;
             if (rank < w.items) n = w.late[i64(section) * w.items + rank], each = w.costs[item_at(rank)];
-            const i64 spent = scan(i64(n) * each, s.sums, total), behind = left - spent - i64(n) * each;
+            const i64 spent = scan1024(i64(n) * each, s.sums, total), behind = left - spent - i64(n) * each;
             left -= total;
             const int late = behind >= spare ? 0 : static_cast<int>(min(i64(n), (spare - behind) / max(each, 1)));
-            const i64 at = before + scan(n, s.sums, total);
+            const i64 at = before + scan1024(i64(n), s.sums, total);
             before += total;
-            scan(n - late, s.sums, total);
+            scan1024(i64(n - late), s.sums, total);
             kept += total;
             if (rank < w.items) {
                 w.first[i64(section) * w.items + rank] = main + static_cast<int>(at);
@@ -246,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
         for (int section = 0; rank < w.items && section < w.sections; ++section)
             sum += w.late[i64(section) * w.items + rank];
         i64 total;
-        const i64 at = scan(sum, s.sums, total);
+        const i64 at = scan1024(i64(sum), s.sums, total);
         if (rank < w.items) w.after[rank] = late_before + static_cast<int>(at);
         late_before += static_cast<int>(total);
     }
@@ -299,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
             at = end;
         }
         i64 total;
-        const i64 begin = scan(threadIdx.x < ctas ? s.mine[threadIdx.x] : 0, s.sums, total);
+        const i64 begin = scan1024(i64(threadIdx.x < ctas ? s.mine[threadIdx.x] : 0), s.sums, total);
         if (threadIdx.x < ctas) w.starts[threadIdx.x] = static_cast<int>(begin);
         if (threadIdx.x == 0) w.starts[ctas] = w.total;
     }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fused_interpreter import tables
 
 from mixgrain import patterns as P
 from mixgrain.attention.cuda import choice, forward, kernel
@@ -21,6 +22,12 @@ PATTERNS = {
     ),
     "entries": (P.random(0.002, 1), "row", ["fused_row"]),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_walk(monkeypatch) -> None:
+    """Tables are made by a kernel."""
+    monkeypatch.setattr(forward, "tables", tables)
 
 
 def record(name: str, arch: str, dtype: torch.dtype, masked: bool, *, d: int = 64, dv: int = 64):
