@@ -191,7 +191,8 @@ def linear(x: Any, w: Any, bias: Any, activation: Any) -> Tensor | None:
     if activation is not None:
         if type(activation) is not str or activation not in ACTIVATIONS:
             return None
-        if _records(x, w, bias):
+        held = (x, bias, getattr(w, "values", None))
+        if _grad_enabled() and any(getattr(t, "requires_grad", False) for t in held):
             # Gradients need what is activated.
             made = linear(x, w, bias, None)
             return None if made is None else ACTIVATIONS[activation](made)
@@ -211,15 +212,15 @@ def linear(x: Any, w: Any, bias: Any, activation: Any) -> Tensor | None:
     call = calls.get(seen[0])
     if call is None:
         return None
-    if _records(x, w, bias):
+    if _records(values, x, bias):
         return cast(Tensor, _apply(call, index, keep, seen[1], values, x, bias))
     return cast(Tensor, call.run(_given(values, x, bias, index, keep), seen[1]))
 
 
-def _records(x: Any, w: Any, bias: Any) -> bool:
-    """Whether gradients of a call are recorded; what is no tensor has none."""
-    return _grad_enabled() and any(
-        getattr(t, "requires_grad", False) for t in (getattr(w, "values", None), x, bias)
+def _records(values: Tensor, x: Tensor, bias: Tensor | None) -> bool:
+    """Whether gradients of a call are recorded."""
+    return _grad_enabled() and (
+        values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     )
 
 
@@ -230,7 +231,7 @@ def learn(
     layout: Layout = w.layout
     if type(layout) not in _LAYOUTS or not learnable(x, w.values, bias, w.keep):
         return None
-    if activation is not None and _records(x, w, bias):
+    if activation is not None and _records(w.values, x, bias):
         made = learn(x, w, bias, None, plan)
         return None if made is None else ACTIVATIONS[activation](made)
     given = (w.values, x, bias, index_of(layout))

@@ -110,6 +110,11 @@ def test_activations(kind, name, runs):
         assert not torch.equal(linear(x, w, bias), right)  # a call of its own
     assert runs == ["tokens"] * 4 and runs.prepared == 2
     runs.clear()
+    fresh = weight(kind)
+    for _ in range(3):
+        linear(x.detach().requires_grad_(), fresh, bias, name)
+    assert runs == ["tokens"] * 3
+    runs.clear()
     # Gradients need what is activated: the layer, then torch's function.
     given = x.detach().requires_grad_()
     y = linear(given, w, bias, name)
