@@ -128,7 +128,9 @@ class View(NamedTuple):
     def of(self, held: list[Tensor]) -> Tensor:
         """The view, of real tensors."""
         base = held[self.slot]
-        return base.as_strided(self.shape, self.strides, base.storage_offset() + self.offset)
+        # Nothing else shares its memory: autograd need not know, and lets it be changed in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return base.as_strided(self.shape, self.strides, base.storage_offset() + self.offset)
 
 
 class Work(NamedTuple):

@@ -50,6 +50,12 @@ def sddmm_nm(
             f"sddmm with P.nm: no {q.device.type} kernels in this version; move q and k with "
             '.cpu(), or use mixgrain.primitives.reference (impl="reference" in attend)'
         )
+    for name, t in (("k", k), ("key_mask", key_mask)):
+        if t is not None and t.device != q.device:
+            raise ShapeError(
+                f"sddmm: {name} on {t.device} and q on {q.device}; move one of them, e.g. "
+                f"{name}.to({str(q.device)!r})"
+            )
     # A layout is of one shape: index makes a size that torch.compile left open what it is now.
     shape = (operator.index(q.shape[-2]), operator.index(k.shape[-2]))
     within: BlockLayout | None = None

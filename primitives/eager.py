@@ -50,6 +50,7 @@ LAYOUTS, SIGNATURES = 128, 64
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing: Callable[[], object] = torch._C._get_tracing_state
 _grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 _FLOAT = torch.float32
@@ -74,7 +75,7 @@ def usable(t: Any) -> bool:
         type(t) in TENSORS
         and t.is_cuda
         and t.layout is torch.strided
-        and not (t.is_neg() or t.is_nested or t._is_zerotensor())
+        and not (t.is_neg() or t.is_nested or t._is_zerotensor() or _wrapped(t))
     )
 
 
@@ -254,9 +255,11 @@ class Call:
     def _viewing(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
         """Where results are views."""
         made = self._prepared(given, pointers)
-        if not isinstance(made, tuple):
-            return self._term.unfolded([made])[0]
-        return tuple(self._term.unfolded(made))
+        # Of what nobody else has: they may be changed in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            if not isinstance(made, tuple):
+                return self._term.unfolded([made])[0]
+            return tuple(self._term.unfolded(made))
 
     def _folding(self, given: tuple[Tensor, ...], pointers: list[int]) -> Any:
         """Where folding copies: repeated key heads, strides that do not fold."""

@@ -73,19 +73,19 @@ def linear(
         if tuple(bias.shape) != (n_out,):
             raise ShapeError(f"linear: bias has shape {tuple(bias.shape)}; expected ({n_out},)")
     check_activation("linear", activation)
+    keep = fold_mask(w.keep, layout.lead, ())
     plan = plan_for("linear", layout, values, x, bias, w.keep)
     seen = recorded_linear.learn(x, w, bias, activation, plan)
     if seen is not None:
         return seen
     tokens = x.reshape(math.prod(x.shape[:-1]), n_in)
     if activation is not None:
-        keep = fold_mask(w.keep, layout.lead, ())
         made = activated(values[None], tokens[None], bias, keep, w.keep_rows, plan, activation)
         return made.reshape(*x.shape[:-1], n_out)
     if isinstance(layout, NMLayout) and w.keep is None:
         made = ops_linear.linear(values[None], tokens[None], bias, plan, False)
         return made.reshape(*x.shape[:-1], n_out)
-    columns, keep = tokens.T[None, None], fold_mask(w.keep, layout.lead, ())
+    columns = tokens.T[None, None]
     if bias is None:
         out = ops.spmm(values[None], columns, keep, w.keep_rows, plan, 1.0, x.dtype)
     else:

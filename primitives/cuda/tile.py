@@ -111,10 +111,9 @@ def spmm(
     Returns:
         (F, 1, rows, D), contiguous, or its last two dimensions exchanged where x is so.
     """
-    tokens = in_tokens(x)
-    if (
-        bias is not None or activation
-    ) and not tokens:  # they join where rows of tokens are written
+    tokens = in_tokens(x) or x.shape[2] == 1
+    if (bias is not None or activation) and not tokens:
+        # They join where rows of tokens are written.
         shared = (keep, keep_rows, part, scale, dtype, transposed, bias, activation)
         return spmm(values, x.mT.contiguous().mT, *shared).contiguous()
     rows = part.scalars[1 if transposed else 0]

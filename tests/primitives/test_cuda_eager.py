@@ -350,6 +350,66 @@ def test_checkpoints_that_meet_a_call_first(what) -> None:
     assert all(map(torch.equal, found, right))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["tile", "1:2", "block", "row", "mixed"])
+def test_results_may_be_changed_in_place(kind, dtype) -> None:
+    # Some results are parts of what kernels wrote.
+    for out, tokens in ((60, 12), (61, 5)):
+        w = mg.sparsify(torch.randn(out, 64, dtype=dtype), prune=True, **KINDS[kind]).to("cuda")
+        x = torch.randn(tokens, 64, dtype=dtype, device="cuda", requires_grad=True)
+        for _ in range(2):
+            y = mg.linear(x, w)
+            right = torch.relu(y.detach())
+            (grad,) = torch.autograd.grad(y.relu_().sum(), x)
+            assert torch.equal(y, right)
+            (expected,) = torch.autograd.grad(torch.relu(mg.linear(x, w)).sum(), x)
+            assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_products_may_be_changed_in_place(lead) -> None:
+    dense = torch.randn(70, 70).half()
+    s = mg.sparsify(dense, "block", prune=True, size=16, density=0.5).to("cuda")
+    x = torch.randn(*lead, 70, 13, device="cuda").half().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.relu(mg.spmm(s, x)).sum(), x)
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(mg.spmm(s, x).relu_().sum(), x)
+        assert torch.equal(grad, expected)
+
+
+def test_one_inner_position() -> None:
+    w = mg.sparsify(torch.randn(48, 1).half(), "tile", prune=True, density=1.0).to("cuda")
+    bias = torch.randn(48, device="cuda").half()
+    for tokens in (1, 40, 300):
+        x = torch.randn(tokens, 1, device="cuda").half()
+        for activation in (None, "relu"):
+            right = torch.nn.functional.linear(x.float(), w.to_dense().float(), bias.float())
+            right = right if activation is None else right.relu()
+            for _ in range(2):
+                made = mg.linear(x, w, bias, activation)
+                torch.testing.assert_close(made, right.half(), rtol=2e-3, atol=1e-3)
+
+
+def test_devices_are_compared() -> None:
+    q, k = (torch.randn(2, 64, 32, device="cuda").half() for _ in range(2))
+    mask = torch.ones(64, dtype=torch.bool)
+    for _ in range(2):
+        mg.sddmm(q, k, P.nm(2, 4), key_mask=mask.cuda())
+        for given in ({"key_mask": mask}, {"k": k.cpu()}):
+            with pytest.raises(ShapeError, match="cpu"):
+                mg.sddmm(q, given.get("k", k), P.nm(2, 4), key_mask=given.get("key_mask"))
+
+
+def test_wrappers_that_outlive_their_transform() -> None:
+    w = mg.sparsify(torch.randn(64, 64).half(), "block", prune=True, size=16, density=0.5).to(
+        "cuda"
+    )
+    x, held = torch.randn(8, 64, device="cuda").half(), []
+    right = mg.linear(x, w)
+    torch.func.grad(lambda t: (held.append(t), t.float().sum())[1])(x)
+    assert torch.equal(mg.linear(held[0], w), right)
+
+
 def test_host_time(record_property) -> None:
     """Generous limits: another machine's host may be several times slower."""
     calls = {}

@@ -138,3 +138,11 @@ def test_a_masked_choice_within_a_pattern_counts_what_it_stores():
     live = s.layout.live()
     assert live is not None
     assert s.layout.nnz == int(live.sum())
+
+
+def test_devices_are_compared() -> None:
+    q, k, there = torch.randn(8, 16), torch.randn(8, 16), torch.empty(8, 16, device="meta")
+    with pytest.raises(ShapeError, match="meta"):
+        sddmm(q, there, P.nm(2, 4))
+    with pytest.raises(ShapeError, match="meta"):
+        sddmm(q, k, P.nm(2, 4), key_mask=there[:, 0].bool())

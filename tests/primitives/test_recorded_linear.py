@@ -127,6 +127,16 @@ def test_activations(kind, name, runs):
         linear(x, w, bias, "tanh")
 
 
+@pytest.mark.parametrize("kind", ["tile", "nm", "block", "row", "panel", "mixed"])
+def test_masks_with_a_batch_dimension_are_refused(kind, runs):
+    w = weight(kind)
+    for batch in (1, 3):
+        keep = torch.ones(batch, IN, dtype=torch.bool)
+        with pytest.raises(ShapeError, match="batch dimension"):
+            linear(drawn(7, IN), SparseTensor(w.layout, w.values, keep))
+    assert not runs
+
+
 def test_only_the_gradients_that_are_wanted_are_computed(runs):
     w, bias, x = weight("block"), drawn(OUT), drawn(7, IN)
     right = everything(x, w, bias)[1:]
