@@ -33,10 +33,10 @@ from .panels import COPY, LINE, MASKED
 from .plan import Plan
 from .room import Struct, room
 
-# Units of the matrix, all patterns together, beyond which layouts take less memory.
-MOST_UNITS = 1 << 23
-# Distinct patterns of a table over heads and batch entries; masked cells, slots for their kinds.
-MOST_PATTERNS, MOST_MASKED, SLOTS = 16, 1 << 14, 1 << 15
+# Units of the matrix, all patterns together, beyond which layouts take less memory; rows or keys.
+MOST_UNITS, MOST_ROWS = 1 << 24, 1 << 20
+# Distinct patterns of a table over heads and batch entries; bits of masked cells of one pattern.
+MOST_PATTERNS, MASKED_BITS = 16, 14
 # Intervals of a row, and ints that tell of a pattern: plan.cuh, Pattern.
 BANDS, PATTERN = 6, 28
 # The head: plan.cuh, kEach and kCosts.
@@ -48,7 +48,7 @@ WORK = Struct(
      "number", "first", "slot", "words", "counts", "place", "slots", "merge", "item", "begin",
      "piece", "rows", "head"),
     ("nq", "nk", "nqu", "nku", "patterns", "packed", "lines", "wide", "groups", "shortest",
-     "light_positions", "light_columns"),
+     "light_positions", "light_columns", "masked"),
 )  # fmt: skip
 #: plan_write.cu: PlanOut.
 OUT = Struct(
@@ -118,7 +118,8 @@ def sketches(pattern: Pattern, nq: int, nk: int, costs: Costs) -> list[Sketch] |
     if not pattern._static:
         return None
     flats = pattern.distinct
-    if len(flats) > MOST_PATTERNS or len(flats) * -(-nq // UNIT) * -(-nk // UNIT) > MOST_UNITS:
+    units = len(flats) * -(-nq // UNIT) * -(-nk // UNIT)
+    if len(flats) > MOST_PATTERNS or units > MOST_UNITS or max(nq, nk) > MOST_ROWS:
         return None
     frame = Frame(nq, nk, torch.device("cpu"))
     found: list[Sketch] = []
@@ -179,18 +180,21 @@ def _planned(
     wide, most = nku + packed, lines // groups + 2 * patterns
     pieces = 2 * most + lines + UNIT * patterns
     device = torch.device("cuda", index)
+    # Patterns are much alike where there are many.
+    cells = 1 << MASKED_BITS + min(2, (patterns - 1).bit_length())
     given = _bring(found, nqu, nku, device)
     zero = room(
         {
-            "counters": 4, "cell": lines * wide, "taken": 2 * patterns * nqu * packed,
-            "held": 2 * patterns * nku, "part": patterns * nku, "whole": patterns * nku,
-            "kind": 2 * SLOTS, "members": 4 * most,
+            "counters": 3 + MOST_PATTERNS, "cell": lines * wide,
+            "taken": 2 * patterns * nqu * packed, "held": 2 * patterns * nku,
+            "part": patterns * nku, "whole": patterns * nku, "kind": 4 * cells,
+            "members": 4 * most,
         },
         device, True,
     )  # fmt: skip
     scratch = room(
         {
-            "number": SLOTS, "first": SLOTS, "slot": MOST_MASKED, "words": 2 * UNIT * MOST_MASKED,
+            "number": 2 * cells, "first": 2 * cells, "slot": cells, "words": 2 * UNIT * cells,
             "counts": lines, "place": lines, "slots": lines, "merge": 2 * lines, "item": 4 * most,
             "begin": 2 * most, "piece": 4 * pieces, "rows": 8 * pieces, "head": COSTS + pieces,
         },
@@ -202,7 +206,7 @@ def _planned(
     work = WORK.value(
         {"given": address, "pattern": address, **zero.at, **scratch.at},
         (nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest,
-         sparse_limit(UNIT, costs), int(block / 2 / costs.private_column_seconds(UNIT))),
+         sparse_limit(UNIT, costs), int(block / 2 / costs.private_column_seconds(UNIT)), cells),
     )  # fmt: skip
     find_cells, share_lines, find_lengths, cut_items, write = _kernels(index)
     find_cells((-(-lines // 4),), 128, (work,))

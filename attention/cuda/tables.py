@@ -35,8 +35,8 @@ SHARED = 33168
 
 #: plan_walk.cu: Walk.
 WALK = Struct(
-    ("costs", "given", "keys", "first", "late", "after", "tile", "taker", "starts", "tiles",
-     "query_patterns", "key_patterns", "merge_ranges", "row_ranges"),
+    ("costs", "given", "keys", "first", "late", "after", "mine", "members", "tile", "taker",
+     "starts", "tiles", "query_patterns", "key_patterns", "merge_ranges", "row_ranges"),
     ("items", "patterns", "entry_batches", "entry_heads", "batch", "heads", "kv", "sections", "nq",
      "total", "ctas", "spare", "dealt", "parts", "groups", "by_head"),
 )  # fmt: skip
@@ -128,7 +128,8 @@ def _make(
     scratch = room(
         {
             "keys": 2 << max(1, items).bit_length(), "first": sections * items,
-            "late": sections * items, "after": items, "tile": 2 * total, "taker": 2 * total,
+            "late": sections * items, "after": items, "mine": 2 * matrices,
+            "members": work.patterns, "tile": 2 * total, "taker": 2 * total,
         },
         device,
     )  # fmt: skip

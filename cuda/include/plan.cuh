@@ -8,8 +8,7 @@
 [[maybe_unused]] constexpr int kUnit = 64;
 [[maybe_unused]] constexpr int kBands = 6;          // intervals of a row
 [[maybe_unused]] constexpr int kPacked = 1 << 24;   // ids of gathered units count from here: cells.PACKED
-[[maybe_unused]] constexpr int kMost = 1 << 14;     // masked cells
-[[maybe_unused]] constexpr int kSlots = 1 << 15;    // of the table of their kinds
+[[maybe_unused]] constexpr int kPatterns = 16;      // distinct ones, at most
 [[maybe_unused]] constexpr int kNothing = 0, kWhole = 1, kMasked = 2;  // a cell: the last plus the slot of its kind
 
 // One interval of every row: row r has [given[low + (r >> shift)], given[high + (r >> shift)]).
@@ -29,7 +28,8 @@ struct Pattern {
 
 // Counters, zero before.
 struct Counters {
-    int cells, masks, light, wrong;
+    int cells, masks, wrong;
+    int light[kPatterns];
 };
 
 struct PlanWork {
@@ -40,11 +40,11 @@ struct PlanWork {
     u64 *taken;           // (patterns · nqu, packed): gathered keys that neighbours took back
     u64 *held;            // (patterns, nku): keys that masked cells keep
     int *part, *whole;    // (patterns, nku): there is a masked cell; a whole one
-    u64 *kind;            // (kSlots): digests of masks
+    u64 *kind;            // (2 · masked): digests of masks
     int *members;         // (items, 4): line + 1 of each warpgroup
-    int *number, *first;  // (kSlots): of a kind, its number and its first cell
-    int *slot;            // (kMost): of a cell, its kind
-    u64 *words;           // (kMost, 64)
+    int *number, *first;  // (2 · masked): of a kind, its number and its first cell
+    int *slot;            // (masked): of a cell, its kind
+    u64 *words;           // (masked, 64)
     int *counts, *place;  // (lines): cells; 4 · item + warpgroup
     int *slots;           // (lines): partial results
     int2 *merge;          // (lines): first merged row, and first of its sources
@@ -55,11 +55,12 @@ struct PlanWork {
     int *head;            // see kHead…; costs of all pieces behind
     int nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest;
     int light_positions, light_columns;  // a cell with no more is light
+    int masked;                          // masked cells that there is room for, a power of two
 };
 
 // The head: sizes, then for each pattern its items, slots and merged rows.
 [[maybe_unused]] constexpr int kItems = 0, kSteps = 1, kMasks = 2, kMerged = 3, kSources = 4, kWrong = 5, kDead = 6, kLight = 7,
-              kEach = 8, kCosts = kEach + 3 * 16;
+              kEach = 8, kCosts = kEach + 3 * kPatterns;
 // Reasons for which a plan is left to layouts.
 [[maybe_unused]] constexpr int kCrowded = 1, kAlike = 2;
 

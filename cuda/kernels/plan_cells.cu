@@ -25,15 +25,16 @@ __device__ int masked(const PlanWork &w, int lane, u64 upper, u64 lower) {
     int index = 0;
     if (lane == 0) index = atomicAdd(&w.counters->cells, 1);
     index = __shfl_sync(~0u, index, 0);
-    if (index >= kMost) {
+    if (index >= w.masked) {
         w.counters->wrong = kCrowded;
         return kWhole;
     }
     w.words[i64(index) * kUnit + lane] = upper;
     w.words[i64(index) * kUnit + 32 + lane] = lower;
-    int slot = static_cast<int>(digest >> 40) & (kSlots - 1);
+    const int last = 2 * w.masked - 1;
+    int slot = static_cast<int>(digest >> 40) & last;
     if (lane == 0) {
-        for (;; slot = (slot + 1) & (kSlots - 1)) {
+        for (;; slot = (slot + 1) & last) {
             const u64 there = atomicCAS(w.kind + slot, 0ull, digest);
             if (there == 0) {
                 w.number[slot] = atomicAdd(&w.counters->masks, 1);
@@ -110,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(128) plan_cells(const __grid_consta
         if (key < w.nku) {
             full = listed_whole;
             if (near && p.bits >= 0) full |= __ldg(w.given + p.bits + i64(unit) * p.bit_words + key / 32) >> (key % 32) & 1;
-            if (near && p.columns >= 0) full |= __ldg(w.given + p.columns + key) != 0;
+            // Rows that are all gathered keep nothing here.
+            if (near && p.columns >= 0) full |= ~free && __ldg(w.given + p.columns + key);
 #pragma unroll
             for (int b = 0; b < kBands; ++b) {
                 inside |= first[b] <= key && key < last[b];
@@ -182,6 +184,6 @@ extern "C" __global__ void __launch_bounds__(128) plan_cells(const __grid_consta
     }
     if (lane == 0) {
         w.counts[line] = count;
-        if (light) atomicAdd(&w.counters->light, light);
+        if (light) atomicAdd(w.counters->light + u, light);
     }
 }

@@ -140,8 +140,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_items(const __gri
         first_row[w.patterns] = merged;
         w.head[kItems] = pieces, w.head[kSteps] = steps, w.head[kMasks] = w.counters->masks;
         w.head[kMerged] = merged, w.head[kSources] = sources, w.head[kWrong] = w.counters->wrong;
-        w.head[kDead] = lost, w.head[kLight] = w.counters->light;
+        w.head[kDead] = lost, w.head[kLight] = 0;
         for (int u = 0; u < w.patterns; ++u) {
+            w.head[kLight] = max(w.head[kLight], w.counters->light[u]);
             const int begin = first_item[u], end = first_item[u + 1];
             const int last = end < items ? w.begin[end].y : pieces;
             w.head[kEach + 3 * u] = (begin < items ? last - w.begin[begin].y : 0);

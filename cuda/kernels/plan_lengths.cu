@@ -12,7 +12,7 @@ constexpr int kTurn = MG_TURN;  // items.TURN
 
 // Cells of one kind have to have the same words, not just the same digest.
 __device__ void compare(const PlanWork &w) {
-    const int cells = min(w.counters->cells, kMost), lane = threadIdx.x % 32;
+    const int cells = min(w.counters->cells, w.masked), lane = threadIdx.x % 32;
     for (int n = blockIdx.x * 4 + threadIdx.x / 32; n < cells; n += gridDim.x * 4) {
         const int first = w.first[w.slot[n]];
         if (first == n) continue;

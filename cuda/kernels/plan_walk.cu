@@ -11,41 +11,9 @@
 //   needs     sm_80
 // Heads whose keys fit L2 together (a section) are worked on together, longest items first. The shortest tiles of all
 // sections come last: an end made of the last heads alone is ragged. A tile goes to the CTA that is free first.
-#include "plan.cuh"
+#include "plan_deal.cuh"
 
-constexpr int kThreads = 1024;
-constexpr int kSorted = 4096;                       // items that are sorted in shared memory
-constexpr int kFew = MG_FEW, kSingly = MG_SINGLY;   // walk.FEW, walk.SINGLY
-constexpr int kApart = MG_APART;                    // walk.APART
-
-struct Walk {
-    const int *costs, *given;
-    u64 *keys;     // (items, up to a power of two)
-    int *first;    // (sections, items): tiles before those of an item, by rank
-    int *late;     // (sections, items): how many of them come last
-    int *after;    // (items): tiles of the end before those of an item
-    int2 *tile;    // (tiles)
-    int2 *taker;   // (tiles): CTA, and which of its tiles
-    int *starts;
-    int2 *tiles;
-    int *query_patterns, *key_patterns;
-    int2 *merge_ranges;
-    int4 *row_ranges;
-    int items, patterns, entry_batches, entry_heads, batch, heads, kv, sections, nq;
-    int total, ctas, spare, dealt, parts, groups, by_head;
-};
-
-struct Shared {
-    union {
-        u64 keys[kSorted];
-        struct {
-            int load[kThreads], cost[kThreads], after[kThreads], before[kThreads], mine[kThreads];
-        };
-    };
-    i64 sums[32];
-    int ends[32];
-    int count;
-};
+constexpr int kApart = MG_APART;  // tables.APART
 
 __device__ __forceinline__ int pattern_of_matrix(const Walk &w, int matrix) {
     const int b = w.entry_batches > 1 ? matrix / w.heads : 0, h = w.entry_heads > 1 ? matrix % w.heads : 0;
@@ -54,6 +22,10 @@ __device__ __forceinline__ int pattern_of_matrix(const Walk &w, int matrix) {
 
 __device__ __forceinline__ int section_of(const Walk &w, int matrix) {
     return static_cast<int>(i64(matrix / (w.heads / w.kv)) * w.sections / (w.batch * w.kv));
+}
+// The first matrix of a section.
+__device__ __forceinline__ int begin_of(const Walk &w, int section) {
+    return static_cast<int>((i64(section) * w.batch * w.kv + w.sections - 1) / w.sections) * (w.heads / w.kv);
 }
 
 // Items by falling cost; equal ones by their number.
@@ -70,75 +42,6 @@ __device__ void sort(const Walk &w, u64 *keys, int size) {
             }
             __syncthreads();
         }
-}
-
-// CTAs in the order in which they are free take the next tiles one each, as long as none of those that have just
-// taken one would be free again before the next. Returns how many tiles that were.
-__device__ int deal_round(const Walk &w, Shared &s, int at) {
-    const int c = threadIdx.x, lane = c % 32, ready = min(w.ctas, w.total - at), whole = (w.ctas + 31) / 32 * 32;
-    constexpr int kNever = 0x7fffffff;
-    int rank = 0, load = 0;
-    if (c < ready) s.cost[c] = w.costs[w.tile[at + c].x];
-    if (c < w.ctas) {
-        load = s.load[c];
-#pragma unroll 8
-        for (int other = 0; other < w.ctas; ++other) {
-            const int its = s.load[other];
-            rank += its < load || (its == load && other < c);
-        }
-    }
-    if (c == 0) s.count = ready;
-    __syncthreads();
-    if (c < whole) s.after[c < w.ctas ? rank : c] = c < w.ctas && rank < ready ? load + s.cost[rank] : kNever;
-    __syncthreads();
-    // The soonest that one of those before is free again, by rank.
-    const int after = c < whole ? s.after[c] : kNever;
-    int soonest = after;
-    if (c < whole) {
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(~0u, soonest, d);
-            if (lane >= d) soonest = min(soonest, other);
-        }
-        if (lane == 31) s.ends[c / 32] = soonest;
-        soonest = __shfl_up_sync(~0u, soonest, 1);
-        if (lane == 0) soonest = kNever;
-    }
-    __syncthreads();
-    if (c < whole) {
-        for (int warp = 0; warp < c / 32; ++warp) soonest = min(soonest, s.ends[warp]);
-        s.before[c] = soonest;
-    }
-    __syncthreads();
-    if (c < w.ctas && rank < ready && rank && load >= s.before[rank]) atomicMin(&s.count, rank);
-    __syncthreads();
-    const int count = s.count;
-    if (c < w.ctas && rank < count) {
-        w.taker[at + rank] = make_int2(c, s.mine[c]++);
-        s.load[c] = s.after[rank];
-    }
-    __syncthreads();
-    return count;
-}
-
-// Tiles one by one, by the first warp.
-__device__ void deal_singly(const Walk &w, Shared &s, int at, int end) {
-    if (threadIdx.x < 32) {
-        const int lane = threadIdx.x;
-        for (; at < end; ++at) {
-            int least = 0x7fffffff, which = 0;
-            for (int c = lane; c < w.ctas; c += 32)
-                if (s.load[c] < least) least = s.load[c], which = c;
-            const int soonest = __reduce_min_sync(~0u, least);
-            const int cta = __reduce_min_sync(~0u, least == soonest ? which : 0x7fffffff);
-            if (lane == cta % 32) {
-                w.taker[at] = make_int2(cta, s.mine[cta]++);
-                s.load[cta] = soonest + w.costs[w.tile[at].x];
-            }
-            __syncwarp();
-        }
-    }
-    __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid_constant__ Walk w) {
@@ -176,14 +79,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
     // Tiles of every item in every section, and how many of the last ones are cheap enough for the end.
     const i64 spare = i64(w.ctas) * w.costs[item_at(0)] / (i64(w.spare) * w.sections);
     int main = 0;
-    for (int section = 0, begin = 0, end = 0; section < w.sections; ++section, begin = end) {
-        while (end < matrices && section_of(w, end) == section) ++end;
+    for (int section = 0; section < w.sections; ++section) {
+        const int begin = begin_of(w, section), end = begin_of(w, section + 1);
+        if (w.patterns > 1) {
+            for (int u = threadIdx.x; u < w.patterns; u += kThreads) w.members[u] = 0;
+            __syncthreads();
+            for (int m = begin + threadIdx.x; m < end; m += kThreads) atomicAdd(w.members + w.query_patterns[m], 1);
+            __syncthreads();
+        }
         const auto members = [&](int item) {
-            if (w.patterns == 1) return end - begin;
-            const int u = pattern_of_item(item);
-            int n = 0;
-            for (int m = begin; m < end; ++m) n += w.query_patterns[m] == u;
-            return n;
+            return w.patterns == 1 ? end - begin : __ldcg(w.members + pattern_of_item(item));
         };
         i64 cost = 0, total;
         for (int rank = threadIdx.x; rank < w.items; rank += kThreads) {
@@ -224,18 +129,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
         late_before += static_cast<int>(total);
     }
     __syncthreads();
+    for (int m = threadIdx.x; m < matrices; m += kThreads) {
+        const int section = section_of(w, m), begin = begin_of(w, section), end = begin_of(w, section + 1);
+        int mine = m - begin, all = end - begin;
+        if (w.patterns > 1) {
+            mine = all = 0;
+            for (int other = begin; other < end; ++other) {
+                const bool same = w.query_patterns[other] == w.query_patterns[m];
+                mine += same && other < m, all += same;
+            }
+        }
+        w.mine[2 * m] = mine, w.mine[2 * m + 1] = all;
+    }
+    __syncthreads();
     for (i64 n = threadIdx.x; n < i64(matrices) * w.items; n += kThreads) {
         const int m = static_cast<int>(n / w.items), rank = static_cast<int>(n % w.items), item = item_at(rank);
         const int u = w.query_patterns[m], section = section_of(w, m);
         if (item < item_starts[u] || item >= item_starts[u + 1]) continue;
-        // Which of its section's matrices of this pattern it is, and how many of them there are.
-        int mine = 0, all = 0;
-        int begin = m;
-        while (begin > 0 && section_of(w, begin - 1) == section) --begin;
-        for (int other = begin; other < matrices && section_of(w, other) == section; ++other) {
-            const bool same = w.query_patterns[other] == u;
-            mine += same && other < m, all += same;
-        }
+        const int mine = w.mine[2 * m], all = w.mine[2 * m + 1];
         const int late = w.late[i64(section) * w.items + rank];
         int at = w.first[i64(section) * w.items + rank] + mine;
         if (mine >= all - late) {

@@ -61,7 +61,7 @@ __device__ void write_steps(const PlanWork &w, const PlanOut &out) {
 
 // cells.register_words
 __device__ void write_masks(const PlanWork &w, const PlanOut &out) {
-    const int cells = min(w.counters->cells, kMost), t = threadIdx.x;
+    const int cells = min(w.counters->cells, w.masked), t = threadIdx.x;
     for (int n = blockIdx.x; n < cells; n += gridDim.x) {
         const int slot = w.slot[n];
         if (w.first[slot] != n) continue;

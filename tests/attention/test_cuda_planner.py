@@ -145,6 +145,10 @@ def test_scattered_queries_beside_whole_columns() -> None:
     document = P.causal() & P.documents((torch.arange(4096) - 2560).clamp(min=0))
     for core in (P.window(100), document):
         same(core | whole, 4096, 4096, split_costs(64), True)
+    # A line whose rows are all gathered keeps nothing of whole columns.
+    listed = torch.cat([torch.arange(128, 192), drawn[drawn // 64 != 2][:60]])
+    whole = P.global_queries(listed) | P.global_keys(range(64))
+    same(P.window(100) | whole, 4096, 4096, split_costs(64), True)
 
 
 def test_heads_of_their_own() -> None:
@@ -232,6 +236,15 @@ def test_tensors_on_the_device() -> None:
         assert all(torch.equal(a, b) for a, b in zip(read(here), read(there), strict=True))
     for pattern in (P.from_dense(torch.rand(300, 300, device="cuda") < 0.01), P.random(0.01, 1)):
         assert device_plan(pattern, 300, 300, 64, CUDA, split_costs(64)) is None
+
+
+def test_patterns_of_a_table_are_planned_as_each_alone() -> None:
+    # What is light, and how many masked cells there may be, is a matter of one pattern.
+    heads = P.per_head([P.window(70), P.window(71)])
+    assert device_plan(heads, 16384, 16384, 128, CUDA, split_costs(128)) is not None
+    heads = P.per_head([P.window(100 + 20 * n) for n in range(6)])
+    assert device_plan(heads, 1 << 16, 1 << 16, 64, CUDA, split_costs(64)) is not None
+    assert device_plan(P.window(3), 1 << 21, 64, 64, CUDA, split_costs(64)) is None
 
 
 def test_too_many_masked_units_are_left_to_layouts() -> None:

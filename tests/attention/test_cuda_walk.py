@@ -88,6 +88,13 @@ def test_sections_come_one_after_the_other() -> None:
     assert late <= 64
 
 
+def test_many_matrices_of_a_section() -> None:
+    mine = walked(tables(made_up([5, 3]), (4096, 16, 1), 1 << 12, 132))
+    assert len(mine) == 132
+    expected = [(item, matrix) for item in range(2) for matrix in range(1 << 16)]
+    assert sorted(itertools.chain(*mine)) == expected
+
+
 def test_what_each_matrix_finds() -> None:
     heads = [P.window(30), P.longformer(9, [7, 60]), P.window(30) | P.random(0.01, 1), P.causal()]
     layout = P.per_head(heads).to_layout("mixed", 700, 700, device="cuda")
@@ -110,7 +117,7 @@ def test_what_each_matrix_finds() -> None:
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("ctas", [1, 7, 132, 5000])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 2), (2, 64, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 2), (2, 64, 64), (5, 6, 3)], ids=str)
 def test_every_tile_is_walked_once(shape, ctas, apart) -> None:
     groups = 3 if apart else 1
     heads = [P.window(30), P.longformer(9, [7, 60])] * (shape[1] // 2)

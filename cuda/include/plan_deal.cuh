@@ -1,0 +1,107 @@
+#pragma once
+// Who computes which tile: what plan_walk.cu deals to CTAs, and how.
+#include "plan.cuh"
+
+constexpr int kThreads = 1024;
+constexpr int kSorted = 4096;                       // items that are sorted in shared memory
+constexpr int kFew = MG_FEW, kSingly = MG_SINGLY;   // tables.FEW, tables.SINGLY
+
+struct Walk {
+    const int *costs, *given;
+    u64 *keys;     // (items, up to a power of two)
+    int *first;    // (sections, items): tiles before those of an item, by rank
+    int *late;     // (sections, items): how many of them come last
+    int *after;    // (items): tiles of the end before those of an item
+    int *mine;     // (matrices, 2): which of its section's matrices of its pattern one is, and how many those are
+    int *members;  // (patterns): matrices of the section at hand
+    int2 *tile;    // (tiles)
+    int2 *taker;   // (tiles): CTA, and which of its tiles
+    int *starts;
+    int2 *tiles;
+    int *query_patterns, *key_patterns;
+    int2 *merge_ranges;
+    int4 *row_ranges;
+    int items, patterns, entry_batches, entry_heads, batch, heads, kv, sections, nq;
+    int total, ctas, spare, dealt, parts, groups, by_head;
+};
+
+struct Shared {
+    union {
+        u64 keys[kSorted];
+        struct {
+            int load[kThreads], cost[kThreads], after[kThreads], before[kThreads], mine[kThreads];
+        };
+    };
+    i64 sums[32];
+    int ends[32];
+    int count;
+};
+
+// CTAs in the order in which they are free take the next tiles one each, as long as none of those that have just
+// taken one would be free again before the next. Returns how many tiles that were.
+__device__ int deal_round(const Walk &w, Shared &s, int at) {
+    const int c = threadIdx.x, lane = c % 32, ready = min(w.ctas, w.total - at), whole = (w.ctas + 31) / 32 * 32;
+    constexpr int kNever = 0x7fffffff;
+    int rank = 0, load = 0;
+    if (c < ready) s.cost[c] = w.costs[w.tile[at + c].x];
+    if (c < w.ctas) {
+        load = s.load[c];
+#pragma unroll 8
+        for (int other = 0; other < w.ctas; ++other) {
+            const int its = s.load[other];
+            rank += its < load || (its == load && other < c);
+        }
+    }
+    if (c == 0) s.count = ready;
+    __syncthreads();
+    if (c < whole) s.after[c < w.ctas ? rank : c] = c < w.ctas && rank < ready ? load + s.cost[rank] : kNever;
+    __syncthreads();
+    // The soonest that one of those before is free again, by rank.
+    const int after = c < whole ? s.after[c] : kNever;
+    int soonest = after;
+    if (c < whole) {
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int other = __shfl_up_sync(~0u, soonest, d);
+            if (lane >= d) soonest = min(soonest, other);
+        }
+        if (lane == 31) s.ends[c / 32] = soonest;
+        soonest = __shfl_up_sync(~0u, soonest, 1);
+        if (lane == 0) soonest = kNever;
+    }
+    __syncthreads();
+    if (c < whole) {
+        for (int warp = 0; warp < c / 32; ++warp) soonest = min(soonest, s.ends[warp]);
+        s.before[c] = soonest;
+    }
+    __syncthreads();
+    if (c < w.ctas && rank < ready && rank && load >= s.before[rank]) atomicMin(&s.count, rank);
+    __syncthreads();
+    const int count = s.count;
+    if (c < w.ctas && rank < count) {
+        w.taker[at + rank] = make_int2(c, s.mine[c]++);
+        s.load[c] = s.after[rank];
+    }
+    __syncthreads();
+    return count;
+}
+
+// Tiles one by one, by the first warp.
+__device__ void deal_singly(const Walk &w, Shared &s, int at, int end) {
+    if (threadIdx.x < 32) {
+        const int lane = threadIdx.x;
+        for (; at < end; ++at) {
+            int least = 0x7fffffff, which = 0;
+            for (int c = lane; c < w.ctas; c += 32)
+                if (s.load[c] < least) least = s.load[c], which = c;
+            const int soonest = __reduce_min_sync(~0u, least);
+            const int cta = __reduce_min_sync(~0u, least == soonest ? which : 0x7fffffff);
+            if (lane == cta % 32) {
+                w.taker[at] = make_int2(cta, s.mine[cta]++);
+                s.load[cta] = soonest + w.costs[w.tile[at].x];
+            }
+            __syncwarp();
+        }
+    }
+    __syncthreads();
+}
