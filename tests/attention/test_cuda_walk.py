@@ -123,7 +123,8 @@ def test_every_tile_is_walked_once(shape, ctas, apart) -> None:
     heads = [P.window(30), P.longformer(9, [7, 60])] * (shape[1] // 2)
     pattern = P.per_head(heads) if heads else P.causal()
     work = unpack(*build(pattern.to_layout("mixed", 4096, 4096, device="cuda"), 64, groups=3))
-    found = tables(work, shape, 1 << 20, ctas, groups)
+    head_bytes = 7 << 20 if shape[0] == 5 else 1 << 20  # five sections of three key heads, or one
+    found = tables(work, shape, head_bytes, ctas, groups)
     starts, tiles = found.starts.tolist(), [tuple(t) for t in found.tiles.tolist()]
     assert starts[0] == 0 and starts[-1] == len(tiles) == len(set(tiles))
     assert starts == sorted(starts) and len(starts) - 1 == min(ctas, len(tiles))
@@ -149,4 +150,4 @@ def test_every_tile_is_walked_once(shape, ctas, apart) -> None:
     costs = work.costs.tolist()
     loads = [sum(costs[item] for item, _, _ in items[a:b]) for a, b in itertools.pairwise(starts)]
     assert max(loads) <= 1.1 * sum(loads) / len(loads) + max(costs)
-    assert tables(work, shape, 1 << 20, ctas, groups) is found
+    assert tables(work, shape, head_bytes, ctas, groups) is found
