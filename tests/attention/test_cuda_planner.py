@@ -92,7 +92,7 @@ def test_heads_and_batch_entries() -> None:
 def test_what_layouts_have_to_decide() -> None:
     for pattern in (P.random(0.01, 1), P.window(9) | P.random(0.01, 1), P.dilated(9, 3)):
         assert device_plan(pattern, 1024, 1024, 64, CUDA, split_costs(64)) is None
-    assert device_plan(P.causal(), 1 << 18, 1 << 18, 64, CUDA, split_costs(64)) is None
+    assert device_plan(P.causal(), 1 << 19, 1 << 19, 64, CUDA, split_costs(64)) is None
 
 
 def test_shapes_are_checked() -> None:
@@ -242,7 +242,7 @@ def test_patterns_of_a_table_are_planned_as_each_alone() -> None:
     # What is light, and how many masked cells there may be, is a matter of one pattern.
     heads = P.per_head([P.window(70), P.window(71)])
     assert device_plan(heads, 16384, 16384, 128, CUDA, split_costs(128)) is not None
-    heads = P.per_head([P.window(100 + 20 * n) for n in range(6)])
+    heads = P.per_head([P.window(90 + 2 * n) for n in range(6)])
     assert device_plan(heads, 1 << 16, 1 << 16, 64, CUDA, split_costs(64)) is not None
     assert device_plan(P.window(3), 1 << 21, 64, 64, CUDA, split_costs(64)) is None
 
