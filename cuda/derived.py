@@ -53,6 +53,11 @@ def derived(source: Tensor, key: Hashable, make: Callable[[], V]) -> V:
     return found
 
 
+def known(source: Tensor, key: Hashable, value: object) -> None:
+    """What ``derived`` would make of a tensor is at hand already."""
+    _kept.setdefault(source, {}).setdefault(key, value)
+
+
 def _apart(source: Tensor, make: Callable[[], V]) -> V:
     """Make something that outlives the call.
 

@@ -307,7 +307,10 @@ class Prepared:
                     pointers.append(made.data_ptr())
                     key = tuple(pointers)
             elif step is FORK:
-                fork = self._spare.pop() if self._spare else Fork()
+                try:
+                    fork = self._spare.pop()
+                except IndexError:  # none, or another thread was faster
+                    fork = Fork()
                 side = fork.split(self.device, stream)
             else:
                 assert fork is not None

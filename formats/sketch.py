@@ -192,18 +192,21 @@ def _shared(
         lines = -(-frame.nq // UNIT)
         sample = np.arange(0, lines, max(1, lines // 32))
         some = rows[:: max(1, len(rows) // 32)]
-        everything = np.arange(-(-frame.nk // UNIT))
-        covered = _covered(bands[0], sample, columns), _covered(bands[0], some, everything)
+        covered = (
+            _covered(bands[0], sample, columns),
+            _covered(bands[0], some, -(-frame.nk // UNIT)),
+        )
     members, places = (len(keys), len(queries)), (len(columns), len(rows))
     return cheaper_shared(members, places, covered, frame, UNIT, costs)
 
 
-def _covered(band: Band, lines: Ints, columns: Ints) -> float:
-    """The part of some key units that the first rows of some lines touch."""
-    if not len(lines) or not len(columns):
+def _covered(band: Band, lines: Ints, columns: Ints | int) -> float:
+    """The part of some key units, or of so many, that the first rows of some lines touch."""
+    count = columns if isinstance(columns, int) else len(columns)
+    if not len(lines) or not count:
         return 0.0
     low, high = band.low[lines * UNIT], band.high[lines * UNIT]
-    first = np.searchsorted(columns, low >> 6)
-    last = np.searchsorted(columns, (high - 1) >> 6, "right")
-    touched = int(np.where(low < high, last - first, 0).sum())
-    return min(1.0, touched / (len(lines) * len(columns)))
+    first, last = low >> 6, (high + UNIT - 1) >> 6
+    if not isinstance(columns, int):
+        first, last = np.searchsorted(columns, first), np.searchsorted(columns, last)
+    return min(1.0, int(((last - first) * (low < high)).sum()) / (len(lines) * count))

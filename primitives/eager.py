@@ -23,6 +23,7 @@ from mixgrain.formats.mixed import MixedLayout
 from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.panel import PanelLayout
 from mixgrain.formats.row import RowLayout
+from mixgrain.formats.tile import TileLayout
 
 from . import ops
 from .fold import (
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 _Signatures = dict[Hashable, "Call"]
 TENSORS = (Tensor, torch.nn.Parameter)
-LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout, NMLayout))
+LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout, NMLayout, TileLayout))
 # Layouts whose calls are kept, and signatures of each.
 LAYOUTS, SIGNATURES = 128, 64
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
-from mixgrain.formats.tile import TileLayout
 
 from . import ops, ops_linear
 from .activations import ACTIVATIONS
@@ -38,7 +37,6 @@ from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
 _FLOAT = torch.float32
-_LAYOUTS = LAYOUT_TYPES | {TileLayout}
 
 
 class Layer(NamedTuple):
@@ -199,7 +197,7 @@ def linear(x: Any, w: Any, bias: Any, activation: Any) -> Tensor | None:
     if torch.compiler.is_dynamo_compiling() or type(w) is not SparseTensor:
         return None
     layout, values, keep = w.layout, w.values, w.keep
-    if type(layout) not in _LAYOUTS or x is None or values is None:
+    if type(layout) not in LAYOUT_TYPES or x is None or values is None:
         return None
     calls = find(layout)
     if calls is None or not plain():
@@ -229,7 +227,7 @@ def learn(
 ) -> Tensor | None:
     """Keep the call that passed all checks, and run it; see ``recorded.learn_sddmm``."""
     layout: Layout = w.layout
-    if type(layout) not in _LAYOUTS or not learnable(x, w.values, bias, w.keep):
+    if type(layout) not in LAYOUT_TYPES or not learnable(x, w.values, bias, w.keep):
         return None
     if activation is not None and _records(w.values, x, bias):
         made = learn(x, w, bias, None, plan)

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mixgrain.cuda.derived import derived
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.errors import LayoutError
@@ -46,6 +47,10 @@ NAMES = (
     "items", "steps", "masks", "key_rows", "query_rows", "merge_rows", "merge_ptr", "merge_from",
     "row_items", "row_offsets", "columns", "dead", "costs",
 )  # fmt: skip
+
+
+# What is derived of the items where a plan is written by kernels: the event behind the last one.
+WRITTEN = "written"
 
 
 class Plan(NamedTuple):
@@ -108,9 +113,20 @@ def unpack(tensors: list[Tensor], ints: tuple[int, ...]) -> Work:
     return Work(**named)
 
 
+def wait(items: Tensor) -> None:
+    """Let the current stream wait for a plan, of which these are the items, that is being written.
+
+    Nothing reads a plan before that: kernels have its tables, which are made after it.
+    """
+    event = derived(items, WRITTEN, lambda: None)
+    if event is not None:
+        torch.cuda.current_stream(items.device).wait_event(event)
+
+
 def count_work(made: Plan) -> tuple[int, int, int]:
     """Of all entries together: steps of items, scores computed by them and by rows; plan bytes."""
     work = unpack(*made)
+    wait(work.items)
     times = torch.bincount(torch.tensor(work.entry), minlength=work.patterns)
 
     def total(each: Tensor, starts: tuple[int, ...]) -> int:

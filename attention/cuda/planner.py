@@ -2,8 +2,8 @@
 
 Patterns that are intervals of every row, whole units, and keys and queries that are shared cross as
 ``formats.sketch`` has them. Five kernels find the cells of every line, share lines out over items,
-cut those, learn the sizes and write the tensors; the host waits once, for the sizes. Other patterns
-return None.
+cut those, learn the sizes and write the tensors; the host waits once, for the sizes. Whoever reads
+a plan on another stream waits for it first (``plan.wait``). Other patterns return None.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import Request, build_all, request
+from mixgrain.cuda.derived import known
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.errors import CudaError
 from mixgrain.cuda.launch import Kernel, kernel
@@ -30,7 +31,7 @@ from . import items
 from .cells import UNIT
 from .choice import split_costs
 from .panels import COPY, LINE, MASKED
-from .plan import Plan
+from .plan import WRITTEN, Plan
 from .room import Struct, room
 
 # Units of the matrix, all patterns together, beyond which layouts take less memory; rows or keys.
@@ -241,8 +242,9 @@ def _planned(
     sizes = [nq, nk, *pattern.lead, groups, 0, *pattern.entry, patterns, max(each[1])]
     for counts in (each[0], each[2], [0] * patterns):
         sizes += [0, *itertools.accumulate(counts)]
-    # Other streams may read the tensors at once.
-    torch.cuda.current_stream().synchronize()
+    event = torch.cuda.Event()
+    event.record()
+    known(tensors[0], WRITTEN, event)
     return Plan(tensors, (*sizes, *[0] * patterns))
 
 

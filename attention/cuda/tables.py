@@ -17,7 +17,7 @@ from mixgrain.cuda.derived import derived
 from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tracing import concretely
 
-from .plan import Work
+from .plan import Work, wait
 from .room import Struct, room
 
 # Bytes of K and V that are worked on at a time: what stays in L2 beside Q and the output.
@@ -32,13 +32,16 @@ DEALT, MOST_CTAS = 32, 1024
 # A tile: its item; from this bit on, the warpgroups that leave it to other tiles.
 APART = 28
 SHARED = 33168
+# Numbers of a plan that go by value.
+FEW_GIVEN = 48
 
 #: plan_walk.cu: Walk.
 WALK = Struct(
     ("costs", "given", "keys", "first", "late", "after", "mine", "members", "tile", "taker",
      "starts", "tiles", "query_patterns", "key_patterns", "merge_ranges", "row_ranges"),
     ("items", "patterns", "entry_batches", "entry_heads", "batch", "heads", "kv", "sections", "nq",
-     "total", "ctas", "spare", "dealt", "parts", "groups", "by_head"),
+     "total", "ctas", "spare", "dealt", "parts", "groups", "by_head",
+     *(f"few {n}" for n in range(FEW_GIVEN))),
 )  # fmt: skip
 
 
@@ -112,10 +115,13 @@ def _make(
     # As many sections of key heads as L2 needs, of about equal size.
     together = max(1, RESIDENT // max(head_bytes, 1))
     sections = max(1, -(-batch * kv // together))
-    given = torch.tensor(
-        [*work.entry, *work.item_starts, *work.merge_starts, *work.row_starts, *work.row_longer],
-        dtype=torch.int32,
-    ).to(device)
+    wait(work.items)
+    given = [
+        *work.entry, *work.item_starts, *work.merge_starts, *work.row_starts, *work.row_longer
+    ]  # fmt: skip
+    # Few numbers go along with the launch.
+    few = len(given) <= FEW_GIVEN
+    table = None if few else torch.tensor(given, dtype=torch.int32).to(device)
     streams = min(ctas, total) if parts == 1 else parts * total
     made = room(
         {
@@ -133,12 +139,16 @@ def _make(
         },
         device,
     )  # fmt: skip
-    places = {"costs": work.costs.data_ptr(), "given": given.data_ptr(), **scratch.at, **made.at}
+    places = {
+        "costs": work.costs.data_ptr(), "given": 0 if table is None else table.data_ptr(),
+        **scratch.at, **made.at,
+    }  # fmt: skip
     dealt = total <= DEALT * ctas and ctas <= MOST_CTAS
     argument = WALK.value(
         places,
         (items, work.patterns, *work.lead, batch, heads, kv, sections, work.shape[0], total, ctas,
-         SPARE, dealt, parts, groups, by_head),
+         SPARE, dealt, parts, groups, by_head, *(given if few else ()),
+         *[0] * (FEW_GIVEN - len(given) if few else FEW_GIVEN)),
     )  # fmt: skip
     with torch.cuda.device(device):
         kernel(walk_request(), device.index)((1,), 1024, (argument,), SHARED)

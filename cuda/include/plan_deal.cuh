@@ -7,7 +7,8 @@ constexpr int kSorted = 4096;                       // items that are sorted in 
 constexpr int kFew = MG_FEW, kSingly = MG_SINGLY;   // tables.FEW, tables.SINGLY
 
 struct Walk {
-    const int *costs, *given;
+    const int *costs;
+    const int *given;  // nullptr: `few` has it
     u64 *keys;     // (items, up to a power of two)
     int *first;    // (sections, items): tiles before those of an item, by rank
     int *late;     // (sections, items): how many of them come last
@@ -23,6 +24,7 @@ struct Walk {
     int4 *row_ranges;
     int items, patterns, entry_batches, entry_heads, batch, heads, kv, sections, nq;
     int total, ctas, spare, dealt, parts, groups, by_head;
+    int few[48];
 };
 
 struct Shared {

@@ -15,9 +15,11 @@
 
 constexpr int kApart = MG_APART;  // tables.APART
 
+__device__ __forceinline__ const int *given(const Walk &w) { return w.given ? w.given : w.few; }
+
 __device__ __forceinline__ int pattern_of_matrix(const Walk &w, int matrix) {
     const int b = w.entry_batches > 1 ? matrix / w.heads : 0, h = w.entry_heads > 1 ? matrix % w.heads : 0;
-    return w.given[b * w.entry_heads + h];
+    return given(w)[b * w.entry_heads + h];
 }
 
 __device__ __forceinline__ int section_of(const Walk &w, int matrix) {
@@ -48,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
     extern __shared__ __align__(16) unsigned char memory[];
     Shared &s = *reinterpret_cast<Shared *>(memory);
     const int matrices = w.batch * w.heads, entries = w.entry_batches * w.entry_heads;
-    const int *item_starts = w.given + entries, *merges = item_starts + w.patterns + 1;
+    const int *item_starts = given(w) + entries, *merges = item_starts + w.patterns + 1;
     const int *rows = merges + w.patterns + 1, *longer = rows + w.patterns + 1;
 
     for (int m = threadIdx.x; m < matrices; m += kThreads) {

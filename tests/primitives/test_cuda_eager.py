@@ -1,5 +1,6 @@
 """The short way of linear and of N:M chosen by score, on a GPU: the same bits, and its limits."""
 
+import contextlib
 import statistics
 import time
 
@@ -375,6 +376,28 @@ def test_products_may_be_changed_in_place(lead) -> None:
     for _ in range(2):
         (grad,) = torch.autograd.grad(mg.spmm(s, x).relu_().sum(), x)
         assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 16, 300])
+def test_products_with_tiles(width, dtype, operators) -> None:
+    w = weight("tile", dtype)
+    for s in (w, w.T):
+        x = random(s.shape[1], width, dtype=dtype)
+        with torch.device("cuda"):
+            right = mg.spmm(s, x)
+        mg.spmm(s, x)
+        operators.clear()
+        assert torch.equal(mg.spmm(s, x), right)
+        assert operators == []
+        values, given = s.values.detach().requires_grad_(), x.clone().requires_grad_()
+        found = []
+        for n in range(3):
+            with torch.device("cuda") if n == 0 else contextlib.nullcontext():
+                y = mg.spmm(s.with_values(values), given)
+                found.append(torch.autograd.grad(y.float().square().sum(), (values, given)))
+        for made in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(made, found[0], strict=True))
 
 
 def test_one_inner_position() -> None:

@@ -43,6 +43,25 @@ def mask_of(case: Case) -> Tensor:
     return torch.rand(*batch, case.shape[1], generator=torch.Generator().manual_seed(9)) < 0.8
 
 
+def test_tiles_go_the_short_way(runs):
+    case = CASES["plain"]
+    layout = BUILDERS["tile"](case, *masks_of(case))
+    found = []
+    for n in range(3):
+        runs.clear()
+        with torch.device("cpu") if n == 0 else contextlib.nullcontext():
+            v = operands(case)[2]
+            values = torch.linspace(-1, 1, layout.slots, dtype=v.dtype).requires_grad_()
+            s = SparseTensor(layout, values)
+            out, turned = spmm(s, v), spmm(s.T, v[: case.shape[0]])
+            total = (out * out).sum() + (turned * turned).sum()
+            found.append([out, turned, *torch.autograd.grad(total, (values, v))])
+        assert bool(runs) == (n > 0)
+    for given in found[1:]:
+        for a, b in zip(given, found[0], strict=True):
+            assert torch.equal(a, b) and a.shape == b.shape
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["block", "row", "mixed"])
 @pytest.mark.parametrize("name", CASES)
