@@ -29,36 +29,38 @@ NEW: dict[str, Callable[[int, int], Pattern]] = {
     "sink": lambda n, i: P.causal() & (P.window(1023 + i, 0) | P.sinks(4)),
     "document": lambda n, i: P.documents(documents(n + i)[:n]) & P.causal(),
 }
-REPEATS = 15
+REPEATS = 40
 
 
 def plan() -> list[dict[str, Any]]:
     """Rows of patterns and columns of ``fused``; the floor is torch's own ``x.add_``."""
     x = torch.zeros(1024, device="cuda")
     floor = host_us(lambda: x.add_(0))
+    works = [(column, name) for column in ("A", "C") for name in NEW]
+    times: dict[tuple[str, str], list[float]] = {work: [] for work in works}
+    # In turn, so that a host that is busy for a while is so for all of them.
+    for i in range(REPEATS):
+        for work in works:
+            times[work].append(_once(*work, i))
     return [
-        _row(f"{name}-{column}", _milliseconds(make, column), floor)
-        for column in ("A", "C")
-        for name, make in NEW.items()
+        _row(f"{name}-{column}", statistics.median(times[column, name]) * 1e3, floor)
+        for column, name in works
     ]
 
 
-def _milliseconds(make: Callable[[int, int], Pattern], column: str) -> float:
-    """The plan of a new pattern and its tables for a batch, the device's part included."""
+def _once(column: str, name: str, i: int) -> float:
+    """Seconds until a new pattern has a plan, and tables for a batch, with the device's part."""
     batch, heads, n, d = COLUMNS[column].shape
     device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
     groups = choice.groups(device, dtype, d)
     walks = kernel.walks(dtype, d, device.index)
-    times = []
-    for i in range(REPEATS):
-        pattern = make(n, i)
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        made = plan_pattern(pattern, n, n, d, device, groups)
-        assert made is not None, pattern
-        tables(unpack(*made), (batch, heads, heads), n * d * 4, walks, kernel.groups(d))
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) * 1e3
+    pattern = NEW[name](n, i)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    made = plan_pattern(pattern, n, n, d, device, groups)
+    assert made is not None, pattern
+    tables(unpack(*made), (batch, heads, heads), n * d * 4, walks, kernel.groups(d))
+    return time.perf_counter() - begin
 
 
 def _row(shape: str, spent: float, floor: float) -> dict[str, Any]:
