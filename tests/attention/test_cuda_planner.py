@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import PATTERNS
+from attention_cases import DIRECT, PATTERNS, UNIT_SIZES, block_mask, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_checks import same
@@ -22,39 +22,9 @@ CUDA = torch.device("cuda")
 pytestmark = pytest.mark.gpu
 # At 1024 gathering does not pay, and scattered columns of blocks are left to layouts.
 GATHERED = ("scattered", "keys")
-SIZES = [(1, 1), (63, 65), (64, 64), (170, 300), (300, 129), (1, 200)]
 
 
-def drawn(n: int, count: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1))[:count]
-
-
-def block_mask(n: int) -> Tensor:
-    kept = torch.rand(n // 64, n // 64, generator=torch.Generator().manual_seed(2)) < 0.2
-    kept[:1] = True
-    return kept
-
-
-# Each line: what it is there for. All of them are planned so at multiples of 64.
-DIRECT = {
-    "causal": lambda n: P.causal(),  # ends that rise
-    "window": lambda n: P.window(256),  # both ends, runs of full units between
-    "front": lambda n: P.longformer(256, range(64)),  # whole units beside an interval
-    "ragged front": lambda n: P.longformer(256, range(10, 75)),  # keys that are a second interval
-    "scattered": lambda n: P.longformer(256, drawn(n, 64)),  # gathered keys and queries
-    "keys": lambda n: P.window(70) | P.global_keys(drawn(n, 90)),  # two gathered units, one ragged
-    "queries": lambda n: P.causal() | P.global_queries(drawn(n, 90)),  # queries alone
-    "sinks": lambda n: P.causal() & (P.window(300, 0) | P.sinks(4)),  # two intervals a row
-    "documents": lambda n: P.causal() & P.documents(torch.arange(n) // 300),  # ends in steps
-    "far apart": lambda n: P.window(3) | P.documents(torch.arange(n) % 2 * 0),  # all in one
-    "blocks": lambda n: P.blocks(block_mask(n), 64),  # whole units, long lines
-    "bigbird": lambda n: P.bigbird(64, 1, 3, 2, 0),  # whole units, drawn and joined
-    "wide blocks": lambda n: P.bigbird(128, 1, 1, 1, 3),  # two units each
-    "full": lambda n: P.full(),
-}
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", UNIT_SIZES, ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_small_ones_are_those_of_layouts(name, size) -> None:
     same(PATTERNS[name](*size), *size, Costs.h200(), False)

@@ -56,7 +56,7 @@ for impl in ("fused", "composed"):
 SIZES = {
     "window": ("P.window(128)", "N", "N"),
     "blocks": ("P.window(128).to_layout('block', N, N)", "N", "N"),
-    "rows": ("P.random(0.0005, seed=1) | P.window(0)", "N", "N"),
+    "rows": ("P.random(0.001, seed=1) | P.window(0)", "N", "N"),
     "longformer": ("P.longformer(128, torch.arange(0, N, 1024))", "N", "N"),
     "nm in a window": ("P.nm(2, 4) & P.window(128)", "N", "N"),
     "nm": ("P.nm(2, 4)", "N", "1024"),

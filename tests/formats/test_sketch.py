@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import PATTERNS
+from attention_cases import DIRECT, PATTERNS, UNIT_SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,35 +14,8 @@ from mixgrain.formats.pattern import Frame, Pattern
 from mixgrain.formats.pattern_static import BlockWindow
 from mixgrain.formats.sketch import UNIT, Sketch, sketch
 
-SIZES = [(1, 1), (63, 65), (64, 64), (170, 300), (300, 129), (1, 200)]
-
-
-def drawn(n: int, count: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(1))[:count]
-
-
-def block_mask(n: int) -> Tensor:
-    kept = torch.rand(n // 64, n // 64, generator=torch.Generator().manual_seed(2)) < 0.2
-    kept[:1] = True
-    return kept
-
-
-# Each line: what a sketch of it is made of.
-DIRECT = {
-    "causal": lambda n: P.causal(),
-    "window": lambda n: P.window(256),
-    "front": lambda n: P.longformer(256, range(64)),  # lines and columns of units
-    "ragged front": lambda n: P.longformer(256, range(10, 75)),  # a band of keys, one of queries
-    "scattered": lambda n: P.longformer(256, drawn(n, 64)),  # lists
-    "keys": lambda n: P.window(70) | P.global_keys(drawn(n, 90)),
-    "queries": lambda n: P.causal() | P.global_queries(drawn(n, 90)),  # a band of their own
-    "sinks": lambda n: P.causal() & (P.window(300, 0) | P.sinks(4)),
-    "documents": lambda n: P.causal() & P.documents(torch.arange(n) // 300),
-    "blocks": lambda n: P.blocks(block_mask(n), 64),  # units
-    "bigbird": lambda n: P.bigbird(64, 1, 3, 2, 0),  # units from runs, lines, columns
-    "block window": lambda n: BlockWindow(128, 2),  # a band of lines
-    "full": lambda n: P.full(),
-}
+# Beside those, an interval of every line.
+SKETCHED = {**DIRECT, "block window": lambda n: BlockWindow(128, 2)}
 
 
 def read(found: Sketch, nq: int, nk: int) -> Tensor:
@@ -73,7 +46,7 @@ def check(pattern: Pattern, nq: int, nk: int, costs: Costs) -> Sketch | None:
     return found
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", UNIT_SIZES, ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_small_patterns(name, size) -> None:
     pattern = PATTERNS[name](*size)
@@ -82,11 +55,11 @@ def test_small_patterns(name, size) -> None:
 
 
 @pytest.mark.parametrize("n", [1024, 2000, 4096])
-@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize("name", SKETCHED)
 def test_large_patterns(name, n) -> None:
     if n % 64 and name == "blocks":
         pytest.skip("a mask of whole blocks")
-    found = check(DIRECT[name](n), n, n, split_costs(64))
+    found = check(SKETCHED[name](n), n, n, split_costs(64))
     # Between units, what is listed may be a matter of single entries; so it is where lists are long
     # for so few keys.
     assert found is not None or n % 64 or (n == 1024 and name in ("scattered", "keys"))

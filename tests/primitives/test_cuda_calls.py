@@ -1,8 +1,6 @@
 """Prepared calls on a GPU: signatures, threads, graphs, addresses, caches, host time."""
 
-import statistics
 import threading
-import time
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import eager
 from mixgrain.primitives.cuda import parts
 from mixgrain.primitives.softmax import softmax_backward
+from mixgrain.tools.bench.measure import host_us
 
 pytestmark = pytest.mark.gpu
 
@@ -434,16 +433,7 @@ def test_host_time(record_property):
         ("spmm", lambda: mg.spmm(p, v), 40),
         ("recording", lambda: mg.sddmm(asking, k, layout), 60),
     ):
-        for _ in range(20):
-            call()
-        times = []
-        for n in range(300):
-            if n % 30 == 0:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
-        spent = statistics.median(times) * 1e6
+        spent = host_us(call, 300)
         record_property(name, spent)
         assert spent < limit, f"{name}: {spent:.1f} µs"
 

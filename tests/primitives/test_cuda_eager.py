@@ -1,8 +1,6 @@
 """The short way of linear and of N:M chosen by score, on a GPU: the same bits, and its limits."""
 
 import contextlib
-import statistics
-import time
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from mixgrain.formats.errors import DtypeError, ShapeError, UnsupportedError
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import linear as linear_module
 from mixgrain.primitives import ops, ops_linear
+from mixgrain.tools.bench.measure import host_us
 
 pytestmark = pytest.mark.gpu
 
@@ -444,15 +443,6 @@ def test_host_time(record_property) -> None:
     given = [random(2, 3, N, D, seed=n) for n in range(3)]
     calls["chain"] = (lambda: attention(*given, P.nm(2, 4)), 240)
     for name, (call, limit) in calls.items():
-        for _ in range(20):
-            call()
-        times = []
-        for n in range(300):
-            if n % 30 == 0:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
-        spent = statistics.median(times) * 1e6
+        spent = host_us(call, 300)
         record_property(name, spent)
         assert spent < limit, f"{name}: {spent:.1f} µs"

@@ -20,7 +20,7 @@ from mixgrain.formats.layout import Layout, next_key
 from mixgrain.primitives.cuda import parts
 
 from .measure import host_us, intervals, kernels
-from .work import COPY_BYTES, Work, random
+from .work import COPY_BYTES, Work, host_row, random
 
 # A process that has run another kernel, then calls this one for the first time.
 FIRST = """
@@ -129,20 +129,7 @@ def _backward(asking: tuple[Tensor, Tensor], function: Callable[..., Tensor]) ->
 def _row(
     shape: str, spent: float, floor: float, goal: float, call: Callable[[], object] | None
 ) -> dict[str, Any]:
-    return {
-        "work": "launch",
-        "engine": "mixgrain",
-        "shape": shape,
-        "ms": round(spent / 1e3, 5),
-        "floor_ms": round(floor / 1e3, 5),
-        "floor": "host time of torch's x.add_(0) in the same run",
-        "host_us": round(spent, 1),
-        "plan_ms": None,
-        "error": 0.0,
-        "ok": True,
-        "goal_us": goal,
-        "impl": kernels(call) if call else "",
-    }
+    return host_row("launch", shape, spent, floor, goal, kernels(call) if call else "")
 
 
 def _streams() -> tuple[Callable[[], Tensor], Callable[[], Tensor], Any]:

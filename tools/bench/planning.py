@@ -12,12 +12,13 @@ import torch
 from mixgrain import patterns as P
 from mixgrain.attention.cuda import choice, kernel
 from mixgrain.attention.cuda.plan import unpack
-from mixgrain.attention.cuda.planner import plan_pattern
-from mixgrain.attention.cuda.tables import tables
+from mixgrain.attention.cuda.planner import plan_pattern, requests
+from mixgrain.attention.cuda.tables import tables, walk_request
 from mixgrain.formats.pattern import Pattern
 
 from .fused import COLUMNS, bigbird, documents, scattered
 from .measure import host_us
+from .work import host_row
 
 #: The patterns of the ``fused`` works, each a little different every time.
 NEW: dict[str, Callable[[int, int], Pattern]] = {
@@ -30,6 +31,7 @@ NEW: dict[str, Callable[[int, int], Pattern]] = {
     "document": lambda n, i: P.documents(documents(n + i)[:n]) & P.causal(),
 }
 REPEATS = 40
+KERNELS = " + ".join(wanted.name for wanted in (*requests(), walk_request()))
 
 
 def plan() -> list[dict[str, Any]]:
@@ -43,8 +45,8 @@ def plan() -> list[dict[str, Any]]:
         for work in works:
             times[work].append(_once(*work, i))
     return [
-        _row(f"{name}-{column}", statistics.median(times[column, name]) * 1e3, floor)
-        for column, name in works
+        host_row("plan", f"a new pattern: {name}-{column}", spent * 1e6, floor, 1000, KERNELS)
+        for (column, name), spent in ((work, statistics.median(times[work])) for work in works)
     ]
 
 
@@ -61,20 +63,3 @@ def _once(column: str, name: str, i: int) -> float:
     assert made is not None, pattern
     tables(unpack(*made), (batch, heads, heads), n * d * 4, walks, kernel.groups(d))
     return time.perf_counter() - begin
-
-
-def _row(shape: str, spent: float, floor: float) -> dict[str, Any]:
-    return {
-        "work": "plan",
-        "engine": "mixgrain",
-        "shape": f"a new pattern: {shape}",
-        "ms": round(spent, 4),
-        "floor_ms": round(floor / 1e3, 5),
-        "floor": "host time of torch's x.add_(0) in the same run",
-        "host_us": round(spent * 1e3, 1),
-        "plan_ms": round(spent, 4),
-        "error": 0.0,
-        "ok": True,
-        "goal_us": 1000,
-        "impl": "plan_cells + plan_lines + plan_lengths + plan_items + plan_write + plan_walk",
-    }

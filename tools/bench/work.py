@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,26 @@ class Work:
     flops: float = 0.0
     rate: Callable[[], tuple[str, float]] | None = None
     oracles: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+
+def host_row(
+    work: str, shape: str, spent: float, floor: float, goal: float, impl: str
+) -> dict[str, Any]:
+    """A row of host time, beside that of torch's own ``x.add_``; microseconds."""
+    return {
+        "work": work,
+        "engine": "mixgrain",
+        "shape": shape,
+        "ms": round(spent / 1e3, 5),
+        "floor_ms": round(floor / 1e3, 5),
+        "floor": "host time of torch's x.add_(0) in the same run",
+        "host_us": round(spent, 1),
+        "plan_ms": None,
+        "error": 0.0,
+        "ok": True,
+        "goal_us": goal,
+        "impl": impl,
+    }
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
