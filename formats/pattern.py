@@ -13,7 +13,7 @@ Patterns that differ between batch entries or heads are a `Batched` table of fla
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .costs import Costs
     from .layout import Layout
 
-__all__ = ["Factored", "Frame", "Interval", "Pattern"]
+__all__ = ["UNBOUND", "Cut", "Factored", "Frame", "Interval", "Pattern"]
 
 Interval = tuple[Tensor, Tensor]
 
@@ -58,6 +58,33 @@ class Frame:
     def rows(self) -> Tensor:
         """All query rows, (nq) int64."""
         return torch.arange(self.nq, device=self.device)
+
+
+# Beyond every position that is planned in these terms, in either direction.
+UNBOUND = 1 << 30
+
+
+class Cut(NamedTuple):
+    """Keys of every row, from max(least, row + left) up to min(most, row + right).
+
+    Attributes:
+        least: the first key of all rows, at least 0.
+        most: one past the last key of all rows.
+        left: where a row begins beside its number.
+        right: where it ends, one past the last key.
+    """
+
+    least: int
+    most: int
+    left: int
+    right: int
+
+    def meet(self, other: "Cut") -> "Cut":
+        """The keys of both."""
+        return Cut(
+            max(self.least, other.least), min(self.most, other.most),
+            max(self.left, other.left), min(self.right, other.right),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +148,10 @@ class Pattern:
         """
         found = self.interval(frame, frame.rows())
         return None if found is None else [found]
+
+    def cuts(self, frame: Frame) -> list[Cut] | None:
+        """The kept keys of all rows in a few numbers; None where those do not say it."""
+        return None
 
     def coarse(self, frame: Frame, size: int) -> bool:
         """Whether blocks of size × size are known to be kept or dropped whole, row by row alike."""

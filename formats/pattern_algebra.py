@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError, ShapeError
-from .pattern import Factored, Frame, Interval, Pattern
+from .pattern import Cut, Factored, Frame, Interval, Pattern
 from .runs import Runs, clip, complement, empty, from_interval, intersection, union
 
 
@@ -38,6 +38,15 @@ class Or(Pattern):
         joined: list[Interval] = []
         for term in self.terms:
             found = term.bands(frame)
+            if found is None:
+                return None
+            joined += found
+        return joined
+
+    def cuts(self, frame: Frame) -> list[Cut] | None:
+        joined: list[Cut] = []
+        for term in self.terms:
+            found = term.cuts(frame)
             if found is None:
                 return None
             joined += found
@@ -96,6 +105,15 @@ class And(Pattern):
             if found is None:
                 return None
             met = found if met is None else [_meet(a, b) for a in met for b in found]
+        return met
+
+    def cuts(self, frame: Frame) -> list[Cut] | None:
+        met: list[Cut] | None = None
+        for term in self.terms:
+            found = term.cuts(frame)
+            if found is None:
+                return None
+            met = found if met is None else [a.meet(b) for a in met for b in found]
         return met
 
     def coarse(self, frame: Frame, size: int) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import LayoutError
-from .pattern import Factored, Frame, Interval, Pattern
+from .pattern import UNBOUND, Cut, Factored, Frame, Interval, Pattern
 from .runs import Runs, empty, from_interval, ragged_arange, repeated
 from .source import Source, sorted_positions
 
@@ -22,6 +22,9 @@ class Full(Pattern):
     def interval(self, frame: Frame, rows: Tensor) -> Interval:
         return torch.zeros_like(rows), torch.full_like(rows, frame.nk)
 
+    def cuts(self, frame: Frame) -> list[Cut]:
+        return [Cut(0, frame.nk, -UNBOUND, UNBOUND)]
+
     def coarse(self, frame: Frame, size: int) -> bool:
         return True
 
@@ -35,6 +38,9 @@ class Causal(Pattern):
 
     def interval(self, frame: Frame, rows: Tensor) -> Interval:
         return torch.zeros_like(rows), (rows + (frame.shift + 1)).clamp_(0, frame.nk)
+
+    def cuts(self, frame: Frame) -> list[Cut]:
+        return [Cut(0, frame.nk, -UNBOUND, frame.shift + 1)]
 
     def __repr__(self) -> str:
         return "causal()"
@@ -51,6 +57,10 @@ class Window(Pattern):
         lo = (rows + (frame.shift - self.left)).clamp_(0, frame.nk)
         hi = (rows + (frame.shift + self.right + 1)).clamp_(0, frame.nk)
         return lo, hi
+
+    def cuts(self, frame: Frame) -> list[Cut]:
+        left = max(frame.shift - self.left, -UNBOUND)
+        return [Cut(0, frame.nk, left, min(frame.shift + self.right + 1, UNBOUND))]
 
     def __repr__(self) -> str:
         sides = [radius_text(self.left), radius_text(self.right)]
@@ -151,13 +161,12 @@ class Globals(Pattern):
 
     def _keys(self, frame: Frame) -> Tensor:
         keys = self._sorted(frame)
-        return keys[: int(torch.searchsorted(keys, frame.nk)) if self.as_keys else 0]
+        return _between(keys, 0, frame.nk) if self.as_keys else keys[:0]
 
     def _queries(self, frame: Frame) -> Tensor:
         if not self.as_queries:
             return self._sorted(frame)[:0]
-        rows = self._sorted(frame) - frame.shift
-        return rows[(rows >= 0) & (rows < frame.nq)]
+        return _between(self._sorted(frame) - frame.shift, 0, frame.nq)
 
     def _listed(self, frame: Frame, rows: Tensor) -> Tensor:
         queries = self._queries(frame)
@@ -179,6 +188,9 @@ class Sinks(Pattern):
 
     def interval(self, frame: Frame, rows: Tensor) -> Interval:
         return torch.zeros_like(rows), torch.full_like(rows, min(self.n, frame.nk))
+
+    def cuts(self, frame: Frame) -> list[Cut]:
+        return [Cut(0, min(self.n, frame.nk), -UNBOUND, UNBOUND)]
 
     def factor(self, frame: Frame) -> Factored:
         keys = torch.arange(min(self.n, frame.nk), device=frame.device)
@@ -284,6 +296,14 @@ def _document_ends(ids: Tensor) -> Interval | None:
     lengths = np.diff(edges)
     lo, hi = (torch.from_numpy(np.repeat(end, lengths)) for end in (edges[:-1], edges[1:]))
     return lo, hi
+
+
+def _between(rising: Tensor, least: int, end: int) -> Tensor:
+    """The members of a rising list from ``least`` up to ``end``."""
+    if rising.device.type == "cpu":  # where numpy is quicker
+        first, last = np.searchsorted(rising.numpy(), (least, end)).tolist()
+        return rising[first:last]
+    return rising[(rising >= least) & (rising < end)]
 
 
 def _key_runs(keys: Tensor) -> tuple[Tensor, Tensor]:

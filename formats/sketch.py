@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from .costs import Costs
-from .pattern import Frame, Pattern
+from .pattern import UNBOUND, Cut, Frame, Pattern
+from .pattern_algebra import And
 from .split import cheaper_shared
 
 # A unit is 64 queries × 64 keys, a line the units of 64 neighbouring queries.
@@ -32,14 +33,25 @@ class Band(NamedTuple):
     """One interval of keys for every row, which may be empty and may overlap others.
 
     Attributes:
-        low: of row r at ``r >> shift``.
-        high: likewise; one past the last key.
-        shift: 0 = of every row, 6 = of every line, 31 = the same for all.
+        cut: what it is at most.
+        low: where row r begins at the least, at ``r >> shift``; None = the cut is all.
+        high: where it ends at the most, one past the last key.
+        shift: 0 = of every row, 6 = of every line.
     """
 
-    low: Ints
-    high: Ints
-    shift: int
+    cut: Cut
+    low: Ints | None = None
+    high: Ints | None = None
+    shift: int = 0
+
+    def at(self, rows: Ints) -> Ends:
+        """Ends of the intervals of some rows; empty where they do not begin before they end."""
+        low = np.maximum(rows + self.cut.left, self.cut.least)
+        high = np.minimum(rows + self.cut.right, self.cut.most)
+        if self.low is None or self.high is None:
+            return low, high
+        at = rows >> self.shift
+        return np.maximum(low, self.low[at]), np.minimum(high, self.high[at])
 
 
 class Sketch(NamedTuple):
@@ -94,12 +106,10 @@ def sketch(flat: Pattern, frame: Frame, costs: Costs) -> Sketch | None:
                 return None
             lines, columns = _in_units(rows), _in_units(runs)
         return Sketch(bands, units, lines, columns, _NONE, _NONE)
-    bands = ()
-    if core is not None:
-        ends = core.bands(frame)
-        if ends is None or len(ends) > MOST_BANDS:
-            return None
-        bands = tuple(Band(low.numpy(), high.numpy(), 0) for low, high in ends)
+    known = () if core is None else _bands(core, frame)
+    if known is None or len(known) > MOST_BANDS:
+        return None
+    bands = known
     if not listed:
         return Sketch(bands, None, _NO_RANGES, _NO_RANGES, _NONE, _NONE)
     shared = _shared(bands, queries, keys, frame, costs)
@@ -114,14 +124,39 @@ def sketch(flat: Pattern, frame: Frame, costs: Costs) -> Sketch | None:
     if (len(runs[0]) or len(rows[0])) and _whole(rows, runs, frame):
         return Sketch(bands, None, _in_units(rows), _in_units(runs), panel_queries, panel_keys)
     bands += tuple(
-        Band(start, stop, 31) for start, stop in zip(*(e[:, None] for e in runs), strict=True)
+        Band(Cut(start, stop, -UNBOUND, UNBOUND))
+        for start, stop in zip(*(e.tolist() for e in runs), strict=True)
     )
     if len(rows[0]):
         # Rows of their own see everything.
         low, high = np.zeros(frame.nq, np.int64), np.zeros(frame.nq, np.int64)
         high[queries] = frame.nk
-        bands += (Band(low, high, 0),)
+        bands += (Band(_whole_cut(frame), low, high),)
     return Sketch(bands, None, _NO_RANGES, _NO_RANGES, panel_queries, panel_keys)
+
+
+def _whole_cut(frame: Frame) -> Cut:
+    return Cut(0, frame.nk, -UNBOUND, UNBOUND)
+
+
+def _bands(core: Pattern, frame: Frame) -> tuple[Band, ...] | None:
+    """Intervals of all rows, in numbers where those say it; None if they are not known at once."""
+    found = core.cuts(frame)
+    if found is not None:
+        return tuple(Band(cut) for cut in found)
+    cuts, rest = [_whole_cut(frame)], [core]
+    if isinstance(core, And):
+        # One term may be of any intervals.
+        known = [term.cuts(frame) for term in core.terms]
+        rest = [term for term, some in zip(core.terms, known, strict=True) if some is None]
+        for some in known:
+            cuts = cuts if some is None else [a.meet(b) for a in cuts for b in some]
+    if len(rest) > 1:
+        cuts, rest = cuts[:1], [core]
+    ends = rest[0].bands(frame)
+    if ends is None:
+        return None
+    return tuple(Band(cut, low.numpy(), high.numpy()) for cut in cuts for low, high in ends)
 
 
 def _coarse(core: Pattern, frame: Frame) -> tuple[tuple[Band, ...], Bools | None]:
@@ -132,7 +167,7 @@ def _coarse(core: Pattern, frame: Frame) -> tuple[tuple[Band, ...], Bools | None
     first = torch.arange(0, frame.nq, UNIT)
     ends = core.interval(frame, first)
     if ends is not None:
-        return (Band(ends[0].numpy(), ends[1].numpy(), 6),), None
+        return (Band(_whole_cut(frame), ends[0].numpy(), ends[1].numpy(), 6),), None
     runs = core.runs(frame, first)
     line = np.repeat(np.arange(runs.num_rows), np.diff(runs.offsets.numpy()))
     edges = np.zeros((len(first), -(-frame.nk // UNIT) + 1), np.int8)
@@ -205,7 +240,7 @@ def _covered(band: Band, lines: Ints, columns: Ints | int) -> float:
     count = columns if isinstance(columns, int) else len(columns)
     if not len(lines) or not count:
         return 0.0
-    low, high = band.low[lines * UNIT], band.high[lines * UNIT]
+    low, high = band.at(lines * UNIT)
     first, last = low >> 6, (high + UNIT - 1) >> 6
     if not isinstance(columns, int):
         first, last = np.searchsorted(columns, first), np.searchsorted(columns, last)

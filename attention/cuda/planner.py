@@ -39,7 +39,7 @@ MOST_UNITS, MOST_ROWS = 1 << 24, 1 << 20
 # Distinct patterns of a table over heads and batch entries; bits of masked cells of one pattern.
 MOST_PATTERNS, MASKED_BITS = 16, 14
 # Intervals of a row, and ints that tell of a pattern: plan.cuh, Pattern.
-BANDS, PATTERN = 6, 28
+BANDS, PATTERN = 6, 52
 # The head: plan.cuh, kEach and kCosts.
 EACH, COSTS = 8, 56
 
@@ -264,8 +264,9 @@ def _bring(found: list[Sketch], nqu: int, nku: int, device: torch.device) -> Ten
     for s in found:
         table.append(len(s.bands))
         for band in s.bands:
-            table += (place(band.low), place(band.high), band.shift)
-        table += [0] * (3 * (BANDS - len(s.bands)))
+            ends = (-1 if end is None else place(end) for end in (band.low, band.high))
+            table += (*ends, band.shift, *band.cut)
+        table += [0] * (7 * (BANDS - len(s.bands)))
         words = -(-nku // 32)
         table += (-1 if s.units is None else place(_bits(s.units, words)), words)
         for ranges, size in ((s.lines, nqu), (s.columns, nku)):

@@ -11,9 +11,11 @@
 [[maybe_unused]] constexpr int kPatterns = 16;      // distinct ones, at most
 [[maybe_unused]] constexpr int kNothing = 0, kWhole = 1, kMasked = 2;  // a cell: the last plus the slot of its kind
 
-// One interval of every row: row r has [given[low + (r >> shift)], given[high + (r >> shift)]).
+// One interval of every row: row r has at most [max(least, r + left), min(most, r + right)), and where `low` is a
+// place in `given`, at most [given[low + (r >> shift)], given[high + (r >> shift)]).
 struct Band {
     int low, high, shift;
+    int least, most, left, right;
 };
 // Places in `given`; −1 = none.
 struct Pattern {

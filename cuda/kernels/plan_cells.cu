@@ -78,9 +78,13 @@ extern "C" __global__ void __launch_bounds__(128) plan_cells(const __grid_consta
             const int inside = lane + 32 * half;
             lo[b][half] = hi[b][half] = 0;
             if (b < bands && !(free >> inside & 1)) {
-                const int at = (unit * kUnit + inside) >> p.band[b].shift;
-                lo[b][half] = __ldg(w.given + p.band[b].low + at);
-                hi[b][half] = __ldg(w.given + p.band[b].high + at);
+                const Band &of = p.band[b];
+                const int r = unit * kUnit + inside;
+                lo[b][half] = max(of.least, r + of.left), hi[b][half] = min(of.most, r + of.right);
+                if (of.low >= 0) {
+                    lo[b][half] = max(lo[b][half], __ldg(w.given + of.low + (r >> of.shift)));
+                    hi[b][half] = min(hi[b][half], __ldg(w.given + of.high + (r >> of.shift)));
+                }
             }
             if (lo[b][half] < hi[b][half]) {
                 low[b] = min(low[b], lo[b][half] / kUnit);

@@ -22,9 +22,9 @@ def read(found: Sketch, nq: int, nk: int) -> Tensor:
     """bool (nq, nk)."""
     rows, keys = torch.arange(nq), torch.arange(nk)
     kept = torch.zeros(nq, nk, dtype=torch.bool)
-    for low, high, shift in found.bands:
-        low, high = torch.from_numpy(low)[rows >> shift], torch.from_numpy(high)[rows >> shift]
-        assert (low <= high).all() and (low >= 0).all() and (high <= nk).all()
+    for band in found.bands:
+        low, high = map(torch.from_numpy, band.at(rows.numpy()))
+        assert (low >= 0).all() and (high <= nk).all()
         kept |= (low[:, None] <= keys) & (keys < high[:, None])
     if found.units is not None:
         kept |= torch.from_numpy(found.units.copy())[rows // UNIT][:, keys // UNIT]
