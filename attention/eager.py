@@ -18,7 +18,7 @@ from mixgrain.formats.cache import LRU
 from mixgrain.formats.errors import BackendUnavailableError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
-from mixgrain.primitives.eager import plain, tf32, usable
+from mixgrain.primitives.eager import address, plain, tf32
 
 if TYPE_CHECKING:
     from mixgrain.cuda.prepared import Prepared
@@ -66,10 +66,10 @@ def signature(
     for t in (q, k, v, key_mask, sink_logits):
         if t is None:
             rest.append(None)
-        elif not usable(t) or (differentiable and t.requires_grad):
+        elif (at := address(t)) < 0 or not t.is_cuda or (differentiable and t.requires_grad):
             return None
         else:
-            rest += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15, t.get_device())
+            rest += (t.shape, t.stride(), t.dtype, at & 15, t.get_device())
     if q.dtype is torch.float32:
         rest.append(tf32())
     if isinstance(kept, Pattern):

@@ -80,24 +80,35 @@ def usable(t: Any) -> bool:
     )
 
 
+def address(t: Any) -> int:
+    """Where a tensor begins, on any device, 0 if empty; −1 if it is not what it looks like."""
+    if type(t) not in TENSORS or t.is_neg() or t.is_nested:
+        return -1
+    try:
+        at: int = t.data_ptr()
+    except RuntimeError:  # sparse, or a wrapper that outlived its transform
+        return -1
+    return at if at or not t.numel() else -1  # zeros that were never written have no address
+
+
 _layouts: LRU[_Signatures] = LRU(LAYOUTS)
 
 
 def find(layout: Layout) -> _Signatures | None:
     """The calls of a layout."""
-    if type(layout) is NMLayout and not trusted(layout):
-        return None
-    return _layouts.peek(_place(layout))
+    if type(layout) is not NMLayout:
+        return _layouts.peek((layout.key, layout._home))  # `home` itself asks whether it is traced
+    return _layouts.peek(_place(layout)) if trusted(layout) else None
 
 
 def _place(layout: Layout) -> Hashable:
     """What a layout's calls are kept under.
 
     An NMLayout may have been made by the call before. All of a valid one but its metadata, which
-    calls are given, follows from this much; its identity has no part in it.
+    calls are given, follows from this much.
     """
     if type(layout) is not NMLayout:
-        return layout.key, layout._home  # `home` itself asks whether this is traced
+        return layout.key, layout._home
     found: Hashable = layout.__dict__.get("_place")
     if found is None:
         within = layout.within

@@ -23,13 +23,13 @@ from .eager import (
     Backward,
     Call,
     Term,
+    address,
     find,
     index_of,
     learn,
     learnable,
     plain,
     tf32,
-    usable,
     without_index,
 )
 from .fold import free_shape
@@ -118,24 +118,20 @@ def together(
     tensors: tuple[Tensor, ...], index: Tensor | None, keep: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Tensors, then metadata and a mask where there are any."""
+    if index is None and keep is None:
+        return tensors
     if index is not None:
         tensors = (*tensors, index)
     return tensors if keep is None else (*tensors, keep)
 
 
-def _usable(a: Any, b: Any, index: Tensor | None, keep: Tensor | None) -> bool:
-    if not usable(a) or (b is not a and not usable(b)):
-        return False
-    return (index is None or usable(index)) and (keep is None or usable(keep))
-
-
-def _addresses(pointers: list[int], index: Tensor | None, keep: Tensor | None) -> list[int]:
-    """Those of ``together``."""
+def _with(pointers: list[int], index: Tensor | None, keep: Tensor | None) -> list[int] | None:
+    """Addresses together with those of metadata and a mask; None if one is not what it seems."""
     if index is not None:
-        pointers.append(index.data_ptr())
+        pointers.append(address(index))
     if keep is not None:
-        pointers.append(keep.data_ptr())
-    return pointers
+        pointers.append(address(keep))
+    return None if -1 in pointers else pointers
 
 
 def _index_key(index: Tensor) -> Any:
@@ -227,13 +223,15 @@ def sddmm(
         return None
     index = layout.metadata if type(layout) is NMLayout else None
     calls = find(layout)
-    if calls is None or not plain() or not _usable(q, k, index, keep):
+    if calls is None or not plain():
         return None
-    a, b = q.data_ptr(), k.data_ptr()
+    a, b = address(q), address(k)
+    pointers = _with([a, b], index, keep)
+    if pointers is None:
+        return None
     call = calls.get(_sddmm_key(q, k, scale, index, keep, out_dtype, a, b))
     if call is None:
         return None
-    pointers = _addresses([a, b], index, keep)
     if _grad_enabled() and (q.requires_grad or k.requires_grad):
         if call.backward is None:
             return None
@@ -294,13 +292,15 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
         return None
     index = layout.metadata if type(layout) is NMLayout else None
     calls = find(layout)
-    if calls is None or not plain() or not _usable(values, x, index, keep):
+    if calls is None or not plain():
         return None
-    a, b = values.data_ptr(), x.data_ptr()
+    a, b = address(values), address(x)
+    pointers = _with([a, b], index, keep)
+    if pointers is None:
+        return None
     call = calls.get(_spmm_key(s, x, index, a, b))
     if call is None:
         return None
-    pointers = _addresses([a, b], index, keep)
     made: Tensor | None = None
     if not _grad_enabled() or not (values.requires_grad or x.requires_grad):
         made = call.run(together((values, x), index, keep), pointers)
@@ -343,13 +343,15 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
         return None
     index = layout.metadata if type(layout) is NMLayout else None
     calls = find(layout)
-    if calls is None or not plain() or not _usable(values, values, index, keep):
+    if calls is None or not plain():
         return None
-    a = values.data_ptr()
+    a = address(values)
+    pointers = _with([a], index, keep)
+    if pointers is None:
+        return None
     call = calls.get(_softmax_key(s, index, want_lse, out_dtype, a))
     if call is None:
         return None
-    pointers = _addresses([a], index, keep)
     if _grad_enabled() and values.requires_grad:
         if call.backward is None:
             return None

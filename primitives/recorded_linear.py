@@ -23,12 +23,12 @@ from .eager import (
     LAYOUT_TYPES,
     Backward,
     Call,
+    address,
     find,
     index_of,
     learnable,
     plain,
     tf32,
-    usable,
     without_index,
 )
 from .eager import learn as learn_call
@@ -173,10 +173,9 @@ def _signature(tensors: tuple[Tensor | None, ...], rest: Hashable) -> tuple[Any,
     for t in tensors:
         if t is None:
             key.append(None)
-        elif not usable(t):
+        elif (at := address(t)) < 0:
             return None
         else:
-            at = t.data_ptr()
             pointers.append(at)
             key += (t.shape, t.is_contiguous() or t.stride(), t.dtype, at & 15, t.get_device())
     if cast(Tensor, tensors[1]).dtype is _FLOAT:

@@ -24,10 +24,10 @@ from .eager import (
     Backward,
     Call,
     Term,
+    address,
     learnable,
     plain,
     tf32,
-    usable,
 )
 from .gradients import KINDS, Work, gradients
 from .plans.plan import Plan, trust
@@ -92,13 +92,20 @@ def _place(pattern: NM) -> Hashable:
     return (pattern.n, pattern.m) if pattern.within is None else pattern.expression_key()
 
 
-def _key(q: Tensor, k: Tensor, scale: float, keep: Tensor | None, dtype: torch.dtype) -> Any:
+def _key(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+    pointers: list[int],
+) -> Any:
     kind = q.dtype
     return (
-        q.shape, q.is_contiguous() or q.stride(), kind, q.data_ptr() & 15, q.get_device(),
-        k.shape, k.is_contiguous() or k.stride(), k.dtype, k.data_ptr() & 15, k.get_device(),
+        q.shape, q.is_contiguous() or q.stride(), kind, pointers[0] & 15, q.get_device(),
+        k.shape, k.is_contiguous() or k.stride(), k.dtype, pointers[1] & 15, k.get_device(),
         scale, dtype, None if keep is None else (
-            keep.shape, keep.stride(), keep.dtype, keep.data_ptr() & 7, keep.get_device(),
+            keep.shape, keep.stride(), keep.dtype, pointers[2] & 7, keep.get_device(),
         ),
         tf32() if kind is _FLOAT else None,
     )  # fmt: skip
@@ -111,7 +118,10 @@ def sddmm(
     # Other numbers are checked the long way; a scale of 0 and one of −0 are equal keys.
     if type(scale) not in _NUMBERS or not scale or not plain():
         return None
-    if not (usable(q) and usable(k) and (keep is None or usable(keep))):
+    pointers = [address(q), address(k)]
+    if keep is not None:
+        pointers.append(address(keep))
+    if -1 in pointers:
         return None
     if out_dtype is not None and type(out_dtype) is not torch.dtype:
         return None
@@ -119,13 +129,10 @@ def sddmm(
     if choices is None:
         return None
     dtype = q.dtype if out_dtype is None else out_dtype
-    found = choices.get(_key(q, k, scale, keep, dtype))
+    found = choices.get(_key(q, k, scale, keep, dtype, pointers))
     if found is None:
         return None
     call = found.call
-    pointers = [q.data_ptr(), k.data_ptr()]
-    if keep is not None:
-        pointers.append(keep.data_ptr())
     if _grad_enabled() and (q.requires_grad or k.requires_grad):
         if call.backward is None:
             return None
@@ -167,7 +174,8 @@ def learn(
     place = _place(pattern)
     if place is None or type(scale) not in _NUMBERS or not scale or not learnable(q, k, keep):
         return None
-    choices, key = _choices.get(place, dict), _key(q, k, scale, keep, dtype)
+    pointers = [t.data_ptr() for t in (q, k, keep) if t is not None]
+    choices, key = _choices.get(place, dict), _key(q, k, scale, keep, dtype, pointers)
     if key in choices:  # may not be recorded, or this would not be asked
         return None
     work = Work("prune", (0, 1), (float(scale), dtype), ("values", "index"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.formats.cache import clear_caches
-from mixgrain.primitives import cuda, eager, recorded, recorded_linear, recorded_nm
+from mixgrain.primitives import cuda, eager
 from mixgrain.primitives.activations import ACTIVATIONS, CODES
 from mixgrain.primitives.cpu import sddmm as cpu_sddmm
 from mixgrain.primitives.cpu import spmm as cpu_spmm
@@ -138,7 +138,6 @@ def stand_in(monkeypatch) -> Runs:
     monkeypatch.setattr(tokens, "finish", finish)
     monkeypatch.setattr(tokens.turn, "turned", turned)
     monkeypatch.setattr(tokens, "sddmm", cpu_sddmm)
-    for module in (eager, recorded, recorded_linear, recorded_nm):
-        monkeypatch.setattr(module, "usable", usable)
+    monkeypatch.setattr(eager, "usable", usable)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return seen
