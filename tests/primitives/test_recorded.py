@@ -315,3 +315,22 @@ def test_conditions_are_those_of_torch():
     assert not eager.usable(torch.zeros(2))  # not on CUDA
     assert isinstance(ops, types.ModuleType)
     assert list(itertools.islice(eager.TENSORS, 2)) == [Tensor, torch.nn.Parameter]
+
+
+def test_addresses_are_of_what_tensors_look_like() -> None:
+    t = torch.arange(6.0)
+    assert eager.address(t) == t.data_ptr() and eager.address(t[1:]) == t[1:].data_ptr()
+    assert eager.address(torch.nn.Parameter(t)) == t.data_ptr()
+    assert eager.address(torch.zeros(0)) == 0
+    wrapped = []
+    torch.func.grad(lambda x: (wrapped.append(x), x.sum())[1])(t)
+
+    class Mine(torch.Tensor):
+        pass
+
+    for other in (
+        None, 3, t.as_subclass(Mine), torch._efficientzerotensor(3), torch._neg_view(t),
+        torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), wrapped[0],
+        torch.nested.nested_tensor([t, t[1:]]),
+    ):  # fmt: skip
+        assert eager.address(other) == -1
