@@ -58,6 +58,11 @@ def known(source: Tensor, key: Hashable, value: object) -> None:
     _kept.setdefault(source, {}).setdefault(key, value)
 
 
+def at_hand(source: Tensor, key: Hashable) -> Any:
+    """What has been derived of a tensor, or was ``known`` of it; None if nothing."""
+    return _kept.get(source, {}).get(key)
+
+
 def _apart(source: Tensor, make: Callable[[], V]) -> V:
     """Make something that outlives the call.
 

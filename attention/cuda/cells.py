@@ -8,7 +8,6 @@ line may name the same key unit twice, as long as their masks keep no position t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,22 +149,12 @@ def register_words(masks: Tensor) -> Tensor:
     if not masks.shape[0]:
         return torch.zeros(0, 128, dtype=torch.int32, device=masks.device)
     words = masks.contiguous().view(torch.int64)
-    pair = torch.arange(0, 8, 2, device=masks.device)
-    packed: Tensor = in_register_order(words, pair).view(torch.int32)
-    return packed.view(-1, 128, 2)[..., 0].contiguous()
-
-
-def in_register_order(words: Any, pair: Any) -> Any:
-    """Words (M, 64, 1) of rows as words (M, 4, 8, 4) of threads, upper halves of no meaning.
-
-    Args:
-        words: int64 tensor or array.
-        pair: (0, 2, 4, 6), likewise.
-    """
     # Two neighbouring bits of every byte, moved together: halves, quarters, the whole.
-    bits = words >> pair & 0x0303030303030303
+    bits = words >> torch.arange(0, 8, 2, device=masks.device) & 0x0303030303030303
     bits = (bits | bits >> 6) & 0x000F000F000F000F
     bits = (bits | bits >> 12) & 0x000000FF000000FF
     bits = (bits | bits >> 24) & 0xFFFF
     rows = bits.reshape(-1, 4, 2, 8, 4)
-    return rows[:, :, 0] | rows[:, :, 1] << 16
+    # Words of threads, whose upper halves mean nothing.
+    packed = (rows[:, :, 0] | rows[:, :, 1] << 16).view(torch.int32)
+    return packed.view(-1, 128, 2)[..., 0].contiguous()

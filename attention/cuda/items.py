@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ LONG = 5
 FEW = 32
 # Steps that one warpgroup takes before the next when all of them work on one line.
 TURN = 2
+# What items cost, measured on an H200, in hundreds of cycles: for each unit that warpgroups compute
+# and again if it is masked, divided among them; for each step; for an item.
+COST_UNIT, COST_STEP, COST_ITEM = 10, 7, 17
 # Bits of key units in sort keys: neighbours and gathered ones.
 KEY_BITS = 26
 
@@ -75,18 +78,6 @@ def limits(counts: Tensor, pattern: Tensor, patterns: int, D: int) -> Tensor:
     lines.index_add_(0, pattern, (counts > 0).long())
     share = torch.minimum(LONG * total // (2 * lines.clamp(min=1)), total // FEW)
     return (share.clamp(min=SHORTEST if D <= 128 else SHORTEST_WIDE) + 3) // 4 * 4
-
-
-def item_cost(own: Any, masked: Any, steps: Any, groups: int) -> Any:
-    """What items cost, measured on an H200, in hundreds of cycles.
-
-    Args:
-        own: units that warpgroups compute, all together.
-        masked: how many of them are partial.
-        steps: steps of the item.
-        groups: warpgroups.
-    """
-    return 10 * (own + masked) // groups + 7 * steps + 17
 
 
 def make_items(
@@ -202,7 +193,8 @@ def _cut(
     counts = torch.stack([torch.bincount(pattern, minlength=patterns), slots]).tolist()
     masked = torch.zeros(len(steps) + 1, dtype=torch.int64, device=device)
     torch.cumsum((steps[:, 1:] >= 0).sum(1), 0, out=masked[1:])
-    costs = item_cost(own.sum(1), masked[begin + n] - masked[begin], n, groups)
+    done = own.sum(1) + masked[begin + n] - masked[begin]
+    costs = COST_UNIT * done // groups + COST_STEP * n + COST_ITEM
     return Items(
         items, steps, costs.to(torch.int32), counts[0], counts[1],
         line[slot_item, slot_group], slot_pattern,

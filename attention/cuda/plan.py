@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixgrain.cuda.derived import derived
+from mixgrain.cuda.derived import at_hand
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.cache import LRU
 from mixgrain.formats.errors import LayoutError
@@ -118,7 +118,7 @@ def wait(items: Tensor) -> None:
 
     Nothing reads a plan before that: kernels have its tables, which are made after it.
     """
-    event = derived(items, WRITTEN, lambda: None)
+    event = at_hand(items, WRITTEN)
     if event is not None:
         torch.cuda.current_stream(items.device).wait_event(event)
 

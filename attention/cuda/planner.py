@@ -93,10 +93,13 @@ def _costs(D: int) -> Costs:
 def requests() -> list[Request]:
     """The five kernels in their order."""
     return [
-        request("plan_cells", {}),
+        request("plan_cells", {"BANDS": BANDS, "PATTERN": PATTERN}),
         request("plan_lines", {"LONG": items.LONG, "FEW": items.FEW}),
         request("plan_lengths", {"TURN": items.TURN}),
-        request("plan_items", {}),
+        request(
+            "plan_items",
+            {name: getattr(items, name) for name in ("COST_UNIT", "COST_STEP", "COST_ITEM")},
+        ),
         request("plan_write", {"TURN": items.TURN}),
     ]
 

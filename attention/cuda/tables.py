@@ -72,7 +72,8 @@ class Tables(NamedTuple):
 @functools.cache
 def walk_request() -> Request:
     """The kernel."""
-    return request("plan_walk", {"FEW": FEW, "SINGLY": SINGLY, "APART": APART})
+    constants = {"FEW": FEW, "SINGLY": SINGLY, "APART": APART, "GIVEN": FEW_GIVEN}
+    return request("plan_walk", constants | {"SHARED": SHARED, "CTAS": MOST_CTAS})
 
 
 def tables(

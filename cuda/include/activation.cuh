@@ -5,7 +5,7 @@
 // Float32 takes the functions of the CUDA library. For gelu those are 54 instructions, which nothing hides at the end
 // of a tile; halves take 17, 10 and 6 for the first three, within 1/8 of a half's last place of the exact result:
 // tests/primitives/test_activations.py counts it. What is below 1e-36 may be 0.
-#include "types.cuh"
+#include "exponent.cuh"
 
 #ifndef MG_ACTIVATION
 #define MG_ACTIVATION 0
@@ -14,11 +14,6 @@
 enum : int { kActivation = MG_ACTIVATION };
 static_assert(kActivation >= 0 && kActivation <= 4, "MG_ACTIVATION: 0 none, 1 gelu, 2 gelu_tanh, 3 silu, 4 relu");
 
-__device__ __forceinline__ float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -28,7 +23,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 // x / (1 + exp(−s)) for −s = x · `slope`.
 __device__ __forceinline__ float gated(float x, float slope) {
     if constexpr (sizeof(operand_t) == 4) return x / (1.f + expf(x * slope));
-    return x * reciprocal(1.f + power_of_two(x * slope * 1.44269504f));
+    return x * reciprocal(1.f + exp2_fast(x * slope * kLog2e));
 }
 
 __device__ __forceinline__ float activated(float x) {
@@ -41,7 +36,7 @@ __device__ __forceinline__ float activated(float x) {
         p = fmaf(t, p, 0.08528816f);
         p = fmaf(t, p, 0.15800722f);
         p = fmaf(t, p, 0.14968893f) * t;
-        const float tail = power_of_two(x * -0.72134752f * x) * p;
+        const float tail = exp2_fast(x * -0.72134752f * x) * p;
         return x * (x > 0.f ? 1.f - tail : tail);
     } else if constexpr (kActivation == 2) {
         // 0.5 x (1 + tanh u) = x / (1 + exp(−2u)), which keeps its digits too; u = √(2/π) (x + 0.044715 x³).

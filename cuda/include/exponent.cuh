@@ -2,7 +2,7 @@
 // What a softmax takes besides products: powers of two, logarithms, maxima and sums of a quad's rows.
 #include "types.cuh"
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+[[maybe_unused]] constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

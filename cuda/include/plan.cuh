@@ -1,5 +1,5 @@
 #pragma once
-// Plans of fused attention made on the device (attention/cuda/planner.py): what its five kernels share.
+// Plans of fused attention made on the device (attention/cuda/planner.py, tables.py): what its kernels share.
 //
 // A *line* is 64 queries: lines of neighbours u · nqu + unit for every distinct pattern u, then the gathered ones.
 // Its *row* in the table of cells has a place for every unit of 64 keys, then for every gathered one.

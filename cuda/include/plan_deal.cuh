@@ -24,7 +24,7 @@ struct Walk {
     int4 *row_ranges;
     int items, patterns, entry_batches, entry_heads, batch, heads, kv, sections, nq;
     int total, ctas, spare, dealt, parts, groups, by_head;
-    int few[48];
+    int few[MG_GIVEN];  // tables.FEW_GIVEN
 };
 
 struct Shared {
@@ -38,6 +38,7 @@ struct Shared {
     int ends[32];
     int count;
 };
+static_assert(sizeof(Shared) <= MG_SHARED && kThreads == MG_CTAS, "tables.SHARED, tables.MOST_CTAS");
 
 // CTAs in the order in which they are free take the next tiles one each, as long as none of those that have just
 // taken one would be free again before the next. Returns how many tiles that were.

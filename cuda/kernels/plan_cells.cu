@@ -10,6 +10,8 @@
 // row, two to a lane. A masked unit becomes whole where that changes nothing: see attention/cuda/fill.py.
 #include "plan.cuh"
 
+static_assert(kBands == MG_BANDS && sizeof(Pattern) == 4 * MG_PATTERN, "planner.BANDS, planner.PATTERN");
+
 __device__ __forceinline__ u64 mixed(u64 x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;

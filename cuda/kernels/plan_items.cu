@@ -9,6 +9,7 @@
 #include "plan.cuh"
 
 constexpr int kThreads = 1024;
+constexpr int kCostUnit = MG_COST_UNIT, kCostStep = MG_COST_STEP, kCostItem = MG_COST_ITEM;  // items.COST_UNIT, …
 
 struct Piece {
     int own[3], masked, line[3];
@@ -92,8 +93,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_items(const __gri
                 own += p.own[g];
             }
             row[3] = begin.x + n * is.w, row[4] = length;
-            // items.item_cost
-            w.head[kCosts + begin.y + n] = 10 * (own + p.masked) / w.groups + 7 * length + 17;
+            w.head[kCosts + begin.y + n] = kCostUnit * (own + p.masked) / w.groups + kCostStep * length + kCostItem;
         }
         for (int g = 0; g < w.groups; ++g)
             if (const int line = w.members[4 * item + g]) w.slots[line - 1] = of[g];
