@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import Cells
+from .cells import PACKED, Cells
 
 # Key units of an item that is never cut: a partial result costs about two units.
 SHORTEST, SHORTEST_WIDE = 32, 16
@@ -20,6 +20,8 @@ TURN = 2
 # What items cost, measured on an H200, in hundreds of cycles: for each unit that warpgroups compute
 # and again if it is masked, divided among them; for each step; for an item.
 COST_UNIT, COST_STEP, COST_ITEM = 10, 7, 17
+# Steps of an item of which a window may take another than the first one first.
+MOST_TURNED = 32
 # Bits of key units in sort keys: neighbours and gathered ones.
 KEY_BITS = 26
 
@@ -195,7 +197,45 @@ def _cut(
     torch.cumsum((steps[:, 1:] >= 0).sum(1), 0, out=masked[1:])
     done = own.sum(1) + masked[begin + n] - masked[begin]
     costs = COST_UNIT * done // groups + COST_STEP * n + COST_ITEM
+    whole = (cuts[item] == 1) & ~alone[item] & (n <= MOST_TURNED)
     return Items(
-        items, steps, costs.to(torch.int32), counts[0], counts[1],
+        items, _turned(steps, begin, n, whole, groups), costs.to(torch.int32), counts[0], counts[1],
         line[slot_item, slot_group], slot_pattern,
     )  # fmt: skip
+
+
+def _turned(steps: Tensor, begin: Tensor, n: Tensor, whole: Tensor, groups: int) -> Tensor:
+    """Steps of windows that move along in the order of their key unit modulo their number.
+
+    Items side by side are computed at the same time. In rising order each would be the first to ask
+    for keys that the others come to later; so all meet the same keys at the same time, and device
+    memory is asked for as much at the end of an item as at its beginning. A window moves along if
+    lines of one item do not all begin at the same unit, but within as many as there are lines.
+
+    Args:
+        steps: int32 (S, 4), rising within an item, gathered units last.
+        begin: int64 (I,), first step of each item.
+        n: int64 (I,), steps of each item.
+        whole: bool (I,), items that may be turned.
+        groups: lines of an item.
+    """
+    item = torch.repeat_interleave(torch.arange(len(n), device=n.device), n, output_size=len(steps))
+    place = torch.arange(len(steps), device=n.device) - begin[item]
+    near = steps[:, 0] < PACKED
+    units = torch.zeros_like(n).index_add_(0, item, near.long())
+    ends = torch.stack([begin, begin + units - 1]).clamp(0, max(len(steps) - 1, 0))
+    low, high = steps[:, 0][ends] if len(steps) else torch.zeros_like(ends)
+    # Where each line begins; lines without a step do not count.
+    none = len(steps)
+    own = steps[:, 1:] != -2
+    at = torch.full((len(n), 3), none, device=n.device)
+    at.scatter_reduce_(
+        0, item[:, None].expand(-1, 3), torch.where(own, place[:, None], none), "amin"
+    )
+    apart = torch.where(at == none, -1, at).amax(1) - at.amin(1)
+    moves = (apart > 0) & (apart < groups)
+    turned = (whole & moves & (units > 1) & (high - low == units - 1))[item] & near
+    to = begin[item] + steps[:, 0] % units[item].clamp(min=1)
+    made = steps.clone()
+    made[to[turned]] = steps[turned]
+    return made

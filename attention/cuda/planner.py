@@ -100,7 +100,7 @@ def requests() -> list[Request]:
             "plan_items",
             {name: getattr(items, name) for name in ("COST_UNIT", "COST_STEP", "COST_ITEM")},
         ),
-        request("plan_write", {"TURN": items.TURN}),
+        request("plan_write", {"TURN": items.TURN, "MOST_TURNED": items.MOST_TURNED}),
     ]
 
 

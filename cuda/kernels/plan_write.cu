@@ -8,7 +8,8 @@
 //   needs     sm_80
 #include "plan.cuh"
 
-constexpr int kTurn = MG_TURN;  // items.TURN
+constexpr int kTurn = MG_TURN, kMostTurned = MG_MOST_TURNED;  // items.TURN, items.MOST_TURNED
+static_assert(kMostTurned <= 32, "a lane for each step");
 
 struct PlanOut {
     int4 *steps;
@@ -16,6 +17,24 @@ struct PlanOut {
     u8 *dead;  // nullptr: none
     int key_units, query_units, most_items, pieces;
 };
+
+// items._turned: the steps of a window that moves along, in the order of their key unit modulo their number.
+__device__ void turn(int4 *steps, int n, int groups) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();
+    const int4 own = lane < n ? __ldcg(steps + lane) : make_int4(kPacked, -2, -2, -2);
+    const int units = __popc(__ballot_sync(~0u, own.x < kPacked));
+    const int low = __shfl_sync(~0u, own.x, 0), high = __shfl_sync(~0u, own.x, max(units - 1, 0));
+    const int mask[3] = {own.y, own.z, own.w};
+    int first = 32, last = -1;  // where lines begin
+#pragma unroll
+    for (int g = 0; g < 3; ++g) {
+        const u32 its = __ballot_sync(~0u, mask[g] != -2);
+        if (its) first = min(first, __ffs(its)), last = max(last, __ffs(its));
+    }
+    const bool moves = first < last && last - first < groups;
+    if (moves && units > 1 && high - low == units - 1 && lane < units) steps[own.x % units] = own;
+}
 
 __device__ void write_steps(const PlanWork &w, const PlanOut &out) {
     const int lane = threadIdx.x % 32;
@@ -52,6 +71,7 @@ __device__ void write_steps(const PlanWork &w, const PlanOut &out) {
             const int unit = key < w.nku ? key : kPacked + key - w.nku;
             out.steps[at + mine] = make_int4(unit, mask[0], mask[1], mask[2]);
         }
+        if (step <= min(kMostTurned, is.w) && !alone) turn(out.steps + at, step, w.groups);
     }
     for (int i = blockIdx.x * 128 + threadIdx.x; i < 8 * out.pieces; i += gridDim.x * 128) {
         out.items[i] = w.rows[i];

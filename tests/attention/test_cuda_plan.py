@@ -12,7 +12,7 @@ from torch import Tensor
 import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.attention.cuda import forward as cuda_forward
-from mixgrain.attention.cuda.cells import register_words
+from mixgrain.attention.cuda.cells import PACKED, register_words
 from mixgrain.attention.cuda.plan import Work, build, count_work, unpack
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.mixed import MixedLayout
@@ -126,6 +126,26 @@ def test_long_items_are_cut_and_the_rest_is_not() -> None:
     assert len(decode.items) >= 16
     few = planned(P.full().to_layout("mixed", 300, 16384, costs=H200))
     assert few.slots and int(few.items[:, 4].max()) <= 128
+
+
+def test_items_of_a_window_meet_the_same_keys_at_the_same_time() -> None:
+    def units(pattern: P.Pattern, n: int) -> list[Tensor]:
+        work = planned(pattern.to_layout("mixed", n, n, costs=H200))
+        several = work.items[work.items[:, 1] >= 0]
+        return [work.steps[at : at + count, 0] for at, count in several[:, 3:5].tolist()]
+
+    for found in units(P.window(256), 4096):
+        assert torch.equal(found % len(found), torch.arange(len(found)))
+    # Others' items begin with the same keys, or have more steps than are turned.
+    documents = P.documents(torch.arange(4096) // 1000) & P.causal()
+    for pattern in (P.causal(), documents, P.longformer(256, range(64))):
+        assert all((found.diff() > 0).all() for found in units(pattern, 4096))
+    long = [found for found in units(P.window(1500), 4096) if len(found) > 32]
+    assert long and all((found.diff() > 0).all() for found in long)
+    gathered = units(P.longformer(256, range(0, 4096, 64)), 4096)
+    for found in gathered[3:-3]:
+        assert int(found[-1]) >= PACKED and (found[:-1] < PACKED).all()
+        assert torch.equal(found[:-1] % (len(found) - 1), torch.arange(len(found) - 1))
 
 
 def test_long_single_rows_are_cut() -> None:
