@@ -99,8 +99,10 @@ def attend(
         return_lse: return the log-sum-exp, too.
         impl: "fused" one pass with online softmax, O(N · D) memory (on CUDA without gradients for
             now, and no float64); "composed" the three primitives, differentiable
-            twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses. An explicit choice
-            runs or raises.
+            twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses: "fused" where its
+            kernels take the call, which is also faster than torch's dense attention where that
+            computes the same (`fused-full-*`, `fused-causal-*` in benchmarks/h200.json), else
+            "composed". An explicit choice runs or raises.
 
     Returns:
         o (B, Hq, Nq, Dv) in q's dtype and stride order; with return_lse also lse (B, Hq, Nq),

@@ -121,7 +121,8 @@ def speed_section(measured: dict[str, Any] | None) -> str:
             if row is not ours and "ms" in row
         )
         if "eta" in ours:
-            peers = f"{ours['eta']:.2f} of the dense rate of {ours['eta_of']}"
+            eta = f"{ours['eta']:.2f} of the dense rate of {ours['eta_of']}"
+            peers = ", ".join(filter(None, (eta, peers)))
         share = ours["floor_ms"] / ours["ms"]
         lines.append(
             f"| {name} | {ours['shape']} | {ours['ms'] * 1e3:.0f} µs | {share:.0%} | {peers} |"

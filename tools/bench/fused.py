@@ -67,6 +67,7 @@ def bigbird(n: int) -> Tensor:
 
 
 PATTERNS: dict[str, Callable[[int], Pattern]] = {
+    "full": lambda n: P.full(),
     "causal": lambda n: P.causal(),
     "window": lambda n: P.window(256),
     "lfront": lambda n: P.longformer(256, range(64)),
@@ -98,6 +99,21 @@ def dense_rate(column: str) -> tuple[str, float]:
     return "FlashAttention-4", flops / device_ms(lambda: flash_attn_func(q, k, v)) * 1e3
 
 
+def _torch(backend: SDPBackend, column: str, causal: bool) -> Callable[[], Tensor]:
+    """Torch's dense attention by one of its kernels."""
+    q, k, v = _inputs(column)
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    return call
+
+
+# Torch's kernels for what they compute without a mask in memory.
+TORCH = {"SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA, flash": SDPBackend.FLASH_ATTENTION}
+
+
 def fused(name: str, column: str) -> Work:
     """One pattern in one column."""
     batch, heads, n, d = COLUMNS[column].shape
@@ -108,7 +124,11 @@ def fused(name: str, column: str) -> Work:
     return Work(
         id=f"fused-{name}-{column}",
         ours=lambda: mg.attend(q, k, v, pattern, impl="fused"),
-        peers={},
+        peers={
+            engine: _torch(backend, column, name == "causal")
+            for engine, backend in TORCH.items()
+            if name in ("full", "causal")
+        },
         oracle=lambda: mg.attend(
             q[:1, :1], k[:1, :1], v[:1, :1], pattern, impl="reference"
         ).double(),
