@@ -78,13 +78,14 @@ _NONE = np.zeros(0, np.int64)
 _NO_RANGES = np.zeros((0, 2), np.int64)
 
 
-def sketch(flat: Pattern, frame: Frame, costs: Costs) -> Sketch | None:
+def sketch(flat: Pattern, frame: Frame, costs: Costs, large: bool = False) -> Sketch | None:
     """A flat pattern in few terms; None where ``split`` has to decide.
 
     Args:
         flat: a flat pattern.
         frame: the rectangle, on the CPU.
         costs: rates.
+        large: too large a rectangle to look at all of its units.
 
     Raises:
         LayoutError: a pattern of another fixed shape.
@@ -96,7 +97,10 @@ def sketch(flat: Pattern, frame: Frame, costs: Costs) -> Sketch | None:
     queries, keys = found.queries.numpy(), found.keys.numpy()
     core, listed = found.core, bool(len(queries) or len(keys))
     if core is not None and core.coarse(frame, UNIT):
-        bands, units = _coarse(core, frame)
+        coarse = _coarse(core, frame, large)
+        if coarse is None:
+            return None
+        bands, units = coarse
         lines = columns = _NO_RANGES
         if listed:
             rows, runs = _runs(queries), _runs(keys)
@@ -122,17 +126,24 @@ def sketch(flat: Pattern, frame: Frame, costs: Costs) -> Sketch | None:
         return None
     rows = _runs(queries[len(panel_queries) :])
     if (len(runs[0]) or len(rows[0])) and _whole(rows, runs, frame):
-        return Sketch(bands, None, _in_units(rows), _in_units(runs), panel_queries, panel_keys)
-    bands += tuple(
-        Band(Cut(start, stop, -UNBOUND, UNBOUND))
-        for start, stop in zip(*(e.tolist() for e in runs), strict=True)
-    )
+        return Sketch(
+            bands + _strips(runs), None, _in_units(rows), _NO_RANGES, panel_queries, panel_keys
+        )
+    bands += _strips(runs)
     if len(rows[0]):
         # Rows of their own see everything.
         low, high = np.zeros(frame.nq, np.int64), np.zeros(frame.nq, np.int64)
         high[queries] = frame.nk
         bands += (Band(_whole_cut(frame), low, high),)
     return Sketch(bands, None, _NO_RANGES, _NO_RANGES, panel_queries, panel_keys)
+
+
+def _strips(runs: Ends) -> tuple[Band, ...]:
+    """Runs of keys that every row sees."""
+    return tuple(
+        Band(Cut(start, stop, -UNBOUND, UNBOUND))
+        for start, stop in zip(*(e.tolist() for e in runs), strict=True)
+    )
 
 
 def _whole_cut(frame: Frame) -> Cut:
@@ -159,15 +170,22 @@ def _bands(core: Pattern, frame: Frame) -> tuple[Band, ...] | None:
     return tuple(Band(cut, low.numpy(), high.numpy()) for cut in cuts for low, high in ends)
 
 
-def _coarse(core: Pattern, frame: Frame) -> tuple[tuple[Band, ...], Bools | None]:
-    """A pattern of whole units: an interval of every line if that is all, else its units."""
-    known = core.block_mask(frame, UNIT)
+def _coarse(
+    core: Pattern, frame: Frame, large: bool
+) -> tuple[tuple[Band, ...], Bools | None] | None:
+    """A pattern of whole units: an interval of every line if that is all, else its units.
+
+    None where those are too many.
+    """
+    known = None if large else core.block_mask(frame, UNIT)
     if known is not None:
         return (), known.cpu().numpy()
     first = torch.arange(0, frame.nq, UNIT)
     ends = core.interval(frame, first)
     if ends is not None:
         return (Band(_whole_cut(frame), ends[0].numpy(), ends[1].numpy(), 6),), None
+    if large:
+        return None
     runs = core.runs(frame, first)
     line = np.repeat(np.arange(runs.num_rows), np.diff(runs.offsets.numpy()))
     edges = np.zeros((len(first), -(-frame.nk // UNIT) + 1), np.int8)

@@ -34,8 +34,11 @@ from .panels import COPY, LINE, MASKED
 from .plan import WRITTEN, Plan
 from .room import Struct, room
 
-# Units of the matrix, all patterns together, beyond which layouts take less memory; rows or keys.
+# Units that intervals may touch, all patterns together, beyond which layouts take less memory;
+# rows or keys.
 MOST_UNITS, MOST_ROWS = 1 << 24, 1 << 20
+# Units of the matrix, all patterns together, beyond which none is looked at by itself; and at most.
+LARGE, MOST = 1 << 24, 1 << 31
 # Distinct patterns of a table over heads and batch entries; bits of masked cells of one pattern.
 MOST_PATTERNS, MASKED_BITS = 16, 14
 # Intervals of a row, and ints that tell of a pattern: plan.cuh, Pattern.
@@ -45,10 +48,10 @@ EACH, COSTS = 8, 56
 
 #: plan.cuh: PlanWork.
 WORK = Struct(
-    ("given", "pattern", "counters", "cell", "taken", "held", "part", "whole", "kind", "members",
-     "number", "first", "slot", "words", "counts", "place", "slots", "merge", "item", "begin",
-     "piece", "rows", "head"),
-    ("nq", "nk", "nqu", "nku", "patterns", "packed", "lines", "wide", "groups", "shortest",
+    ("given", "pattern", "counters", "shared", "taken", "held", "part", "whole", "kind", "members",
+     "cell", "segment", "number", "first", "slot", "words", "counts", "place", "slots", "merge",
+     "item", "begin", "piece", "rows", "head"),
+    ("nq", "nk", "nqu", "nku", "patterns", "packed", "lines", "room", "groups", "shortest",
      "light_positions", "light_columns", "masked"),
 )  # fmt: skip
 #: plan_write.cu: PlanOut.
@@ -123,12 +126,12 @@ def sketches(pattern: Pattern, nq: int, nk: int, costs: Costs) -> list[Sketch] |
         return None
     flats = pattern.distinct
     units = len(flats) * -(-nq // UNIT) * -(-nk // UNIT)
-    if len(flats) > MOST_PATTERNS or units > MOST_UNITS or max(nq, nk) > MOST_ROWS:
+    if len(flats) > MOST_PATTERNS or units >= MOST or max(nq, nk) > MOST_ROWS:
         return None
     frame = Frame(nq, nk, torch.device("cpu"))
     found: list[Sketch] = []
     for flat in flats:
-        one = sketch(flat, frame, costs)
+        one = sketch(flat, frame, costs, units > LARGE)
         if one is None or not _gathered(one, nq, nk):
             return None
         found.append(one)
@@ -181,15 +184,17 @@ def _planned(
     keys = [-(-len(s.keys) // UNIT) for s in found]
     queries = [-(-len(s.queries) // UNIT) for s in found]
     packed, lines = max(keys), patterns * nqu + sum(queries)
-    wide, most = nku + packed, lines // groups + 2 * patterns
+    most = lines // groups + 2 * patterns
     pieces = 2 * most + lines + UNIT * patterns
     device = torch.device("cuda", index)
-    # Patterns are much alike where there are many.
-    cells = 1 << MASKED_BITS + min(2, (patterns - 1).bit_length())
+    # Patterns are much alike where there are many; a window has two cells a line that are masked.
+    bits = MASKED_BITS + min(2, (patterns - 1).bit_length())
+    cells = 1 << max(bits, (3 * lines - 1).bit_length())
+    units = min(lines * (nku + 31 & -32), MOST_UNITS)
     given = _bring(found, nqu, nku, device)
     zero = room(
         {
-            "counters": 3 + MOST_PATTERNS, "cell": lines * wide,
+            "counters": 4 + MOST_PATTERNS, "shared": lines * packed,
             "taken": 2 * patterns * nqu * packed, "held": 2 * patterns * nku,
             "part": patterns * nku, "whole": patterns * nku, "kind": 4 * cells,
             "members": 4 * most,
@@ -198,9 +203,10 @@ def _planned(
     )  # fmt: skip
     scratch = room(
         {
-            "number": 2 * cells, "first": 2 * cells, "slot": cells, "words": 2 * UNIT * cells,
-            "counts": lines, "place": lines, "slots": lines, "merge": 2 * lines, "item": 4 * most,
-            "begin": 2 * most, "piece": 4 * pieces, "rows": 8 * pieces, "head": COSTS + pieces,
+            "cell": units, "segment": 4 * BANDS * lines, "number": 2 * cells, "first": 2 * cells,
+            "slot": cells, "words": 2 * UNIT * cells, "counts": lines, "place": lines,
+            "slots": lines, "merge": 2 * lines, "item": 4 * most, "begin": 2 * most,
+            "piece": 4 * pieces, "rows": 8 * pieces, "head": COSTS + pieces,
         },
         device,
     )  # fmt: skip
@@ -209,7 +215,7 @@ def _planned(
     address = given.data_ptr()
     work = WORK.value(
         {"given": address, "pattern": address, **zero.at, **scratch.at},
-        (nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest,
+        (nq, nk, nqu, nku, patterns, packed, lines, units, groups, shortest,
          sparse_limit(UNIT, costs), int(block / 2 / costs.private_column_seconds(UNIT)), cells),
     )  # fmt: skip
     find_cells, share_lines, find_lengths, cut_items, write = _kernels(index)

@@ -2,7 +2,8 @@
 // Plans of fused attention made on the device (attention/cuda/planner.py, tables.py): what its kernels share.
 //
 // A *line* is 64 queries: lines of neighbours u · nqu + unit for every distinct pattern u, then the gathered ones.
-// Its *row* in the table of cells has a place for every unit of 64 keys, then for every gathered one.
+// Its *cells* are units of 64 keys; those that it may have lie in segments, 32 side by side, and those of gathered keys
+// apart: a table of all units of all lines would grow with the square of their number.
 #include "types.cuh"
 
 [[maybe_unused]] constexpr int kUnit = 64;
@@ -30,7 +31,7 @@ struct Pattern {
 
 // Counters, zero before.
 struct Counters {
-    int cells, masks, wrong;
+    int cells, masks, wrong, room;
     int light[kPatterns];
 };
 
@@ -38,12 +39,14 @@ struct PlanWork {
     const int *given;
     const Pattern *pattern;
     Counters *counters;   // zero before, as all up to `members`
-    int *cell;            // (lines, wide)
+    int *shared;          // (lines, packed): cells of gathered keys
     u64 *taken;           // (patterns · nqu, packed): gathered keys that neighbours took back
     u64 *held;            // (patterns, nku): keys that masked cells keep
     int *part, *whole;    // (patterns, nku): there is a masked cell; a whole one
     u64 *kind;            // (2 · masked): digests of masks
     int *members;         // (items, 4): line + 1 of each warpgroup
+    int *cell;            // (room)
+    int4 *segment;        // (lines, kBands), rising: first unit, one past the last, where its cells lie
     int *number, *first;  // (2 · masked): of a kind, its number and its first cell
     int *slot;            // (masked): of a cell, its kind
     u64 *words;           // (masked, 64)
@@ -55,7 +58,7 @@ struct PlanWork {
     int4 *piece;          // units of each warpgroup, how many of all are masked
     int *rows;            // (pieces, 8): the plan's items
     int *head;            // see kHead…; costs of all pieces behind
-    int nq, nk, nqu, nku, patterns, packed, lines, wide, groups, shortest;
+    int nq, nk, nqu, nku, patterns, packed, lines, room, groups, shortest;
     int light_positions, light_columns;  // a cell with no more is light
     int masked;                          // masked cells that there is room for, a power of two
 };
@@ -109,6 +112,53 @@ __device__ __forceinline__ int pattern_of(const PlanWork &w, int line) {
     while (u > 0 && __ldg(&w.pattern[u].gathered) > gathered) --u;
     return u;
 }
+
+// The cells of an item's lines, 32 units at a time: its warp looks at those in which any line may have some. Each lane
+// keeps a segment of one line.
+struct ItemCells {
+    const PlanWork &w;
+    int line[3];  // plus one; 0: none
+    int begin, end, at, base;
+    // This lane's unit, from nku on a gathered one, and what each line has there.
+    int key, state[3];
+
+    __device__ __forceinline__ ItemCells(const PlanWork &w, int item) : w(w), begin(0), end(0), at(0), base(0), key(0) {
+        const int lane = threadIdx.x % 32, mine = lane / kBands;
+#pragma unroll
+        for (int g = 0; g < 3; ++g) line[g] = g < w.groups ? w.members[4 * item + g] : 0;
+        const int of = mine == 0 ? line[0] : mine == 1 ? line[1] : mine == 2 ? line[2] : 0;
+        if (!of) return;
+        const int4 found = w.segment[i64(of - 1) * kBands + lane % kBands];
+        begin = found.x, end = found.y, at = found.z;
+    }
+    // Whether there are more.
+    __device__ __forceinline__ bool turn() {
+        constexpr int kNone = 1 << 30;
+        const int lane = threadIdx.x % 32;
+        if (base < kNone) base = __reduce_min_sync(~0u, end > base ? max(begin, base) : kNone);
+        if (base < kNone) {
+            key = base + lane;
+            const bool here = begin <= base && base < end;
+#pragma unroll
+            for (int g = 0; g < 3; ++g) {
+                const u32 its = __ballot_sync(~0u, here && lane / kBands == g);
+                const int from = __shfl_sync(~0u, at - begin, its ? __ffs(its) - 1 : 0);
+                state[g] = its && key < w.nku ? w.cell[from + key] : kNothing;
+            }
+            base += 32;
+            return true;
+        }
+        // Behind the last unit: gathered ones.
+        const int first = base - kNone;
+        if (first >= w.packed) return false;
+        key = w.nku + first + lane;
+#pragma unroll
+        for (int g = 0; g < 3; ++g)
+            state[g] = line[g] && first + lane < w.packed ? w.shared[i64(line[g] - 1) * w.packed + first + lane] : kNothing;
+        base += 32;
+        return true;
+    }
+};
 
 // Exclusive sum over a CTA of 1024; `total` is that of all. Every thread calls it; `shared` has room for 32.
 template <typename T> __device__ __forceinline__ T scan1024(T x, T *shared, T &total) {

@@ -30,20 +30,9 @@ extern "C" __global__ void __launch_bounds__(128, 8) plan_lengths(const __grid_c
     if (item >= w.head[kItems]) return;
     const int4 is = w.item[item];  // kind, room for pieces, limit
     const bool is_long = is.x >> 8 & 1, alone = is.x >> 9 & 1;
-    const int *row[3];
-#pragma unroll
-    for (int g = 0; g < 3; ++g) {
-        const int line = g < w.groups ? w.members[4 * item + g] : 0;
-        row[g] = line ? w.cell + i64(line - 1) * w.wide : nullptr;
-    }
     int length = 0;
-    for (int base = 0; base < w.wide; base += 32) {
-        const int key = base + lane;
-        bool there = false;
-#pragma unroll
-        for (int g = 0; g < 3; ++g) there |= key < w.wide && row[g] && row[g][key] != kNothing;
-        length += __popc(__ballot_sync(~0u, there));
-    }
+    for (ItemCells cells(w, item); cells.turn();)
+        length += __popc(__ballot_sync(~0u, (cells.state[0] | cells.state[1] | cells.state[2]) != kNothing));
     int size = max(length, 1);
     if (is_long) {
         const int cuts = max((length + is.z - 1) / is.z, 1), turns = w.groups * kTurn;
@@ -51,15 +40,9 @@ extern "C" __global__ void __launch_bounds__(128, 8) plan_lengths(const __grid_c
     }
     const int pieces = max((length + size - 1) / size, 1);
     int own[3] = {0, 0, 0}, masked = 0, piece = 0, step = 0;
-    for (int base = 0; base < w.wide; base += 32) {
-        const int key = base + lane;
-        int state[3];
-        bool there = false;
-#pragma unroll
-        for (int g = 0; g < 3; ++g) {
-            state[g] = key < w.wide && row[g] ? row[g][key] : kNothing;
-            there |= state[g] != kNothing;
-        }
+    for (ItemCells cells(w, item); cells.turn();) {
+        const int(&state)[3] = cells.state;
+        const bool there = (state[0] | state[1] | state[2]) != kNothing;
         const u32 all = __ballot_sync(~0u, there);
         const int mine = step + __popc(all & ((1u << lane) - 1));
         step += __popc(all);

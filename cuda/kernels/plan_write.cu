@@ -43,19 +43,12 @@ __device__ void write_steps(const PlanWork &w, const PlanOut &out) {
         const int4 is = w.item[item];
         const bool alone = is.x >> 9 & 1;
         int at = w.begin[item].x, step = 0;
-        const int *row[3];
-#pragma unroll
-        for (int g = 0; g < 3; ++g) {
-            const int line = g < w.groups ? w.members[4 * item + g] : 0;
-            row[g] = line ? w.cell + i64(line - 1) * w.wide : nullptr;
-        }
-        for (int base = 0; base < w.wide; base += 32) {
-            const int key = base + lane;
+        for (ItemCells cells(w, item); cells.turn();) {
             int mask[3];
             bool there = false;
 #pragma unroll
             for (int g = 0; g < 3; ++g) {
-                const int state = key < w.wide && row[g] ? row[g][key] : kNothing;
+                const int state = cells.state[g];
                 there |= state != kNothing;
                 mask[g] = state == kNothing ? -2 : state == kWhole ? -1 : w.number[state - kMasked];
             }
@@ -68,7 +61,7 @@ __device__ void write_steps(const PlanWork &w, const PlanOut &out) {
 #pragma unroll
                 for (int g = 0; g < 3; ++g) mask[g] = turn == g ? of : -2;
             }
-            const int unit = key < w.nku ? key : kPacked + key - w.nku;
+            const int unit = cells.key < w.nku ? cells.key : kPacked + cells.key - w.nku;
             out.steps[at + mine] = make_int4(unit, mask[0], mask[1], mask[2]);
         }
         if (step <= min(kMostTurned, is.w) && !alone) turn(out.steps + at, step, w.groups);

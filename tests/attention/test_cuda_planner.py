@@ -45,6 +45,21 @@ def test_gathered_ones_are_those_of_layouts(name) -> None:
     same(DIRECT[name](4096), 4096, 4096, split_costs(64), True)
 
 
+@pytest.mark.parametrize("name", ["window", "front", "scattered", "keys", "sinks"])
+def test_long_ones_are_those_of_layouts(name) -> None:
+    # 22 million units, of which some 50,000 are kept: no table has room for all of them.
+    n = 300_032
+    everywhere = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:64]
+    pattern = {
+        "window": P.window(256),
+        "front": P.longformer(256, range(128, 192)),
+        "scattered": P.longformer(256, everywhere),
+        "keys": P.window(320, 64) | P.global_keys(everywhere),
+        "sinks": P.causal() & (P.window(255, 0) | P.sinks(64)),
+    }[name]
+    same(pattern, n, n, split_costs(64), True)
+
+
 @pytest.mark.parametrize("size", [(1500, 2048), (2048, 1500), (1024, 2048)], ids=str)
 @pytest.mark.parametrize("name", ["causal", "window", "front", "sinks", "bigbird", "full"])
 def test_other_rectangles(name, size) -> None:
@@ -62,7 +77,9 @@ def test_heads_and_batch_entries() -> None:
 def test_what_layouts_have_to_decide() -> None:
     for pattern in (P.random(0.01, 1), P.window(9) | P.random(0.01, 1), P.dilated(9, 3)):
         assert device_plan(pattern, 1024, 1024, 64, CUDA, split_costs(64)) is None
-    assert device_plan(P.causal(), 1 << 19, 1 << 19, 64, CUDA, split_costs(64)) is None
+    # Too many units are kept, or would have to be looked at.
+    for long in (P.causal(), P.per_head([P.causal(), P.window(64)])):
+        assert device_plan(long, 1 << 19, 1 << 19, 64, CUDA, split_costs(64)) is None
 
 
 def test_shapes_are_checked() -> None:

@@ -87,3 +87,16 @@ def test_what_layouts_have_to_decide() -> None:
     for pattern in (P.random(0.01, 1), P.window(9) | P.random(0.01, 1), P.dilated(9, 3)):
         assert sketch(pattern, frame, split_costs(64)) is None
     assert sketch(P.causal(), Frame(0, 5, frame.device), split_costs(64)) is None
+
+
+def test_large_rectangles_have_no_lists_of_units() -> None:
+    frame, costs = Frame(4096, 4096, torch.device("cpu")), split_costs(64)
+    for name, make in SKETCHED.items():
+        pattern = make(4096)
+        small, large = (sketch(pattern, frame, costs, size) for size in (False, True))
+        if small is not None and small.units is not None:
+            assert large is None, name
+        else:
+            assert (small is None) == (large is None), name
+        if large is not None:
+            assert torch.equal(read(large, 4096, 4096), pattern.dense(4096, 4096)), name
