@@ -33,9 +33,16 @@ def same(pattern: mg.patterns.Pattern, nq: int, nk: int, costs: Costs, must: boo
     work, dense = unpack(*made), pattern.dense(nq, nk)
     which = torch.tensor(work.entry)
     assert torch.equal(times[which].view(-1, nq, nk), dense.long().view(-1, nq, nk))
+    as_built(made, pattern, nq, nk, costs, groups)
+
+
+def as_built(
+    made: Plan, pattern: mg.patterns.Pattern, nq: int, nk: int, costs: Costs, groups: int
+) -> None:
+    """A plan, on the CPU, tensor by tensor against that of the layout."""
     other = build(pattern.to_layout("mixed", nq, nk, costs=costs), 64, groups=groups)
     assert made.ints == other.ints
-    right = unpack(*other)
+    work, right = unpack(*made), unpack(*other)
     for name in Work._fields[:13]:
         if name not in ("steps", "masks"):
             a, b = getattr(work, name), getattr(right, name)
