@@ -155,16 +155,16 @@ def _bands(core: Pattern, frame: Frame) -> tuple[Band, ...] | None:
     found = core.cuts(frame)
     if found is not None:
         return tuple(Band(cut) for cut in found)
-    cuts, rest = [_whole_cut(frame)], [core]
+    cuts = [_whole_cut(frame)]
     if isinstance(core, And):
         # One term may be of any intervals.
-        known = [term.cuts(frame) for term in core.terms]
-        rest = [term for term, some in zip(core.terms, known, strict=True) if some is None]
-        for some in known:
-            cuts = cuts if some is None else [a.meet(b) for a in cuts for b in some]
-    if len(rest) > 1:
-        cuts, rest = cuts[:1], [core]
-    ends = rest[0].bands(frame)
+        known = [(term, term.cuts(frame)) for term in core.terms]
+        rest = [term for term, some in known if some is None]
+        if len(rest) == 1:
+            (core,) = rest
+            for _, some in known:
+                cuts = cuts if some is None else [a.meet(b) for a in cuts for b in some]
+    ends = core.bands(frame)
     if ends is None:
         return None
     return tuple(Band(cut, low.numpy(), high.numpy()) for cut in cuts for low, high in ends)

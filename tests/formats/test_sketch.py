@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixgrain import patterns as P
 from mixgrain.attention.cuda.choice import split_costs
+from mixgrain.attention.cuda.planner import BANDS
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.pattern import Frame, Pattern
 from mixgrain.formats.pattern_static import BlockWindow
@@ -42,6 +43,7 @@ def read(found: Sketch, nq: int, nk: int) -> Tensor:
 def check(pattern: Pattern, nq: int, nk: int, costs: Costs) -> Sketch | None:
     found = sketch(pattern, Frame(nq, nk, torch.device("cpu")), costs)
     if found is not None:
+        assert len(found.bands) <= BANDS
         assert torch.equal(read(found, nq, nk), pattern.dense(nq, nk))
     return found
 
@@ -80,6 +82,40 @@ def test_any_window_and_globals(nq, nk, left, right, tokens, rows, columns) -> N
     if columns:
         pattern = pattern | P.global_keys(inside)
     check(pattern, nq, nk, Costs.h200())
+
+
+def some_documents(n: int, lengths: list[int]) -> Pattern:
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return P.documents(torch.nn.functional.pad(ids, (0, n), value=len(lengths))[:n])
+
+
+N = 210
+TERMS = st.one_of(
+    st.builds(P.window, st.integers(0, 150), st.integers(0, 90)),
+    st.just(P.causal()),
+    st.builds(P.sinks, st.integers(1, 150)),
+    st.builds(some_documents, st.just(N), st.lists(st.integers(1, 90), min_size=1, max_size=3)),
+)
+MIXED = st.recursive(
+    TERMS,
+    lambda terms: st.builds(
+        lambda first, second, meet: first & second if meet else first | second,
+        terms, terms, st.booleans(),
+    ),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@given(MIXED)
+def test_any_mixture_of_intervals(pattern) -> None:
+    for flat in pattern.distinct:
+        check(flat, N, N, split_costs(64))
+
+
+def test_several_windows_within_two_kinds_of_documents() -> None:
+    first, second = some_documents(N, [70, 80]), some_documents(N, [100, 33])
+    for rest in (P.window(20, 0) | P.window(0, 70), P.window(20, 0) | P.sinks(70)):
+        assert check(first & second & rest, N, N, split_costs(64)) is not None
 
 
 def test_what_layouts_have_to_decide() -> None:
