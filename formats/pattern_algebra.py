@@ -1,9 +1,10 @@
 """The algebra of patterns: union, intersection and complement, and the table over heads."""
 
-from collections.abc import Hashable
+import operator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from .errors import LayoutError, ShapeError
 from .pattern import Cut, Factored, Frame, Interval, Pattern
 from .runs import Runs, clip, complement, empty, from_interval, intersection, union
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,22 +38,10 @@ class Or(Pattern):
         return joined
 
     def bands(self, frame: Frame) -> list[Interval] | None:
-        joined: list[Interval] = []
-        for term in self.terms:
-            found = term.bands(frame)
-            if found is None:
-                return None
-            joined += found
-        return joined
+        return _paired((term.bands(frame) for term in self.terms), operator.add)
 
     def cuts(self, frame: Frame) -> list[Cut] | None:
-        joined: list[Cut] = []
-        for term in self.terms:
-            found = term.cuts(frame)
-            if found is None:
-                return None
-            joined += found
-        return joined
+        return _paired((term.cuts(frame) for term in self.terms), operator.add)
 
     def coarse(self, frame: Frame, size: int) -> bool:
         return all(term.coarse(frame, size) for term in self.terms)
@@ -99,22 +90,12 @@ class And(Pattern):
         return reduce(_meet, known) if len(known) == len(found) else None
 
     def bands(self, frame: Frame) -> list[Interval] | None:
-        met: list[Interval] | None = None
-        for term in self.terms:
-            found = term.bands(frame)
-            if found is None:
-                return None
-            met = found if met is None else [_meet(a, b) for a in met for b in found]
-        return met
+        found = (term.bands(frame) for term in self.terms)
+        return _paired(found, lambda met, more: [_meet(a, b) for a in met for b in more])
 
     def cuts(self, frame: Frame) -> list[Cut] | None:
-        met: list[Cut] | None = None
-        for term in self.terms:
-            found = term.cuts(frame)
-            if found is None:
-                return None
-            met = found if met is None else [a.meet(b) for a in met for b in found]
-        return met
+        found = (term.cuts(frame) for term in self.terms)
+        return _paired(found, lambda met, more: [a.meet(b) for a in met for b in more])
 
     def coarse(self, frame: Frame, size: int) -> bool:
         return all(term.coarse(frame, size) for term in self.terms)
@@ -275,6 +256,18 @@ def _joined(kind: type[Or] | type[And], a: Pattern, b: Pattern) -> Pattern:
     first = a.terms if isinstance(a, kind) else (a,)
     second = b.terms if isinstance(b, kind) else (b,)
     return kind((*first, *second))
+
+
+def _paired(
+    found: Iterable[list[V] | None], put: Callable[[list[V], list[V]], list[V]]
+) -> list[V] | None:
+    """What all terms say, put together; None as soon as one says nothing."""
+    made: list[V] | None = None
+    for some in found:
+        if some is None:
+            return None
+        made = some if made is None else put(made, some)
+    return made
 
 
 def _join(a: Interval, b: Interval) -> Interval | None:
