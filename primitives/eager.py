@@ -327,10 +327,10 @@ class Backward:
         for t in (*tensors, keep):
             if t is None:
                 key.append(None)
-            elif not usable(t):
+            elif (pointer := address(t)) < 0 or not t.is_cuda:
                 return self._through_operators(tensors, keep, wanted)
             else:
-                pointer, dtype = t.data_ptr(), t.dtype
+                dtype = t.dtype
                 given.append(t)
                 pointers.append(pointer)
                 key += (

@@ -135,7 +135,13 @@ def sketches(pattern: Pattern, nq: int, nk: int, costs: Costs) -> list[Sketch] |
         if one is None or not _gathered(one, nq, nk):
             return None
         found.append(one)
-    return found
+    lines = sum(-(-nq // UNIT) + -(-len(one.queries) // UNIT) for one in found)
+    return None if lines * _padded(nk) >= MOST else found  # gathered queries may touch all of them
+
+
+def _padded(nk: int) -> int:
+    """Units of a line as the planner's table counts them: whole words."""
+    return -(-nk // UNIT) + 31 & -32
 
 
 def device_plan(
@@ -190,7 +196,7 @@ def _planned(
     # Patterns are much alike where there are many; a window has two cells a line that are masked.
     bits = MASKED_BITS + min(2, (patterns - 1).bit_length())
     cells = 1 << max(bits, (3 * lines - 1).bit_length())
-    units = min(lines * (nku + 31 & -32), MOST_UNITS)
+    units = min(lines * _padded(nk), MOST_UNITS)
     given = _bring(found, nqu, nku, device)
     zero = room(
         {

@@ -13,7 +13,7 @@ from mixgrain import patterns as P
 from mixgrain.attention.cuda.cells import PACKED
 from mixgrain.attention.cuda.choice import split_costs
 from mixgrain.attention.cuda.plan import NAMES, Plan, build, unpack
-from mixgrain.attention.cuda.planner import device_plan, plan_pattern
+from mixgrain.attention.cuda.planner import device_plan, plan_pattern, sketches
 from mixgrain.attention.cuda.tables import tables
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.errors import LayoutError
@@ -247,6 +247,15 @@ def test_too_many_masked_units_are_left_to_layouts() -> None:
         P.window(300, 0) | P.documents(torch.arange(n) // 97) | P.window(0, 700) | P.window(900, 0)
     )
     assert device_plan(pattern, n, n, 64, CUDA, split_costs(64)) is None
+
+
+def test_more_lines_than_can_be_counted_are_left_to_layouts() -> None:
+    # 7 × 16,384 lines of as many units; from 149,798 gathered queries on they pass 2^31 units.
+    n, costs = 1 << 20, split_costs(64)
+    for queries, planned in ((140_000, True), (152_000, False)):
+        tokens = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:queries]
+        heads = P.per_head([P.window(100 + i) | P.global_queries(tokens) for i in range(7)])
+        assert (sketches(heads, n, n, costs) is not None) == planned
 
 
 def test_another_stream_and_a_busy_device() -> None:
