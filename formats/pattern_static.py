@@ -247,15 +247,29 @@ class Documents(Pattern):
         self.check(frame)
         if frame.device.type != "cpu" or not frame.nk:
             return super().bands(frame)
-        ends = self.ids.derive("ends", frame.device, _document_ends)
-        if ends is None:
+        found = self.stretches(frame)
+        if found is None:
             return None
-        # Queries before the first position see nothing.
-        before = max(0, -frame.shift)
-        after = slice(max(0, frame.shift), None)
-        lo, hi = (torch.nn.functional.pad(end[after], (before, 0)) if before else end[after]
-                  for end in ends)  # fmt: skip
-        return [(lo, hi)]
+        rows, lo, hi = found
+        lengths = rows.diff(append=rows.new_tensor([frame.nq]))
+        return [(lo.repeat_interleave(lengths), hi.repeat_interleave(lengths))]
+
+    def stretches(self, frame: Frame) -> tuple[Tensor, Tensor, Tensor] | None:
+        self.check(frame)
+        if frame.device.type != "cpu" or not frame.nk:
+            return None
+        edges = self.ids.derive("edges", frame.device, _document_edges)
+        if edges is None:
+            return None
+        if not frame.shift:
+            return edges[:-1], edges[:-1], edges[1:]
+        # Documents that end before the first query; queries before the first position.
+        begun = edges[max(0, int((edges <= frame.shift).sum()) - 1) :]
+        rows, lo, hi = (begun[:-1] - frame.shift).clamp_(min=0), begun[:-1], begun[1:]
+        if frame.shift > 0:
+            return rows, lo, hi
+        rows, lo, hi = (torch.nn.functional.pad(end, (1, 0)) for end in (rows, lo, hi))
+        return rows, lo, hi
 
     def runs_bound(self, frame: Frame) -> int:
         return max(1, (frame.nk + 1) // 2)
@@ -284,18 +298,20 @@ def _groups(ids: Tensor) -> _Groups:
     return _Groups(torch.repeat_interleave(group, hi - lo), Runs(offsets, lo[order], hi[order]))
 
 
-def _document_ends(ids: Tensor) -> Interval | None:
-    """First and last key, plus 1, of every position's document; None if one is in pieces.
+def _document_edges(ids: Tensor) -> Tensor | None:
+    """Where each document begins, and the last one ends; None if one is in pieces.
 
     On the host, where numpy does such things at a fraction of the cost.
     """
     plain = ids.numpy()
-    edges = np.concatenate([[0], (plain[1:] != plain[:-1]).nonzero()[0] + 1, [len(plain)]])
-    if len(np.unique(plain[edges[:-1]])) < len(edges) - 1:
+    inner = (plain[1:] != plain[:-1]).nonzero()[0]
+    edges = np.empty(len(inner) + 2, np.int64)
+    edges[0], edges[-1] = 0, len(plain)
+    np.add(inner, 1, out=edges[1:-1])
+    first = plain[edges[:-1]]
+    if not (first[1:] > first[:-1]).all() and len(np.unique(first)) < len(first):
         return None
-    lengths = np.diff(edges)
-    lo, hi = (torch.from_numpy(np.repeat(end, lengths)) for end in (edges[:-1], edges[1:]))
-    return lo, hi
+    return torch.from_numpy(edges)
 
 
 def _between(rising: Tensor, least: int, end: int) -> Tensor:

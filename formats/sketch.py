@@ -37,12 +37,14 @@ class Band(NamedTuple):
         low: where row r begins at the least, at ``r >> shift``; None = the cut is all.
         high: where it ends at the most, one past the last key.
         shift: 0 = of every row, 6 = of every line.
+        rows: the first rows of stretches, rising from 0 on, where low and high are of those.
     """
 
     cut: Cut
     low: Ints | None = None
     high: Ints | None = None
     shift: int = 0
+    rows: Ints | None = None
 
     def at(self, rows: Ints) -> Ends:
         """Ends of the intervals of some rows; empty where they do not begin before they end."""
@@ -50,7 +52,10 @@ class Band(NamedTuple):
         high = np.minimum(rows + self.cut.right, self.cut.most)
         if self.low is None or self.high is None:
             return low, high
-        at = rows >> self.shift
+        if self.rows is None:
+            at = rows >> self.shift
+        else:
+            at = np.searchsorted(self.rows, rows, "right") - 1
         return np.maximum(low, self.low[at]), np.minimum(high, self.high[at])
 
 
@@ -164,6 +169,10 @@ def _bands(core: Pattern, frame: Frame) -> tuple[Band, ...] | None:
             (core,) = rest
             for _, some in known:
                 cuts = cuts if some is None else [a.meet(b) for a in cuts for b in some]
+    stretches = core.stretches(frame)
+    if stretches is not None:
+        first, low, high = (ends.numpy() for ends in stretches)
+        return tuple(Band(cut, low, high, rows=first) for cut in cuts)
     ends = core.bands(frame)
     if ends is None:
         return None

@@ -183,7 +183,11 @@ def sorted_positions(source: Source, device: torch.device, who: object) -> Tenso
     """
 
     def make(tensor: Tensor) -> Tensor:
-        unique: Tensor = torch.unique(tensor.long())
+        unique: Tensor
+        if tensor.device.type == "cpu":  # where numpy is quicker
+            unique = torch.from_numpy(np.unique(tensor.long().numpy()))
+        else:
+            unique = torch.unique(tensor.long())
         if unique.numel() and int(unique[0]) < 0:
             raise LayoutError(
                 f"{who}: index {int(unique[0])} given, positions >= 0 expected; "

@@ -41,8 +41,8 @@ MOST_UNITS, MOST_ROWS = 1 << 24, 1 << 20
 LARGE, MOST = 1 << 24, 1 << 31
 # Distinct patterns of a table over heads and batch entries; bits of masked cells of one pattern.
 MOST_PATTERNS, MASKED_BITS = 16, 14
-# Intervals of a row, and ints that tell of a pattern: plan.cuh, Pattern.
-BANDS, PATTERN = 6, 52
+# Intervals of a row, ints that tell of one and of a pattern: plan.cuh, Band and Pattern.
+BANDS, BAND, PATTERN = 6, 9, 64
 # The head: plan.cuh, kEach and kCosts.
 EACH, COSTS = 8, 56
 
@@ -279,9 +279,10 @@ def _bring(found: list[Sketch], nqu: int, nku: int, device: torch.device) -> Ten
     for s in found:
         table.append(len(s.bands))
         for band in s.bands:
-            ends = (-1 if end is None else place(end) for end in (band.low, band.high))
-            table += (*ends, band.shift, *band.cut)
-        table += [0] * (7 * (BANDS - len(s.bands)))
+            stretches = 0 if band.rows is None else len(band.rows)
+            places = (-1 if a is None else place(a) for a in (band.low, band.high, band.rows))
+            table += (*places, stretches, band.shift, *band.cut)
+        table += [0] * (BAND * (BANDS - len(s.bands)))
         words = -(-nku // 32)
         table += (-1 if s.units is None else place(_bits(s.units, words)), words)
         for ranges, size in ((s.lines, nqu), (s.columns, nku)):

@@ -13,9 +13,10 @@
 [[maybe_unused]] constexpr int kNothing = 0, kWhole = 1, kMasked = 2;  // a cell: the last plus the slot of its kind
 
 // One interval of every row: row r has at most [max(least, r + left), min(most, r + right)), and where `low` is a
-// place in `given`, at most [given[low + (r >> shift)], given[high + (r >> shift)]).
+// place in `given`, at most [given[low + at], given[high + at]): `at` is r >> shift, or where there are stretches of
+// rows, the one that r is in; those begin at given[rows …].
 struct Band {
-    int low, high, shift;
+    int low, high, rows, stretches, shift;
     int least, most, left, right;
 };
 // Places in `given`; −1 = none.

@@ -87,8 +87,9 @@ extern "C" __global__ void __launch_bounds__(128) plan_cells(const __grid_consta
                 const int r = unit * kUnit + inside;
                 lo[b][half] = max(of.least, r + of.left), hi[b][half] = min(of.most, r + of.right);
                 if (of.low >= 0) {
-                    lo[b][half] = max(lo[b][half], __ldg(w.given + of.low + (r >> of.shift)));
-                    hi[b][half] = min(hi[b][half], __ldg(w.given + of.high + (r >> of.shift)));
+                    const int at = of.stretches ? lower_bound(w.given + of.rows, of.stretches, r + 1) - 1 : r >> of.shift;
+                    lo[b][half] = max(lo[b][half], __ldg(w.given + of.low + at));
+                    hi[b][half] = min(hi[b][half], __ldg(w.given + of.high + at));
                 }
             }
             if (lo[b][half] < hi[b][half]) {

@@ -136,3 +136,32 @@ def test_large_rectangles_have_no_lists_of_units() -> None:
             assert (small is None) == (large is None), name
         if large is not None:
             assert torch.equal(read(large, 4096, 4096), pattern.dense(4096, 4096)), name
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12),
+    nq=st.integers(1, 300),
+    again=st.booleans(),
+)
+def test_documents_are_stretches_of_rows(lengths, nq, again) -> None:
+    nk = sum(lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    if again:
+        ids[-1] = 0  # a document that comes back, unless there is one alone
+    pattern, frame = P.documents(ids), Frame(nq, nk, torch.device("cpu"))
+    mask = pattern.dense(nq, nk)
+    found = pattern.stretches(frame)
+    back = again and len(lengths) > 1 and not (len(lengths) == 2 and lengths[1] == 1)
+    assert (found is None) == back
+    if found is None:
+        return
+    rows, lo, hi = found
+    assert rows[0] == 0 and (rows[1:] > rows[:-1]).all() and rows[-1] < nq
+    at = torch.searchsorted(rows, frame.rows(), right=True) - 1
+    keys = torch.arange(nk)
+    assert torch.equal((lo[at, None] <= keys) & (keys < hi[at, None]), mask)
+    ((low, high),) = pattern.bands(frame)
+    assert torch.equal((low[:, None] <= keys) & (keys < high[:, None]), mask)
+    for one in (pattern, pattern & P.causal(), pattern & (P.window(20, 0) | P.sinks(70))):
+        made = check(one, nq, nk, split_costs(64))
+        assert made is not None and all(band.rows is not None for band in made.bands)
