@@ -151,7 +151,9 @@ class Globals(Pattern):
         return torch.where(listed, 0, first), torch.where(listed, frame.nk, first + count)
 
     def factor(self, frame: Frame) -> Factored:
-        return Factored(None, self._queries(frame), self._keys(frame))
+        keys = self._keys(frame)
+        same = self.as_queries and self.as_keys and frame.nq == frame.nk
+        return Factored(None, keys if same else self._queries(frame), keys)
 
     def runs_bound(self, frame: Frame) -> int:
         return max(1, self.positions.tensor.numel() if self.as_keys else 1)
@@ -317,7 +319,10 @@ def _document_edges(ids: Tensor) -> Tensor | None:
 def _between(rising: Tensor, least: int, end: int) -> Tensor:
     """The members of a rising list from ``least`` up to ``end``."""
     if rising.device.type == "cpu":  # where numpy is quicker
-        first, last = np.searchsorted(rising.numpy(), (least, end)).tolist()
+        plain = rising.numpy()
+        if not len(plain) or (plain[0] >= least and plain[-1] < end):
+            return rising
+        first, last = np.searchsorted(plain, (least, end)).tolist()
         return rising[first:last]
     return rising[(rising >= least) & (rising < end)]
 

@@ -99,7 +99,8 @@ def sketch(flat: Pattern, frame: Frame, costs: Costs, large: bool = False) -> Sk
     if not (frame.nq and frame.nk):
         return None
     found = flat.factor(frame)
-    queries, keys = found.queries.numpy(), found.keys.numpy()
+    keys = found.keys.numpy()
+    queries = keys if found.queries is found.keys else found.queries.numpy()
     core, listed = found.core, bool(len(queries) or len(keys))
     if core is not None and core.coarse(frame, UNIT):
         coarse = _coarse(core, frame, large)
@@ -108,7 +109,8 @@ def sketch(flat: Pattern, frame: Frame, costs: Costs, large: bool = False) -> Sk
         bands, units = coarse
         lines = columns = _NO_RANGES
         if listed:
-            rows, runs = _runs(queries), _runs(keys)
+            runs = _runs(keys)
+            rows = runs if queries is keys else _runs(queries)
             if not _even(rows, runs, frame):
                 return None
             if _shared(None, queries, keys, frame, costs) != (False, False):
@@ -124,12 +126,12 @@ def sketch(flat: Pattern, frame: Frame, costs: Costs, large: bool = False) -> Sk
     shared = _shared(bands, queries, keys, frame, costs)
     if shared is None:
         return None
-    panel_keys = keys if shared[0] else _NONE
-    panel_queries = queries if shared[1] else _NONE
-    runs = _runs(keys[len(panel_keys) :])
+    panel_keys, keys = (keys, _NONE) if shared[0] else (_NONE, keys)
+    panel_queries, queries = (queries, _NONE) if shared[1] else (_NONE, queries)
+    runs = _runs(keys)
     if len(runs[0]) > MOST_KEY_RUNS:
         return None
-    rows = _runs(queries[len(panel_queries) :])
+    rows = runs if queries is keys else _runs(queries)
     if (len(runs[0]) or len(rows[0])) and _whole(rows, runs, frame):
         return Sketch(
             bands + _strips(runs), None, _in_units(rows), _NO_RANGES, panel_queries, panel_keys
@@ -207,6 +209,8 @@ def _runs(members: Ints) -> Ends:
     """Ends of the runs of rising numbers."""
     if not len(members):
         return members, members
+    if members[-1] - members[0] == len(members) - 1:
+        return members[:1], members[-1:] + 1
     fresh = np.ones(len(members) + 1, bool)
     fresh[1:-1] = members[1:] != members[:-1] + 1
     return members[fresh[:-1]], members[fresh[1:]] + 1
@@ -214,14 +218,19 @@ def _runs(members: Ints) -> Ends:
 
 def _in_units(ends: Ends) -> Ints:
     """(n, 2): runs of rows or keys that are whole units, as ranges of those."""
-    return np.stack([ends[0] >> 6, (ends[1] + UNIT - 1) >> 6], 1)
+    units = np.empty((len(ends[0]), 2), np.int64)
+    units[:, 0], units[:, 1] = ends[0] >> 6, (ends[1] + (UNIT - 1)) >> 6
+    return units
 
 
 def _even(rows: Ends, columns: Ends, frame: Frame) -> bool:
     """Whether runs of rows and columns end with units, or with the matrix."""
     (first, last), (start, stop) = rows, columns
-    edges = [start, stop[stop < frame.nk], first, last[last < frame.nq]]
-    return not (np.concatenate(edges) % UNIT).any()
+    edges = (*start.tolist(), *first.tolist())
+    if any(edge % UNIT for edge in edges):
+        return False
+    pairs = ((stop, frame.nk), (last, frame.nq))
+    return not any(edge % UNIT and edge < end for ends, end in pairs for edge in ends.tolist())
 
 
 def _whole(rows: Ends, columns: Ends, frame: Frame) -> bool:
@@ -234,6 +243,8 @@ def _whole(rows: Ends, columns: Ends, frame: Frame) -> bool:
 def _places(members: Ints) -> Ints:
     """The units of rising numbers."""
     units = members >> 6
+    if len(units) and units[0] == units[-1]:
+        return units[:1]
     fresh = np.ones(len(units), bool)
     np.not_equal(units[1:], units[:-1], out=fresh[1:])
     return units[fresh]
@@ -246,29 +257,26 @@ def _shared(
 
     Without bands, only whether they may be panels at all: nothing of them is there already.
     """
-    columns, rows = _places(keys), _places(queries)
-    covered = 0.0, 0.0
-    if bands:
-        if len(bands) > 1:
-            return None
-        lines = -(-frame.nq // UNIT)
-        sample = np.arange(0, lines, max(1, lines // 32))
-        some = rows[:: max(1, len(rows) // 32)]
-        covered = (
-            _covered(bands[0], sample, columns),
-            _covered(bands[0], some, -(-frame.nk // UNIT)),
-        )
+    if bands is not None and len(bands) > 1:
+        return None
+    columns = _places(keys)
+    rows = columns if queries is keys else _places(queries)
+    covered = _covered(bands[0], rows, columns, frame) if bands else (0.0, 0.0)
     members, places = (len(keys), len(queries)), (len(columns), len(rows))
     return cheaper_shared(members, places, covered, frame, UNIT, costs)
 
 
-def _covered(band: Band, lines: Ints, columns: Ints | int) -> float:
-    """The part of some key units, or of so many, that the first rows of some lines touch."""
-    count = columns if isinstance(columns, int) else len(columns)
-    if not len(lines) or not count:
-        return 0.0
-    low, high = band.at(lines * UNIT)
-    first, last = low >> 6, (high + UNIT - 1) >> 6
-    if not isinstance(columns, int):
-        first, last = np.searchsorted(columns, first), np.searchsorted(columns, last)
-    return min(1.0, int(((last - first) * (low < high)).sum()) / (len(lines) * count))
+def _covered(band: Band, rows: Ints, columns: Ints, frame: Frame) -> tuple[float, float]:
+    """The part of some key units that the first rows of lines touch; of all, those of some lines.
+
+    A sample: of every 32nd line or so.
+    """
+    lines, wide = -(-frame.nq // UNIT), -(-frame.nk // UNIT)
+    sample = np.arange(0, lines, max(1, lines // 32))
+    some = rows[:: max(1, len(rows) // 32)]
+    low, high = band.at(np.concatenate((sample, some)) * UNIT)
+    high = np.where(low < high, high + (UNIT - 1), low)
+    first, last, count = low >> 6, high >> 6, len(sample)
+    queries = int((last[count:] - first[count:]).sum()) / max(1, len(some) * wide)
+    here = columns.searchsorted(last[:count]) - columns.searchsorted(first[:count])
+    return min(1.0, int(here.sum()) / max(1, count * len(columns))), min(1.0, queries)

@@ -185,7 +185,10 @@ def sorted_positions(source: Source, device: torch.device, who: object) -> Tenso
     def make(tensor: Tensor) -> Tensor:
         unique: Tensor
         if tensor.device.type == "cpu":  # where numpy is quicker
-            unique = torch.from_numpy(np.unique(tensor.long().numpy()))
+            unique = tensor.to(torch.int64, copy=True)
+            plain = unique.numpy()
+            if not (plain[1:] > plain[:-1]).all():
+                unique = torch.from_numpy(np.unique(plain))
         else:
             unique = torch.unique(tensor.long())
         if unique.numel() and int(unique[0]) < 0:

@@ -323,19 +323,21 @@ def _gathered(found: Sketch, nq: int, nk: int) -> bool:
     if not (len(queries) or len(keys)):
         return True
     lines, wide = -(-nq // UNIT), -(-nk // UNIT)
-    there = np.minimum(UNIT, nq - UNIT * np.arange(lines))
     listed = np.bincount(queries >> 6, minlength=lines)
-    others = there - listed
+    # Lines that have gathered queries, and those that have others; no unit is cut but by those.
+    taken = int(np.count_nonzero(listed))
+    left = lines - int(np.count_nonzero(listed == UNIT))
+    if nq % UNIT and listed[-1] == nq % UNIT:
+        left -= 1
     if len(queries):
-        touched, cut = int((listed > 0).sum()), int(((listed > 0) & (others > 0)).sum())
+        touched, cut = taken, taken + left - lines
         if not -(-len(queries) // UNIT) * (wide + LINE) < (touched + cut / MASKED) * wide:
             return False
     if len(keys):
-        packed, places = -(-len(keys) // UNIT), len(np.flatnonzero(np.bincount(keys >> 6)))
+        packed = -(-len(keys) // UNIT)
+        places = taken if keys is queries else len(np.flatnonzero(np.bincount(keys >> 6)))
         across = min(packed, places)
-        # No unit is cut but by gathered queries.
-        touched = int((others > 0).sum())
-        if -(-int(others.sum()) // UNIT) * (across + LINE) < touched * across:
+        if -(-(nq - len(queries)) // UNIT) * (across + LINE) < left * across:
             return False
-        return packed * (touched + COPY) < places * touched
+        return packed * (left + COPY) < places * left
     return True

@@ -37,7 +37,7 @@ FEW_GIVEN = 48
 
 #: plan_walk.cu: Walk.
 WALK = Struct(
-    ("costs", "given", "keys", "first", "late", "after", "mine", "members", "tile", "taker",
+    ("costs", "given", "keys", "first", "late", "after", "mine", "kept", "tile", "taker",
      "starts", "tiles", "query_patterns", "key_patterns", "merge_ranges", "row_ranges"),
     ("items", "patterns", "entry_batches", "entry_heads", "batch", "heads", "kv", "sections", "nq",
      "total", "ctas", "spare", "dealt", "parts", "groups", "by_head",
@@ -136,7 +136,7 @@ def _make(
         {
             "keys": 2 << max(1, items).bit_length(), "first": sections * items,
             "late": sections * items, "after": items, "mine": 2 * matrices,
-            "members": work.patterns, "tile": 2 * total, "taker": 2 * total,
+            "kept": sections, "tile": 2 * total, "taker": 2 * total,
         },
         device,
     )  # fmt: skip

@@ -14,9 +14,9 @@ struct Walk {
     int *late;     // (sections, items): how many of them come last
     int *after;    // (items): tiles of the end before those of an item
     int *mine;     // (matrices, 2): which of its section's matrices of its pattern one is, and how many those are
-    int *members;  // (patterns): matrices of the section at hand
+    int *kept;     // (sections): tiles before those of a section, without the end
     int2 *tile;    // (tiles)
-    int2 *taker;   // (tiles): CTA, and which of its tiles
+    int2 *taker;   // (tiles): CTA, and which of its tiles; before, what it costs
     int *starts;
     int2 *tiles;
     int *query_patterns, *key_patterns;
@@ -31,7 +31,8 @@ struct Shared {
     union {
         u64 keys[kSorted];
         struct {
-            int load[kThreads], cost[kThreads], after[kThreads], before[kThreads], mine[kThreads];
+            int load[kThreads], mine[kThreads], rank[kThreads];  // of CTAs; rank is 0 between rounds
+            int sorted[kThreads], who[kThreads];                 // by rank: load, and which CTA
         };
     };
     i64 sums[32];
@@ -45,22 +46,28 @@ static_assert(sizeof(Shared) <= MG_SHARED && kThreads == MG_CTAS, "tables.SHARED
 __device__ int deal_round(const Walk &w, Shared &s, int at) {
     const int c = threadIdx.x, lane = c % 32, ready = min(w.ctas, w.total - at), whole = (w.ctas + 31) / 32 * 32;
     constexpr int kNever = 0x7fffffff;
-    int rank = 0, load = 0;
-    if (c < ready) s.cost[c] = w.costs[w.tile[at + c].x];
-    if (c < w.ctas) {
-        load = s.load[c];
-#pragma unroll 8
-        for (int other = 0; other < w.ctas; ++other) {
+    const int cost = c < ready ? w.taker[at + c].x : 0;
+    // Threads side by side compare CTAs side by side with the same part of the others.
+    const int parts = kThreads / whole, part = c / whole, mine = c % whole;
+    if (part < parts && mine < w.ctas) {
+        const int load = s.load[mine], end = w.ctas * (part + 1) / parts;
+        int rank = 0;
+#pragma unroll 4
+        for (int other = w.ctas * part / parts; other < end; ++other) {
             const int its = s.load[other];
-            rank += its < load || (its == load && other < c);
+            rank += its < load || (its == load && other < mine);
         }
+        atomicAdd(&s.rank[mine], rank);
     }
     if (c == 0) s.count = ready;
     __syncthreads();
-    if (c < whole) s.after[c < w.ctas ? rank : c] = c < w.ctas && rank < ready ? load + s.cost[rank] : kNever;
+    if (c < w.ctas) {
+        const int rank = s.rank[c];
+        s.sorted[rank] = s.load[c], s.who[rank] = c, s.rank[c] = 0;
+    }
     __syncthreads();
-    // The soonest that one of those before is free again, by rank.
-    const int after = c < whole ? s.after[c] : kNever;
+    // From here on by rank. The soonest that one of those before is free again.
+    const int load = c < ready ? s.sorted[c] : 0, after = c < ready ? load + cost : kNever;
     int soonest = after;
     if (c < whole) {
 #pragma unroll
@@ -75,15 +82,15 @@ __device__ int deal_round(const Walk &w, Shared &s, int at) {
     __syncthreads();
     if (c < whole) {
         for (int warp = 0; warp < c / 32; ++warp) soonest = min(soonest, s.ends[warp]);
-        s.before[c] = soonest;
+        const u32 again = __ballot_sync(~0u, c && c < ready && load >= soonest);
+        if (again && lane == 0) atomicMin(&s.count, c + __ffs(again) - 1);
     }
     __syncthreads();
-    if (c < w.ctas && rank < ready && rank && load >= s.before[rank]) atomicMin(&s.count, rank);
-    __syncthreads();
     const int count = s.count;
-    if (c < w.ctas && rank < count) {
-        w.taker[at + rank] = make_int2(c, s.mine[c]++);
-        s.load[c] = s.after[rank];
+    if (c < count) {
+        const int who = s.who[c];
+        w.taker[at + c] = make_int2(who, s.mine[who]++);
+        s.load[who] = after;
     }
     __syncthreads();
     return count;
@@ -100,8 +107,8 @@ __device__ void deal_singly(const Walk &w, Shared &s, int at, int end) {
             const int soonest = __reduce_min_sync(~0u, least);
             const int cta = __reduce_min_sync(~0u, least == soonest ? which : 0x7fffffff);
             if (lane == cta % 32) {
+                s.load[cta] = soonest + w.taker[at].x;
                 w.taker[at] = make_int2(cta, s.mine[cta]++);
-                s.load[cta] = soonest + w.costs[w.tile[at].x];
             }
             __syncwarp();
         }

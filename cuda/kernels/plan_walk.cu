@@ -38,7 +38,7 @@ __device__ void sort(const Walk &w, u64 *keys, int size) {
     for (int run = 2; run <= size; run *= 2)
         for (int step = run / 2; step; step /= 2) {
             for (int i = threadIdx.x; i < size / 2; i += kThreads) {
-                const int a = i / step * 2 * step + i % step, b = a + step;
+                const int a = 2 * (i & -step) + (i & (step - 1)), b = a + step;
                 const u64 x = keys[a], y = keys[b];
                 if ((x > y) == !(a & run)) keys[a] = y, keys[b] = x;
             }
@@ -78,46 +78,58 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
         return u;
     };
 
-    // Tiles of every item in every section, and how many of the last ones are cheap enough for the end.
+    // Tiles of every item in every section, and how many of the last ones are cheap enough for the end: a warp each.
     const i64 spare = i64(w.ctas) * w.costs[item_at(0)] / (i64(w.spare) * w.sections);
-    int main = 0;
-    for (int section = 0; section < w.sections; ++section) {
+    const int lane = threadIdx.x % 32;
+    for (int section = threadIdx.x / 32; section < w.sections; section += kThreads / 32) {
         const int begin = begin_of(w, section), end = begin_of(w, section + 1);
-        if (w.patterns > 1) {
-            for (int u = threadIdx.x; u < w.patterns; u += kThreads) w.members[u] = 0;
-            __syncthreads();
-            for (int m = begin + threadIdx.x; m < end; m += kThreads) atomicAdd(w.members + w.query_patterns[m], 1);
-            __syncthreads();
-        }
+        int *const first = w.first + i64(section) * w.items, *const late = w.late + i64(section) * w.items;
         const auto members = [&](int item) {
-            return w.patterns == 1 ? end - begin : __ldcg(w.members + pattern_of_item(item));
+            if (w.patterns == 1) return end - begin;
+            const int u = pattern_of_item(item);
+            int n = 0;
+            for (int m = begin; m < end; ++m) n += w.query_patterns[m] == u;
+            return n;
         };
-        i64 cost = 0, total;
-        for (int rank = threadIdx.x; rank < w.items; rank += kThreads) {
+        i64 left = 0;
+        for (int rank = lane; rank < w.items; rank += 32) {
             const int item = item_at(rank), n = members(item);
-            w.late[i64(section) * w.items + rank] = n;
-            cost += i64(n) * w.costs[item];
+            late[rank] = n;
+            left += i64(n) * w.costs[item];
         }
-        scan1024(cost, s.sums, total);
-        i64 left = total, before = 0, kept = 0;
-        for (int base = 0; base < w.items; base += kThreads) {
-            const int rank = base + threadIdx.x;
-            int n = 0, each = 0;
-            if (rank < w.items) n = w.late[i64(section) * w.items + rank], each = w.costs[item_at(rank)];
-            const i64 spent = scan1024(i64(n) * each, s.sums, total), behind = left - spent - i64(n) * each;
-            left -= total;
-            const int late = behind >= spare ? 0 : static_cast<int>(min(i64(n), (spare - behind) / max(each, 1)));
-            const i64 at = before + scan1024(i64(n), s.sums, total);
-            before += total;
-            scan1024(i64(n - late), s.sums, total);
-            kept += total;
-            if (rank < w.items) {
-                w.first[i64(section) * w.items + rank] = main + static_cast<int>(at);
-                w.late[i64(section) * w.items + rank] = late;
+#pragma unroll
+        for (int d = 16; d; d /= 2) left += __shfl_xor_sync(~0u, left, d);
+        int before = 0, kept = 0;
+        for (int base = 0; base < w.items; base += 32) {
+            const int rank = base + lane;
+            const bool there = rank < w.items;
+            const int n = there ? late[rank] : 0, each = there ? w.costs[item_at(rank)] : 0;
+            int tiles = n;
+            i64 spent = i64(n) * each;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                const int more = __shfl_up_sync(~0u, tiles, d);
+                const i64 cost = __shfl_up_sync(~0u, spent, d);
+                if (lane >= d) tiles += more, spent += cost;
             }
+            const i64 behind = left - spent;
+            const int last = behind >= spare ? 0 : static_cast<int>(min(i64(n), (spare - behind) / max(each, 1)));
+            if (there) first[rank] = before + tiles - n, late[rank] = last;
+            kept += n - last;
+            before += __shfl_sync(~0u, tiles, 31);
+            left -= __shfl_sync(~0u, spent, 31);
         }
-        main += static_cast<int>(kept);
-        __syncthreads();
+        kept = __reduce_add_sync(~0u, kept);
+        if (lane == 0) w.kept[section] = kept;
+    }
+    __syncthreads();
+    int main = 0;
+    for (int base = 0; base < w.sections; base += kThreads) {
+        const int section = base + threadIdx.x;
+        i64 total;
+        const i64 at = scan1024(i64(section < w.sections ? w.kept[section] : 0), s.sums, total);
+        if (section < w.sections) w.kept[section] = main + static_cast<int>(at);
+        main += static_cast<int>(total);
     }
     int late_before = main;
     for (int base = 0; base < w.items; base += kThreads) {
@@ -150,12 +162,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
         if (item < item_starts[u] || item >= item_starts[u + 1]) continue;
         const int mine = w.mine[2 * m], all = w.mine[2 * m + 1];
         const int late = w.late[i64(section) * w.items + rank];
-        int at = w.first[i64(section) * w.items + rank] + mine;
+        int at = w.kept[section] + w.first[i64(section) * w.items + rank] + mine;
         if (mine >= all - late) {
             at = w.after[rank] + mine - (all - late);
             for (int other = 0; other < section; ++other) at += w.late[i64(other) * w.items + rank];
         }
         w.tile[at] = make_int2(item, m);
+        w.taker[at].x = w.costs[item];  // until it is dealt
     }
     __syncthreads();
 
@@ -174,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
         for (int c = threadIdx.x; c <= ctas; c += kThreads)
             w.starts[c] = c * (turns - 1) + (turns % 2 ? min(c, rest) : max(0, c - (ctas - rest)));
     } else {
-        for (int c = threadIdx.x; c < ctas; c += kThreads) s.load[c] = s.mine[c] = 0;
+        for (int c = threadIdx.x; c < ctas; c += kThreads) s.load[c] = s.mine[c] = s.rank[c] = 0;
         __syncthreads();
         for (int at = 0; at < w.total;) {
             const int count = deal_round(w, s, at);
