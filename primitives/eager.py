@@ -327,7 +327,7 @@ class Backward:
         for t in (*tensors, keep):
             if t is None:
                 key.append(None)
-            elif (pointer := address(t)) < 0 or not t.is_cuda:
+            elif (pointer := address(t)) < 0:
                 return self._through_operators(tensors, keep, wanted)
             else:
                 dtype = t.dtype
@@ -342,6 +342,8 @@ class Backward:
         signature = tuple(key)
         call = self._calls.get(signature)
         if call is None:
+            if not all(map(usable, given)):  # e.g. what a hook of saved tensors left on the CPU
+                return self._through_operators(tensors, keep, wanted)
             call = self._term.of(wanted).prepare(tensors, keep)
             if not torch.cuda.is_current_stream_capturing():
                 if len(self._calls) >= SIGNATURES:
