@@ -12,7 +12,7 @@ Patterns that differ between batch entries or heads are a `Batched` table of fla
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -109,8 +109,6 @@ class Pattern:
     Query i of nq stands at key position i + nk - nq. Nothing but `dense` builds an nq × nk array.
     """
 
-    # Names of the fields, as dataclass sets them; a tenth of the time of dataclasses.fields.
-    __match_args__: ClassVar[tuple[str, ...]]
     # How tightly the expression binds when printed: | 1, & 2, ~ 3, a call 4.
     _binding: ClassVar[int] = 4
     # Whether the kept pairs are known before any score is; P.nm refuses most questions.
@@ -184,8 +182,8 @@ class Pattern:
 
     def check(self, frame: Frame) -> None:
         """Raise LayoutError if the pattern cannot be evaluated in this rectangle."""
-        for name in self.__match_args__:
-            value = getattr(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             for part in value if isinstance(value, tuple) else (value,):
                 if isinstance(part, Pattern):
                     part.check(frame)
@@ -220,7 +218,7 @@ class Pattern:
         Made of classes and scalars; of tensors by reference and version, small CPU tensors by their
         bytes. Reads no device memory.
         """
-        return (type(self), *[_key(getattr(self, name)) for name in self.__match_args__])
+        return (type(self), *(_key(getattr(self, field.name)) for field in fields(self)))
 
     @property
     def device(self) -> torch.device:
@@ -362,7 +360,7 @@ class Pattern:
         return Frame(as_index(nq, "nq"), as_index(nk, "nk"), device)
 
     def __repr__(self) -> str:
-        shown = (getattr(self, name) for name in self.__match_args__)
+        shown = (getattr(self, field.name) for field in fields(self))
         return f"{type(self).__name__.lower()}({', '.join(map(repr, shown))})"
 
 
@@ -381,5 +379,5 @@ def _sources(value: object) -> list[Source]:
     if isinstance(value, Source):
         return [value]
     if isinstance(value, Pattern):
-        value = tuple(getattr(value, name) for name in value.__match_args__)
+        value = tuple(getattr(value, field.name) for field in fields(value))
     return [s for one in value for s in _sources(one)] if isinstance(value, tuple) else []

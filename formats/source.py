@@ -198,7 +198,8 @@ def sorted_positions(source: Source, device: torch.device, who: object) -> Tenso
             )
         return unique
 
-    return source.derive("positions", device, make)
+    # Patterns may be made inside a transform of torch.func, which would wrap what is kept.
+    return concretely(lambda: source.derive("positions", device, make))
 
 
 def booleans(data: object, who: str, ndim: tuple[int, ...] = (2, 3, 4)) -> Source:

@@ -84,16 +84,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) plan_walk(const __grid
     for (int section = threadIdx.x / 32; section < w.sections; section += kThreads / 32) {
         const int begin = begin_of(w, section), end = begin_of(w, section + 1);
         int *const first = w.first + i64(section) * w.items, *const late = w.late + i64(section) * w.items;
-        const auto members = [&](int item) {
-            if (w.patterns == 1) return end - begin;
-            const int u = pattern_of_item(item);
+        const auto members = [&](int u) {
             int n = 0;
             for (int m = begin; m < end; ++m) n += w.query_patterns[m] == u;
             return n;
         };
+        // A lane for every pattern, if there are no more.
+        const bool few = w.patterns <= 32;
+        const int of_lane = w.patterns == 1 ? end - begin : few && lane < w.patterns ? members(lane) : 0;
         i64 left = 0;
-        for (int rank = lane; rank < w.items; rank += 32) {
-            const int item = item_at(rank), n = members(item);
+        for (int base = 0; base < w.items; base += 32) {
+            const int rank = base + lane, item = item_at(min(rank, w.items - 1)), u = pattern_of_item(item);
+            const int n = few ? __shfl_sync(~0u, of_lane, u) : members(u);
+            if (rank >= w.items) continue;
             late[rank] = n;
             left += i64(n) * w.costs[item];
         }

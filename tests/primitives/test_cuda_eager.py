@@ -422,6 +422,19 @@ def test_devices_are_compared() -> None:
                 mg.sddmm(q, given.get("k", k), P.nm(2, 4), key_mask=given.get("key_mask"))
 
 
+def test_saved_tensors_that_a_hook_leaves_on_the_cpu() -> None:
+    layout = P.window(20).to_layout("block", 128, 128, device="cuda")
+    q, k = (torch.randn(2, 128, 32, device="cuda").half().requires_grad_() for _ in range(2))
+    right = torch.autograd.grad(mg.sddmm(q, k, layout).values.float().sum(), (q, k))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.cpu(), lambda t: t):
+        s = mg.sddmm(q, k, layout).values.float().sum()
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ShapeError), match="cpu"):
+            torch.autograd.grad(s, (q, k), retain_graph=True)
+    again = torch.autograd.grad(mg.sddmm(q, k, layout).values.float().sum(), (q, k))
+    assert all(torch.equal(a, b) for a, b in zip(again, right, strict=True))
+
+
 def test_wrappers_that_outlive_their_transform() -> None:
     w = mg.sparsify(torch.randn(64, 64).half(), "block", prune=True, size=16, density=0.5).to(
         "cuda"

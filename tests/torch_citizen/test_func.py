@@ -205,3 +205,27 @@ def test_make_fx(impl: str) -> None:
     assert "mixgrain" in {str(node.target).split(".")[0] for node in graph.graph.nodes}
     other = q.flip(0)
     torch.testing.assert_close(graph(other), f(other), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [[1, 3], [3, 1, 3], [2], []])
+def test_patterns_made_inside_a_transform(tokens) -> None:
+    q, k, v = tensors(1, 2)
+
+    def f(q: Tensor, make=lambda: P.window(2) | P.global_tokens(tokens)) -> Tensor:
+        return mg.attend(q, k, v, make()).square().sum()
+
+    outside = P.window(2) | P.global_tokens(tokens)
+    right = f(q, lambda: outside)
+    torch.testing.assert_close(torch.func.functionalize(f)(q), right, rtol=1e-12, atol=1e-12)
+    value, back = vjp(f, q)
+    torch.testing.assert_close(value, right, rtol=1e-12, atol=1e-12)
+    expected = grad(lambda q: f(q, lambda: outside))(q)
+    for made in (grad(f)(q), back(torch.ones_like(value))[0]):
+        torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+    both = torch.stack([q, q + 1])
+    torch.testing.assert_close(
+        vmap(f)(both), torch.stack([f(one) for one in both]), rtol=1e-12, atol=1e-12
+    )
+    kept = []
+    torch.func.functionalize(lambda q: kept.append(P.global_tokens(tokens)) or q)(q)
+    assert torch.equal(kept[0].dense(N, N), P.global_tokens(tokens).dense(N, N))
