@@ -245,13 +245,14 @@ def _planned(
     places = {**made.at, "dead": lost.data_ptr() if dead else 0}
     out = OUT.value(places, (packed, max(queries), most, count))
     write((64, 5), 128, (work, out))
-    none = made.part("costs", 0)
+    parts = made.parts()
+    none = torch.empty(0, dtype=torch.int32, device=device)
     tensors = [
-        made.part("items", count, 8), made.part("steps", steps, 4), made.part("masks", masks, 128),
-        made.part("key_rows", patterns, packed * UNIT),
-        made.part("query_rows", patterns, max(queries) * UNIT), made.part("merge_rows", merged),
-        made.part("merge_ptr", merged + 1), made.part("merge_from", sources), none.view(0, 4),
-        none.long(), none, lost, made.part("costs", count),
+        parts["items"].view(count, 8), parts["steps"].view(steps, 4),
+        parts["masks"].view(masks, 128), parts["key_rows"].view(patterns, packed * UNIT),
+        parts["query_rows"].view(patterns, max(queries) * UNIT), parts["merge_rows"],
+        parts["merge_ptr"], parts["merge_from"], none.view(0, 4), none.long(), none, lost,
+        parts["costs"],
     ]  # fmt: skip
     each = [head[EACH + n : EACH + 3 * patterns : 3] for n in range(3)]
     sizes = [nq, nk, *pattern.lead, groups, 0, *pattern.entry, patterns, max(each[1])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -20,30 +19,36 @@ class Room(NamedTuple):
 
     Attributes:
         memory: all of them.
-        first: where each of them begins, in numbers.
+        sizes: of each, in numbers.
         at: its address.
     """
 
     memory: Tensor
-    first: dict[str, int]
+    sizes: Mapping[str, int]
     at: dict[str, int]
 
-    def part(self, name: str, *shape: int) -> Tensor:
-        """One array as a tensor of its own."""
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        return self.memory.as_strided(shape, strides, self.first[name])
+    def part(self, name: str, count: int) -> Tensor:
+        """The first numbers of an array."""
+        return self.memory.narrow(0, (self.at[name] - self.memory.data_ptr()) // 4, count)
+
+    def parts(self) -> dict[str, Tensor]:
+        """All arrays as tensors of their own; at once, as each alone takes three microseconds."""
+        cuts: list[int] = []
+        for size in self.sizes.values():
+            cuts += (size, -size % ALIGN)
+        return dict(zip(self.sizes, self.memory.split_with_sizes(cuts)[::2], strict=True))
 
 
 def room(sizes: Mapping[str, int], device: torch.device, zero: bool = False) -> Room:
     """Room for arrays of these sizes, each of which starts at a multiple of 256 bytes."""
-    first, total = {}, 0
-    for name, size in sizes.items():
-        first[name] = total
-        total += -(-size // ALIGN) * ALIGN
+    total = sum(size + -size % ALIGN for size in sizes.values())
     make = torch.zeros if zero else torch.empty
     memory = make(total, dtype=torch.int32, device=device)
-    base = memory.data_ptr()
-    return Room(memory, first, {name: base + 4 * at for name, at in first.items()})
+    places, at = {}, memory.data_ptr()
+    for name, size in sizes.items():
+        places[name] = at
+        at += 4 * (size + -size % ALIGN)
+    return Room(memory, sizes, places)
 
 
 class Struct:

@@ -161,12 +161,13 @@ def _make(
             dead = dead.unflatten(1, (kv, -1)).all(2)
     # Other streams may read the tables at once.
     torch.cuda.current_stream(device).synchronize()
+    found = made.parts()
     return Tables(
-        made.part("starts", max(1, streams) + 1),
-        made.part("tiles", parts * total, 2),
-        made.part("query_patterns", batch, heads),
-        made.part("key_patterns", batch, heads if by_head else kv),
-        made.part("merge_ranges", matrices, 2),
-        made.part("row_ranges", 2, matrices, 4),
+        found["starts"],
+        found["tiles"].view(parts * total, 2),
+        found["query_patterns"].view(batch, heads),
+        found["key_patterns"].view(batch, heads if by_head else kv),
+        found["merge_ranges"].view(matrices, 2),
+        found["row_ranges"].view(2, matrices, 4),
         dead,
     )

@@ -18,6 +18,7 @@ from mixgrain.cuda.device import using
 from mixgrain.cuda.prepared import Prepared
 from mixgrain.cuda.recording import Operand, Recording, recorded
 from mixgrain.formats.cache import LRU
+from mixgrain.formats.errors import ShapeError
 
 from ..gradients import Work
 from ..plans.plan import Plan
@@ -56,13 +57,18 @@ def of(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> P
 
     While a CUDA graph is captured nothing is kept: its tensors, the plan's among them, may be
     copies that live as long as the capture.
+
+    Raises:
+        ShapeError: the tensors are on several devices, as a hook of saved tensors may leave them.
     """
     plan: Hashable = ()
     key: list[Any] = [name]
     single = False
     for at, given in enumerate(arguments):
         if isinstance(given, Tensor):
-            key += (given.shape, given.stride(), given.dtype, given.data_ptr() & 15)
+            key += (
+                given.shape, given.stride(), given.dtype, given.data_ptr() & 15, given.get_device(),
+            )  # fmt: skip
             single = single or given.dtype == torch.float32
         elif isinstance(given, list):
             if not plan:
@@ -79,11 +85,21 @@ def of(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> P
     signatures = _calls.get(plan, Signatures)
     found = signatures.get(tuple(key))
     if found is None:
+        _on_one_device(name, arguments)
         with using(arguments[0].device.index):
             found = prepare(function, arguments)
             if not torch.cuda.is_current_stream_capturing():
                 signatures.keep(tuple(key), found)
     return found
+
+
+def _on_one_device(name: str, arguments: tuple[Any, ...]) -> None:
+    there = {str(a.device): None for a in arguments if isinstance(a, Tensor)}
+    if len(there) > 1:
+        raise ShapeError(
+            f"{name}: tensors on {' and '.join(there)}; give all of them on one device; what is "
+            "unpacked of a saved tensor has to be where it was"
+        )
 
 
 def prepare(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Prepared:
