@@ -13,6 +13,7 @@ import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.formats.pattern import Pattern
 
+from . import alone
 from .work import COPY_BYTES, Work, dots, random
 
 HEADS, WIDTH = 4, 64
@@ -122,12 +123,15 @@ def step(name: str, length: int) -> Work:
         ),
     }
     ours, oracle, peer, dense, moved, words = chosen[name]
+    peers, oracles = {"torch dense": peer}, {"torch dense": dense}
+    if name == "sddmm":  # which writes nearly all that it moves
+        peers["fill of as many bytes"], oracles["fill of as many bytes"] = alone.fill(moved)
     return Work(
         id=f"nm24-{name}-L{length}",
         ours=ours,
-        peers={"torch dense": peer},
+        peers=peers,
         oracle=oracle,
-        oracles={"torch dense": dense},
+        oracles=oracles,
         floor_ms=moved / COPY_BYTES * 1e3,
         floor=f"{words}, at 4.24 TB/s",
         shape=shape,

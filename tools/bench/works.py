@@ -15,7 +15,7 @@ from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.primitives.softmax import softmax_backward
 
-from . import launching, planning
+from . import alone, launching, planning
 from .fused import FUSED
 from .graphs import GRAPHS
 from .measure import once_ms
@@ -39,11 +39,16 @@ def spmm_block(size: int, density: float, n: int = 4096) -> Work:
     bsr = dense.to_sparse_bsr((size, size))
     flops = 2 * weight.nnz * n
     floor = max(flops / TENSOR_FLOPS, (2 * n * n + weight.nnz) * 2 / COPY_BYTES)
+    peers = {"cuBLAS dense": lambda: dense @ x, "torch BSR": lambda: bsr @ x}
+    oracles: dict[str, Callable[[], Tensor]] = {}
+    if size >= 64:
+        peers["reads alone"], oracles["reads alone"] = alone.reads(weight, x)
     return Work(
         id=f"spmm-block{size}-d{round(density * 100):02d}",
         ours=lambda: mg.spmm(weight, x),
-        peers={"cuBLAS dense": lambda: dense @ x, "torch BSR": lambda: bsr @ x},
+        peers=peers,
         oracle=lambda: dense.double() @ x.double(),
+        oracles=oracles,
         floor_ms=floor * 1e3,
         floor="max(2·nnz·n / 800 TFLOP/s, (values + x + out) bytes / 4.24 TB/s)",
         shape=f"{n}³ float16, {density:.0%} of {size}-blocks",
@@ -81,11 +86,16 @@ def linear_tile(name: str, rows: int, columns: int, tokens: int) -> Work:
     weight, dense = _tile_weight(rows, columns, 0.2)
     x = random(tokens, columns, dtype=torch.float16, seed=1)
     moved = (weight.nnz + tokens * (rows + columns)) * 2
+    copied, right = alone.copy(moved)
     return Work(
         id=name,
         ours=lambda: mg.linear(x, weight),
-        peers={"F.linear": lambda: torch.nn.functional.linear(x, dense)},
+        peers={
+            "F.linear": lambda: torch.nn.functional.linear(x, dense),
+            "copy of as many bytes": copied,
+        },
         oracle=lambda: x.double() @ dense.double().T,
+        oracles={"copy of as many bytes": right},
         floor_ms=moved / COPY_BYTES * 1e3,
         floor="(values + x + out) bytes / 4.24 TB/s",
         shape=f"{columns} -> {rows} float16, 20 % of 16×16 tiles, {tokens} tokens",
