@@ -110,14 +110,17 @@ reads_alone(const char *x, u64 pitch, const char *values, const int4 *table, con
 """
 
 
+def options(size: int, across: int) -> tuple[str, ...]:
+    """What ``READS`` is compiled with, for blocks of this size and so many columns of x a tile."""
+    return "-std=c++17", f"-DMG_SIZE={size}", f"-DMG_ACROSS={across}", f"-DMG_ROOM={ROOM}"
+
+
 @functools.cache
 def _reads(size: int, across: int) -> Any:
     """The kernel."""
     import cupy
 
-    constants = {"SIZE": size, "ACROSS": across, "ROOM": ROOM}
-    options = ("-std=c++17", *(f"-DMG_{name}={value}" for name, value in constants.items()))
-    made = cupy.RawKernel(READS, "reads_alone", options=options, backend="nvrtc")
+    made = cupy.RawKernel(READS, "reads_alone", options=options(size, across), backend="nvrtc")
     made.max_dynamic_shared_size_bytes = ROOM
     return made
 
@@ -161,13 +164,15 @@ def reads(weight: mg.SparseTensor, x: Tensor) -> Alone:
             run((tiles.shape[0],), (32,), arguments, shared_mem=ROOM)
         return out
 
-    def sums() -> Tensor:
-        first = x.view(torch.int32)[:, :: across // 2].double()
-        whole = first.view(-1, size, columns).sum(1)
-        kept = torch.zeros(lines, x.shape[0] // size, dtype=torch.float64, device="cuda")
-        line = torch.repeat_interleave(layout.block_offsets.long().diff())
-        kept[line, layout.block_columns.long()] = 1
-        total = (kept @ whole).long()
-        return (total + (1 << 31)) % (1 << 32) - (1 << 31)
+    return call, lambda: first_words(layout, x, across)
 
-    return call, sums
+
+def first_words(layout: BlockLayout, x: Tensor, across: int) -> Tensor:
+    """Int64 (block rows, column tiles): sums of x's words at the start of each row of a tile."""
+    size, columns = layout.size, x.shape[1] // across
+    words = x.view(torch.int32)[:, :: across // 2].double().view(-1, size, columns).sum(1)
+    kept = torch.zeros(layout.shape[0] // size, len(words), dtype=torch.float64, device=x.device)
+    line = torch.repeat_interleave(layout.block_offsets.long().diff())
+    kept[line, layout.block_columns.long()] = 1
+    total = (kept @ words).long()
+    return (total + (1 << 31)) % (1 << 32) - (1 << 31)

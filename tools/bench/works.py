@@ -11,6 +11,7 @@ from torch import Tensor
 
 import mixgrain as mg
 from mixgrain import patterns as P
+from mixgrain.cuda.device import hopper
 from mixgrain.formats.errors import UnsupportedError
 from mixgrain.formats.layout import Layout
 from mixgrain.primitives.softmax import softmax_backward
@@ -41,7 +42,7 @@ def spmm_block(size: int, density: float, n: int = 4096) -> Work:
     floor = max(flops / TENSOR_FLOPS, (2 * n * n + weight.nnz) * 2 / COPY_BYTES)
     peers = {"cuBLAS dense": lambda: dense @ x, "torch BSR": lambda: bsr @ x}
     oracles: dict[str, Callable[[], Tensor]] = {}
-    if size >= 64:
+    if size >= 64 and hopper(x.device):
         peers["reads alone"], oracles["reads alone"] = alone.reads(weight, x)
     return Work(
         id=f"spmm-block{size}-d{round(density * 100):02d}",
