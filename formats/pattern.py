@@ -146,6 +146,11 @@ class Pattern:
         Returns:
             lo and hi, (nq) int64 as of ``interval``; None when they are not known at once.
         """
+        stretches = self.stretches(frame)
+        if stretches is not None:
+            rows, lo, hi = stretches
+            lengths = rows.diff(append=rows.new_tensor([frame.nq]))
+            return [(lo.repeat_interleave(lengths), hi.repeat_interleave(lengths))]
         found = self.interval(frame, frame.rows())
         return None if found is None else [found]
 

@@ -245,17 +245,6 @@ class Documents(Pattern):
         none = torch.zeros(1, dtype=torch.int64, device=rows.device)
         return torch.cat((groups.runs.lo, none))[of], torch.cat((groups.runs.hi, none))[of]
 
-    def bands(self, frame: Frame) -> list[Interval] | None:
-        self.check(frame)
-        if frame.device.type != "cpu" or not frame.nk:
-            return super().bands(frame)
-        found = self.stretches(frame)
-        if found is None:
-            return None
-        rows, lo, hi = found
-        lengths = rows.diff(append=rows.new_tensor([frame.nq]))
-        return [(lo.repeat_interleave(lengths), hi.repeat_interleave(lengths))]
-
     def stretches(self, frame: Frame) -> tuple[Tensor, Tensor, Tensor] | None:
         self.check(frame)
         if frame.device.type != "cpu" or not frame.nk:
@@ -307,9 +296,7 @@ def _document_edges(ids: Tensor) -> Tensor | None:
     """
     plain = ids.numpy()
     inner = (plain[1:] != plain[:-1]).nonzero()[0]
-    edges = np.empty(len(inner) + 2, np.int64)
-    edges[0], edges[-1] = 0, len(plain)
-    np.add(inner, 1, out=edges[1:-1])
+    edges = np.concatenate(([0], inner + 1, [len(plain)]))
     first = plain[edges[:-1]]
     if not (first[1:] > first[:-1]).all() and len(np.unique(first)) < len(first):
         return None

@@ -70,11 +70,12 @@ class Source(ByIdentity):
             return make(*(source.tensor.detach().to(device) for source in sources))
 
         if any(source.base.is_inference() for source in sources):
-            return made()  # no version counter, so nothing would tell that they changed
+            return concretely(made)  # no version counter, so nothing would tell that they changed
         versions = tuple(source.base._version for source in sources)
         held = self._derived.get((name, device))
         if held is None or held[0] != versions:
-            held = (versions, made())
+            # Patterns may be made and read inside a transform, which would wrap what is kept.
+            held = (versions, concretely(made))
             self._derived[name, device] = held
         value: T = held[1]
         return value
@@ -184,7 +185,7 @@ def sorted_positions(source: Source, device: torch.device, who: object) -> Tenso
 
     def make(tensor: Tensor) -> Tensor:
         unique: Tensor
-        if tensor.device.type == "cpu":  # where numpy is quicker
+        if tensor.device.type == "cpu":  # where numpy is quicker, and most lists rise already
             unique = tensor.to(torch.int64, copy=True)
             plain = unique.numpy()
             if not (plain[1:] > plain[:-1]).all():
@@ -198,8 +199,7 @@ def sorted_positions(source: Source, device: torch.device, who: object) -> Tenso
             )
         return unique
 
-    # Patterns may be made inside a transform of torch.func, which would wrap what is kept.
-    return concretely(lambda: source.derive("positions", device, make))
+    return source.derive("positions", device, make)
 
 
 def booleans(data: object, who: str, ndim: tuple[int, ...] = (2, 3, 4)) -> Source:

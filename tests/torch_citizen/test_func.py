@@ -226,6 +226,28 @@ def test_patterns_made_inside_a_transform(tokens) -> None:
     torch.testing.assert_close(
         vmap(f)(both), torch.stack([f(one) for one in both]), rtol=1e-12, atol=1e-12
     )
-    kept = []
-    torch.func.functionalize(lambda q: kept.append(P.global_tokens(tokens)) or q)(q)
-    assert torch.equal(kept[0].dense(N, N), P.global_tokens(tokens).dense(N, N))
+
+
+IDS = torch.arange(N) // 7
+MASK = torch.ones(5, 5, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: P.global_tokens([3, 1]),
+        lambda: P.documents(IDS),
+        lambda: P.blocks(MASK, 4),
+        lambda: P.from_dense(IDS[:, None] == IDS),
+    ],
+)
+def test_what_a_transform_read_first_is_read_after_it(make) -> None:
+    right, kept = make().dense(N, N), []
+
+    def f(q: Tensor) -> Tensor:
+        kept.append(make())
+        kept[0].row(5, N, N)
+        return q
+
+    torch.func.functionalize(f)(torch.ones(2))
+    assert torch.equal(kept[0].dense(N, N), right)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import mixgrain as mg
+from mixgrain.cuda.device import facts
 from mixgrain.formats.block import BlockLayout
-from mixgrain.primitives.cuda.block_sm90 import tile, walks
+from mixgrain.primitives.cuda.block_sm90 import Cut, tile, walks
 from mixgrain.primitives.plans import cuda_block
 
-# Shared memory of a CTA for stages, bytes.
-ROOM = 221_184
+from .work import launched, wrapped
+
 # A call, and what it should return.
 Alone = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
@@ -26,10 +27,9 @@ Alone = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 READS = r"""
 typedef unsigned u32;
 typedef unsigned long long u64;
-constexpr int kSize = MG_SIZE, kDepth = 32, kSubs = kSize / kDepth;
+constexpr int kSize = MG_SIZE, kDepth = 32, kSubs = kSize / kDepth, kStages = MG_STAGES;
 constexpr u32 kRow = 2 * MG_ACROSS, kOfX = kDepth * kRow, kOfS = 2 * kSize * kDepth;
 constexpr u32 kStage = kOfX + kOfS;
-constexpr int kStages = MG_ROOM / kStage;
 
 __device__ void load(u32 to, const char *from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -110,18 +110,24 @@ reads_alone(const char *x, u64 pitch, const char *values, const int4 *table, con
 """
 
 
-def options(size: int, across: int) -> tuple[str, ...]:
-    """What ``READS`` is compiled with, for blocks of this size and so many columns of x a tile."""
-    return "-std=c++17", f"-DMG_SIZE={size}", f"-DMG_ACROSS={across}", f"-DMG_ROOM={ROOM}"
+def options(size: int, cut: Cut) -> tuple[str, ...]:
+    """What ``READS`` is compiled with, for blocks of this size and the product's own cut."""
+    constants = {"SIZE": size, "ACROSS": cut.across, "STAGES": cut.right}
+    return "-std=c++17", *(f"-DMG_{name}={value}" for name, value in constants.items())
+
+
+def _shared(size: int, cut: Cut) -> int:
+    """Dynamic shared memory of a CTA, bytes: stages of 32 inner positions."""
+    return cut.right * 64 * (cut.across + size)
 
 
 @functools.cache
-def _reads(size: int, across: int) -> Any:
+def _reads(size: int, cut: Cut) -> Any:
     """The kernel."""
     import cupy
 
-    made = cupy.RawKernel(READS, "reads_alone", options=options(size, across), backend="nvrtc")
-    made.max_dynamic_shared_size_bytes = ROOM
+    made = cupy.RawKernel(READS, "reads_alone", options=options(size, cut), backend="nvrtc")
+    made.max_dynamic_shared_size_bytes = _shared(size, cut)
     return made
 
 
@@ -142,29 +148,22 @@ def reads(weight: mg.SparseTensor, x: Tensor) -> Alone:
     """Reads what ``spmm`` reads of a block weight and of x, mostly from L2."""
     layout = weight.layout
     assert isinstance(layout, BlockLayout)
-    size, device = layout.size, torch.cuda.current_device()
-    across = tile(size, x.shape[1]).across
-    columns, lines = x.shape[1] // across, layout.shape[0] // size
+    size, cut = layout.size, tile(layout.size, x.shape[1])
+    columns, lines = x.shape[1] // cut.across, layout.shape[0] // size
     table, records = cuda_block.part(layout).tensors[10:12]
-    several = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = walks(records, columns, 1, several)
+    tiles = walks(records, columns, 1, facts(x.device.index).multiprocessors)
     out = torch.zeros(lines, columns, dtype=torch.int32, device="cuda")
 
     def call() -> Tensor:
-        import cupy
-
         given = (weight.values.data_ptr(), table.data_ptr(), tiles.data_ptr())
         arguments = (
             x.data_ptr(), np.uint64(x.stride(0) * 2), *given, np.int32(tiles.shape[1]),
             np.int32(columns), out.data_ptr(),
         )  # fmt: skip
-        run = _reads(size, across)
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
-        with stream:
-            run((tiles.shape[0],), (32,), arguments, shared_mem=ROOM)
+        launched(_reads(size, cut), (tiles.shape[0],), 32, arguments, _shared(size, cut))
         return out
 
-    return call, lambda: first_words(layout, x, across)
+    return call, lambda: first_words(layout, x, cut.across)
 
 
 def first_words(layout: BlockLayout, x: Tensor, across: int) -> Tensor:
@@ -174,5 +173,4 @@ def first_words(layout: BlockLayout, x: Tensor, across: int) -> Tensor:
     kept = torch.zeros(layout.shape[0] // size, len(words), dtype=torch.float64, device=x.device)
     line = torch.repeat_interleave(layout.block_offsets.long().diff())
     kept[line, layout.block_columns.long()] = 1
-    total = (kept @ words).long()
-    return (total + (1 << 31)) % (1 << 32) - (1 << 31)
+    return wrapped((kept @ words).long())

@@ -12,7 +12,7 @@ from torch import Tensor
 import mixgrain as mg
 from mixgrain.formats.row import RowLayout
 
-from .work import L2_BYTES, Work, dots, random
+from .work import L2_BYTES, Work, dots, launched, random, wrapped
 
 N, HEADS, D = 131_072, 8, 64
 KEYS = 32  # of a row of csr-random
@@ -84,9 +84,7 @@ def gather_only(k: Tensor, v: Tensor, kept: RowLayout) -> Callable[[], Tensor]:
         out = torch.zeros(1, HEADS, N, dtype=torch.int32, device="cuda")
         given = (k.data_ptr(), v.data_ptr(), kept.columns.data_ptr(), pieces.data_ptr())
         arguments = (*given, np.int32(len(pieces)), np.int32(N), out.data_ptr())
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
-        with stream:
-            run((-(-len(pieces) // 8), HEADS), (256,), arguments)
+        launched(run, (-(-len(pieces) // 8), HEADS), 256, arguments)
         return out
 
     return call
@@ -98,7 +96,7 @@ def _sums(k: Tensor, v: Tensor, kept: RowLayout, row: Tensor) -> Tensor:
     total: Tensor = words.new_zeros(words.shape).index_add_(
         2, row, words[:, :, kept.columns.long()]
     )
-    return (total + (1 << 31)) % (1 << 32) - (1 << 31)
+    return wrapped(total)
 
 
 def _first_head(q: Tensor, k: Tensor, v: Tensor, kept: RowLayout, row: Tensor) -> Tensor:

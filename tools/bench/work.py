@@ -72,6 +72,21 @@ def host_row(
     }
 
 
+def launched(
+    kernel: Any, grid: tuple[int, ...], block: int, arguments: Any, shared: int = 0
+) -> None:
+    """Run a CuPy kernel on torch's current stream."""
+    import cupy
+
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        kernel(grid, (block,), arguments, shared_mem=shared)
+
+
+def wrapped(total: Tensor) -> Tensor:
+    """Sums as 32 bits hold them, signed."""
+    return (total + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Normal numbers on the device."""
     generator = torch.Generator("cuda").manual_seed(seed)
