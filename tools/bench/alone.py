@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import mixgrain as mg
+from mixgrain.cuda import nvrtc
+from mixgrain.cuda.compile import cache_folder, options, source
 from mixgrain.cuda.device import facts
 from mixgrain.formats.block import BlockLayout
-from mixgrain.primitives.cuda.block_sm90 import Cut, tile, walks
+from mixgrain.primitives.cuda.block_sm90 import (
+    Cut,
+    operand_map,
+    spmm_request,
+    tile,
+    values_map,
+    walks,
+)
 from mixgrain.primitives.plans import cuda_block
 
 from .work import launched, wrapped
@@ -21,113 +32,88 @@ from .work import launched, wrapped
 # A call, and what it should return.
 Alone = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
-# What spmm_block_sm90 reads of S and x, by the same CTAs in the same order, into as large rings: 32
-# rows of x, a lane each, and as much of the block as belongs to them. The sum of each row's first
-# word is returned, so that what was to be read has been.
-READS = r"""
-typedef unsigned u32;
-typedef unsigned long long u64;
-constexpr int kSize = MG_SIZE, kDepth = 32, kSubs = kSize / kDepth, kStages = MG_STAGES;
-constexpr u32 kRow = 2 * MG_ACROSS, kOfX = kDepth * kRow, kOfS = 2 * kSize * kDepth;
-constexpr u32 kStage = kOfX + kOfS;
-
-__device__ void load(u32 to, const char *from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 " [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-__device__ void wait(u32 barrier, u32 parity) {
-    asm volatile("{.reg .pred p;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@!p bra again;\n}" ::"r"(barrier), "r"(parity)
-                 : "memory");
-}
-
-struct Place {
-    const int4 *tiles;
-    int left, block, sub;
-    int4 tile;
-    __device__ bool next() {
-        if (++sub < kSubs && block < tile.z) return true;
-        sub = 0;
-        if (++block < tile.z) return true;
-        for (block = 0; left > 0;) {
-            --left;
-            tile = *tiles++;
-            if (tile.z > 0) return true;
+# What spmm_block_sm90's consumers do with a tile, where they multiply: each warp adds up the first
+# word of every row of x, so that what was to be read has been, and writes it all over its part of
+# the tile, in the stores of store_result. A warp gives a stage back as soon as it has read it; the
+# product keeps it one product longer.
+CONSUMERS = r"""
+        static_assert(!kPartial && !kTransposed, "two bytes an element, rows of S");
+        u32 sum = 0;
+#pragma unroll 1
+        for (int step = 0; step < tile.z * kHalves; ++step) {
+            barrier_wait(full_a + 8 * a, parity_a);
+#pragma unroll
+            for (int sub = 0; sub < kSubs; ++sub) {
+                barrier_wait(full_b + 8 * b, parity_b);
+#pragma unroll
+                for (int r = lane; r < kDepth; r += 32) {
+                    u32 word;
+                    asm volatile("ld.shared.b32 %0, [%1];"
+                                 : "=r"(word)
+                                 : "r"(swizzled(ring_b + b * kStageB, r, 0))
+                                 : "memory");
+                    sum += word;
+                }
+                // All lanes have passed both barriers and read, before one of them says so.
+                __syncwarp();
+                if (lane == 0) {
+                    barrier_arrive(empty_b + 8 * b);
+                    if (sub == kSubs - 1) barrier_arrive(empty_a + 8 * a);
+                }
+                if (++b == kStagesB) b = 0, parity_b ^= 1;
+            }
+            if (++a == kStagesA) a = 0, parity_a ^= 1;
         }
-        tile.z = 0;
-        return false;
-    }
-};
+        sum = __reduce_add_sync(0xFFFFFFFFu, sum);
 
-extern "C" __global__ void __launch_bounds__(32)
-reads_alone(const char *x, u64 pitch, const char *values, const int4 *table, const int4 *tiles,
-            int each, int columns, u32 *out) {
-    extern __shared__ __align__(128) char memory[];
-    __shared__ __align__(8) u64 full[kStages];
-    const int lane = threadIdx.x;
-    const u32 to = static_cast<u32>(__cvta_generic_to_shared(memory));
-    const u32 barrier = static_cast<u32>(__cvta_generic_to_shared(full));
-    if (lane < kStages)
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier + 8 * lane) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncwarp();
-    Place ask{tiles + static_cast<u64>(blockIdx.x) * each, each, 0, 0, make_int4(0, 0, 0, 0)};
-    Place have = ask;
-    u32 sum = 0;
-    bool more = true;
-    for (int asked = 0, had = 0;;) {
-        while (asked < had + kStages && more && (more = ask.next())) {
-            const int4 item = table[ask.tile.y + ask.block];
-            const u32 stage = asked % kStages, on = barrier + 8 * stage, at = to + stage * kStage;
-            if (lane == 0)
-                asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(on),
-                             "r"(kStage)
-                             : "memory");
-            __syncwarp();
-            const u64 row = static_cast<u64>(item.y) * kSize + ask.sub * kDepth + lane;
-            load(at + lane * kRow, x + row * pitch + ask.tile.w % columns * kRow, kRow, on);
-            const u64 part = static_cast<u64>(item.x) * kSubs + ask.sub;
-            if (lane == 0) load(at + kOfX, values + part * kOfS, kOfS, on);
-            ++asked;
-        }
-        if (had == asked) break;
-        const u32 stage = had % kStages;
-        wait(barrier + 8 * stage, had / kStages & 1);
-        have.next();
-        sum += *reinterpret_cast<const u32 *>(memory + stage * kStage + lane * kRow);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
-        ++had;
-        if (have.block == have.tile.z - 1 && have.sub == kSubs - 1) {
-            for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-            if (lane == 0) out[have.tile.x * columns + have.tile.w % columns] = sum;
-            sum = 0;
-        }
+        const int row = (tile.x % lines) * kSize + 64 * group + row16 + lane / 4;
+        const int column = tile.w % across * kAcross + group_n * kWide;
+        const i64 matrix = static_cast<i64>(tile.w / across) * entries + tile.x / lines;
+        u16 *to = static_cast<u16 *>(out) + (matrix * rows + row) * width;
+#pragma unroll
+        for (int j = 0; j < kWide / 8; j += 4)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int at = column + 8 * (j + lane % 4);
+                if (row + 8 * h < rows && at < width)
+                    __stcs(reinterpret_cast<uint4 *>(to + 8 * h * width + at),
+                           make_uint4(sum, sum, sum, sum));
+            }
     }
 }
 """
 
 
-def options(size: int, cut: Cut) -> tuple[str, ...]:
-    """What ``READS`` is compiled with, for blocks of this size and the product's own cut."""
-    constants = {"SIZE": size, "ACROSS": cut.across, "STAGES": cut.right}
-    return "-std=c++17", *(f"-DMG_{name}={value}" for name, value in constants.items())
+def moves_source() -> str:
+    """CUDA text of ``moves_alone``: the product itself, with other consumers.
+
+    Its arguments, rings, barriers and producer are thus the product's own, whatever they become.
+    """
+    entry, consumers = "spmm_block_sm90(const", "        float acc[kWide / 2];"
+    text = source("spmm_block_sm90")
+    if text.count(entry) != 1 or text.count(consumers) != 1:
+        raise ValueError(f"spmm_block_sm90.cu no longer has {entry!r} and {consumers!r} once each")
+    return text.partition(consumers)[0].replace(entry, "moves_alone(const") + CONSUMERS
 
 
-def _shared(size: int, cut: Cut) -> int:
-    """Dynamic shared memory of a CTA, bytes: stages of 32 inner positions."""
-    return cut.right * 64 * (cut.across + size)
+def compiled(size: int, dtype: torch.dtype, cut: Cut) -> tuple[bytes, str]:
+    """Cubin and log of ``moves_alone``, compiled as the product is for these blocks and this x."""
+    wanted = spmm_request(size, dtype, cut, False, False)
+    flags = [*options(wanted, "90a"), f"-I{nvrtc.header_folder()}"]
+    return nvrtc.compile_source(moves_source(), "moves_alone.cu", flags)
 
 
 @functools.cache
-def _reads(size: int, cut: Cut) -> Any:
+def _moves(size: int, dtype: torch.dtype, cut: Cut) -> Any:
     """The kernel."""
     import cupy
 
-    made = cupy.RawKernel(READS, "reads_alone", options=options(size, cut), backend="nvrtc")
-    made.max_dynamic_shared_size_bytes = _shared(size, cut)
+    image, _ = compiled(size, dtype, cut)
+    # CuPy keeps modules by path.
+    path = cache_folder() / f"moves_alone-{hashlib.sha256(image).hexdigest()[:32]}.cubin"
+    path.write_bytes(image)
+    made = cupy.RawModule(path=str(path)).get_function("moves_alone")
+    made.max_dynamic_shared_size_bytes = cut.shared(size)
     return made
 
 
@@ -144,33 +130,72 @@ def copy(count: int) -> Alone:
     return lambda: to.copy_(given)[:1], lambda: given[:1]
 
 
-def reads(weight: mg.SparseTensor, x: Tensor) -> Alone:
-    """Reads what ``spmm`` reads of a block weight and of x, mostly from L2."""
+def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
+    """Reads and writes all that ``spmm`` of a block weight and x does, and multiplies nothing.
+
+    The same copies by the same CTAs in the same order, mostly from L2; for sm_90a.
+
+    Args:
+        weight: (rows, inner), one matrix in full blocks of 64 or 128, of x's dtype.
+        x: (inner, width), float16 or bfloat16, rows 16-byte aligned, width % 8 == 0.
+
+    Returns:
+        The call and what it returns: int32 (rows, width / 2) as ``tile_words`` says.
+    """
     layout = weight.layout
-    assert isinstance(layout, BlockLayout)
-    size, cut = layout.size, tile(layout.size, x.shape[1])
-    columns, lines = x.shape[1] // cut.across, layout.shape[0] // size
-    table, records = cuda_block.part(layout).tensors[10:12]
-    tiles = walks(records, columns, 1, facts(x.device.index).multiprocessors)
-    out = torch.zeros(lines, columns, dtype=torch.int32, device="cuda")
+    assert isinstance(layout, BlockLayout) and layout.entries == 1
+    size, rows, width = layout.size, layout.shape[0], x.shape[1]
+    cut, part = tile(size, width), cuda_block.part(layout)
+    masks, used = part.tensors[6:8]
+    table, records = part.tensors[10:12]
+    across = -(-width // cut.across)
+    tiles = walks(records, across, 1, facts(x.device.index).multiprocessors if cut.alone else 0)
+    # What no call has written is no sum, and no small error either.
+    out = torch.full((rows, width // 2), 0x55555555, dtype=torch.int32, device=x.device)
 
     def call() -> Tensor:
-        given = (weight.values.data_ptr(), table.data_ptr(), tiles.data_ptr())
         arguments = (
-            x.data_ptr(), np.uint64(x.stride(0) * 2), *given, np.int32(tiles.shape[1]),
-            np.int32(columns), out.data_ptr(),
-        )  # fmt: skip
-        launched(_reads(size, cut), (tiles.shape[0],), 32, arguments, _shared(size, cut))
+            values_map(weight.values.view(1, -1), part.starts[0], size, len(table)),
+            operand_map(x[None, None], cut.depth),
+            table.data_ptr(),
+            tiles.data_ptr(),
+            np.int32(tiles.shape[1]),
+            masks.data_ptr(),
+            used.data_ptr(),
+            np.int32(len(records)),
+            np.int32(1),
+            np.int32(across),
+            np.float32(1),
+            out.data_ptr(),
+            np.int32(rows),
+            np.int32(width),
+            np.int32(0),
+        )
+        run = _moves(size, x.dtype, cut)
+        launched(run, (tiles.shape[0],), cut.threads(size), arguments, cut.shared(size))
         return out
 
-    return call, lambda: first_words(layout, x, cut.across)
+    return call, lambda: tile_words(layout, x, cut.across)
 
 
-def first_words(layout: BlockLayout, x: Tensor, across: int) -> Tensor:
-    """Int64 (block rows, column tiles): sums of x's words at the start of each row of a tile."""
-    size, columns = layout.size, x.shape[1] // across
-    words = x.view(torch.int32)[:, :: across // 2].double().view(-1, size, columns).sum(1)
-    kept = torch.zeros(layout.shape[0] // size, len(words), dtype=torch.float64, device=x.device)
+def tile_words(layout: BlockLayout, x: Tensor, across: int) -> Tensor:
+    """Every word of an output tile is the sum of x's words at the start of each row it needs.
+
+    Args:
+        layout: (rows, inner) in blocks, one entry.
+        x: (inner, width), two bytes an element.
+        across: columns of a tile, which is as high as a block.
+
+    Returns:
+        int32 (rows, width / 2), sums as 32 bits hold them.
+    """
+    size, (rows, _), width = layout.size, layout.shape, x.shape[1]
+    words = x.view(torch.int32)[:, :: across // 2].double()
+    words = pad(words, (0, 0, 0, -len(words) % size)).view(-1, size, words.shape[1]).sum(1)
+    kept = words.new_zeros(layout.block_shape)
     line = torch.repeat_interleave(layout.block_offsets.long().diff())
     kept[line, layout.block_columns.long()] = 1
-    return wrapped((kept @ words).long())
+    # Whole numbers below 2⁵³ are exact in float64, in any order.
+    sums = wrapped((kept @ words).long()).to(torch.int32)
+    tall = sums.repeat_interleave(size, 0)[:rows]
+    return tall.repeat_interleave(across // 2, 1)[:, : width // 2]

@@ -22,30 +22,45 @@ from mixgrain.primitives.cuda import parts
 from .measure import host_us, intervals, kernels
 from .work import COPY_BYTES, Work, host_row, random
 
-# A process that has run another kernel, then calls this one for the first time.
+# A first call of this text's process, between two looks at the clock.
 FIRST = """
 import time, torch
 import mixgrain as mg
 from mixgrain import patterns as P
+{before}
+torch.cuda.synchronize()
+begin = time.perf_counter()
+{call}
+torch.cuda.synchronize()
+print((time.perf_counter() - begin) * 1e3)
+"""
+# A kernel after another has run; attention before anything of ours has, CuPy and plans included.
+FIRST_SPMM = FIRST.format(
+    before="""
 layout = P.window(64).to_layout("block", 1024, 1024, device="cuda")
 values = torch.ones(layout.slots, device="cuda", dtype=torch.float16)
 x = torch.ones(1024, 64, device="cuda", dtype=torch.float16)
 mg.sddmm(x, x, layout)
-torch.cuda.synchronize()
-begin = time.perf_counter()
-mg.spmm(mg.SparseTensor(layout, values), x)
-torch.cuda.synchronize()
-print((time.perf_counter() - begin) * 1e3)
-"""
+""",
+    call="mg.spmm(mg.SparseTensor(layout, values), x)",
+)
+FIRST_ATTEND = FIRST.format(
+    before='q = torch.randn(1, 16, 4096, 128, device="cuda", dtype=torch.bfloat16)',
+    call='mg.attend(q, q, q, P.longformer(256, range(64)), impl="fused")',
+)
 
 
-def _first_use() -> tuple[float, float]:
-    """Milliseconds of a first call that compiles its kernel, and of one that finds it on disk."""
+def _first_use(text: str) -> tuple[float, float]:
+    """Milliseconds of a first call that compiles its kernels, and of one that finds them on disk.
+
+    Args:
+        text: of a process that prints the milliseconds of its call.
+    """
     with tempfile.TemporaryDirectory() as folder:
         given = {**os.environ, "MIXGRAIN_CACHE_DIR": folder}
         made = [
             subprocess.run(
-                [sys.executable, "-c", FIRST], env=given, check=True, capture_output=True, text=True
+                [sys.executable, "-c", text], env=given, check=True, capture_output=True, text=True
             )
             for _ in range(2)
         ]
@@ -88,9 +103,11 @@ def launch() -> list[dict[str, Any]]:
     row = _row("each further kernel: backward of sddmm", backward, backward_floor, 6, None)
     row["floor"] = "the same for an autograd.Function whose gradients are a torch.add each"
     rows.append(row)
-    cold, disk = _first_use()
+    cold, disk = _first_use(FIRST_SPMM)
     rows.append(_row("first use, compiled: spmm", cold * 1e3, floor, 2e6, None))
     rows.append(_row("first use, from disk: spmm", disk * 1e3, floor, 2e4, None))
+    cold, _ = _first_use(FIRST_ATTEND)
+    rows.append(_row("first use, compiled: attend, fused", cold * 1e3, floor, 3e6, None))
     return rows
 
 

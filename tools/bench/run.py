@@ -105,8 +105,8 @@ def run(ids: list[str], out: Path | None) -> int:
         UnsupportedError: an id that does not exist.
         BackendUnavailableError: there is no GPU.
     """
-    # Host times before anything starts a profiler.
-    works = sorted(chosen(ids), key=lambda work: work[0] not in ("launch", "plan"))
+    # Host times before anything starts a profiler, as the rows of `launch` do at their end.
+    works = sorted(chosen(ids), key=lambda work: {"plan": 0, "launch": 1}.get(work[0], 2))
     if not torch.cuda.is_available():
         raise BackendUnavailableError("bench: a CUDA GPU is needed, torch finds none here")
     rows: list[dict[str, Any]] = []
