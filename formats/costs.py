@@ -30,6 +30,7 @@ class Costs:
         element_bytes: bytes of a value.
         slot_passes: how often a stored slot travels to or from memory.
         head_dim: D of the products, where the caller of the split does not know it.
+        row_seconds: what a row that holds single entries costs beside its bytes.
     """
 
     dense_flops: float
@@ -40,6 +41,7 @@ class Costs:
     element_bytes: int = 2
     slot_passes: float = 2.0
     head_dim: int = 64
+    row_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -108,7 +110,8 @@ class Costs:
     def entry_rows_seconds(self, rows: int | float, D: int | None = None) -> float:
         """What rows that hold single entries pay: q read, a float32 partial written and merged."""
         D = self.head_dim if D is None else D
-        return rows * (D * self.element_bytes + 2 * (4 * D + 4)) / self.copy_bytes
+        moved = D * self.element_bytes + 2 * (4 * D + 4)
+        return rows * (moved / self.copy_bytes + self.row_seconds)
 
     def slots_seconds(self, slots: int) -> float:
         """Moving stored slots to and from memory."""

@@ -7,7 +7,7 @@ entries for the others.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,6 +98,39 @@ def share(cells: Cells, frame: Frame, size: int, costs: Costs, allowed: bool) ->
         row, col, index, words,
         panel_row, panel_cols, column[used] % frame.nk, bits,
         entry_row[single][order], entry_col[single][order], saved,
+    )  # fmt: skip
+
+
+def without_few_blocks(shares: list[Share], frame: Frame, size: int, costs: Costs) -> list[Share]:
+    """Masked blocks as entries, too, where there are entries and one more part costs more.
+
+    Args:
+        shares: what all chunks of a pattern become.
+        frame: the rectangle.
+        size: side of a block.
+        costs: rates.
+    """
+    most = int(costs.launch_seconds / costs.entries_seconds(1))
+    blocks = sum(s.row.numel() for s in shares)
+    if not 0 < blocks <= most or not any(s.entry_row.numel() for s in shares):
+        return shares
+    some = [s for s in shares if s.row.numel()]
+    if any(bool((s.index < 0).any()) for s in some):
+        return shares
+    kept = sum(int(count(s.words)[s.index.long()].sum()) for s in some)
+    return shares if kept > most else [_loose(s, frame, size) for s in shares]
+
+
+def _loose(share: Share, frame: Frame, size: int) -> Share:
+    if not share.row.numel():
+        return share
+    block, r, c = positions(share.words[share.index.long()], size)
+    row = torch.cat([share.entry_row, share.row[block] * size + r])
+    col = torch.cat([share.entry_col.long(), share.col.long()[block] * size + c])
+    order = torch.argsort(row * frame.nk + col)
+    return replace(
+        share, row=share.row[:0], col=share.col[:0], index=share.index[:0], words=share.words[:0],
+        entry_row=row[order], entry_col=col[order].to(share.entry_col.dtype),
     )  # fmt: skip
 
 

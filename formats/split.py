@@ -27,7 +27,7 @@ from .costs import Costs
 from .entries import pack_bits
 from .errors import LayoutError
 from .layout import Layout
-from .leftovers import Share, share, sparse_limit
+from .leftovers import Share, share, sparse_limit, without_few_blocks
 from .mixed import MixedLayout
 from .panel import PanelLayout
 from .panel_tools import arrays_of, mask_table
@@ -183,6 +183,8 @@ def _pieces(flat: Pattern, frame: Frame, size: int, costs: Costs, mixed: bool) -
     shares, saved = _shares(core, frame, size, extra, costs, mixed)
     if mixed and 0 < saved < costs.launch_seconds:
         shares, _ = _shares(core, frame, size, extra, costs, False)
+    if mixed:
+        shares = without_few_blocks(shares, frame, size, costs)
     panels = _shared_panels(panel_queries, panel_keys, frame)
     panels += [p for s in shares if (p := _private_panels(s, frame, size)) is not None]
     return Pieces(_gather_blocks(shares, frame, size), panels, _gather_rest(shares, frame))

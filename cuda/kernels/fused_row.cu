@@ -206,9 +206,14 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, MG_CTAS)
                 round(kSteps, 0, true);
         } else {
             int base = 0;
-            if (!kKeep)
-                for (; base + kKeys <= job.count; base += kKeys) round(kSteps, base, false);
-            for (; base < job.count; base += kKeys) round(kSteps, base, true);
+            for (; base + kKeys <= job.count; base += kKeys) round(kSteps, base, kKeep);
+            // A step without keys costs what others do: half of them if they hold all that is left.
+            if (base < job.count) {
+                if (job.count - base <= kKeys / 2)
+                    round(kSteps / 2, base, true);
+                else
+                    round(kSteps, base, true);
+            }
         }
 
         // 4. Groups add up. Lanes kTurn … of a group repeat the first ones' keys.

@@ -13,6 +13,7 @@ import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.attention.cuda import forward as cuda_forward
 from mixgrain.attention.cuda.cells import PACKED, register_words
+from mixgrain.attention.cuda.choice import split_costs
 from mixgrain.attention.cuda.plan import Work, build, count_work, unpack
 from mixgrain.formats.costs import Costs
 from mixgrain.formats.mixed import MixedLayout
@@ -244,3 +245,21 @@ def test_the_whole_forward_around_the_kernels(on_cpu, name, heads) -> None:
     assert o.stride() == right.stride() or o.stride()[1] == 24
     torch.testing.assert_close(o, right, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(lse, logs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scattered", "d", "kinds"),
+    [
+        (P.random(0.001, 0), 64, ["row"]),
+        (P.random(0.005, 0), 64, ["row"]),
+        (P.random(0.005, 0), 128, ["row"]),
+        (P.random(0.02, 0), 64, ["block"]),
+        (P.blocks(bernoulli(64, 64, 0.05, 0), 16), 64, ["block"]),
+        (P.blocks(bernoulli(64, 64, 0.05, 0), 16), 128, ["block"]),
+    ],
+)
+def test_scattered_positions_become_what_was_measured_to_be_fastest(scattered, d, kinds) -> None:
+    """Of 4096² on an H200, µs for 16 heads: blocks 185, rows 28, 106; gathered columns 126, 439."""
+    n = 1024 if "blocks" in repr(scattered) else 4096
+    layout = scattered.to_layout("mixed", n, n, device="cpu", costs=split_costs(d))
+    assert [part.kind for part in layout.parts] == kinds

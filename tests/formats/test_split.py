@@ -68,6 +68,26 @@ def _check_quickly(layout, mask) -> None:
     assert layout.nnz == int(mask.sum())
 
 
+# As of the fused kernels: scores never travel, a gathered column is dear, and so is one more part.
+FUSED = {"private_panel_factor": 5.6, "slot_passes": 0.0, "row_seconds": 3e-10}
+
+
+def test_a_few_blocks_join_the_entries() -> None:
+    n = 4096
+    pattern = P.random(0.006, 0)
+    dear, free = (Costs(3.7e14, 4.2e12, 7e12, launch_seconds=t, **FUSED) for t in (3e-6, 0.0))
+    mixed, alone = (to_layout(pattern, "mixed", n, n, costs=c) for c in (free, dear))
+    assert [part.kind for part in mixed.parts] == ["block", "row"]
+    assert [part.kind for part in alone.parts] == ["row"]
+    assert mixed.nnz == alone.nnz == alone.parts[0].nnz
+    assert torch.equal(alone.mask(), pattern.dense(n, n)[None, None])
+    # What fills its block stays one.
+    filled = torch.zeros(64, 64, dtype=torch.bool)
+    filled[3, 5] = True
+    both = to_layout(pattern | P.blocks(filled, 64), "mixed", n, n, costs=dear)
+    assert "block" in [part.kind for part in both.parts]
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_block_size(name: str, size: int) -> None:
