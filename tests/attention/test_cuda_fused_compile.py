@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mixgrain.attention.cuda import kernel, warm
 from mixgrain.attention.cuda.merge import merge_request
 from mixgrain.attention.cuda.planner import requests as planning
 from mixgrain.attention.cuda.row import row_request
@@ -11,6 +12,7 @@ from mixgrain.attention.cuda.warm import requests as common
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import pretending
 from mixgrain.cuda.errors import MissingError
 
 try:
@@ -43,6 +45,26 @@ def test_the_common_ones_are_of_every_file(arch) -> None:
     plans = {one.name for one in planning()} | {"plan_walk"}
     always = {"gather_rows", "fused_merge", "fused_row"} | plans
     assert {one.name for one in common(arch)} == always | units
+
+
+@pytest.mark.parametrize("arch", service.ARCHITECTURES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_first_call_compiles_its_kernels_side_by_side(arch, masked, monkeypatch) -> None:
+    together = []
+    monkeypatch.setattr(warm, "build_all", lambda wanted, threads: together.append(list(wanted)))
+    warm.compile_together.cache_clear()
+    with pretending(arch):
+        for _ in range(2):
+            warm.compile_together(0, BRAIN, 80, masked)
+    warm.compile_together.cache_clear()
+    (wanted,) = together  # once a process
+    names = [one.name for one, _ in wanted]
+    assert len(set(names)) == len(names) and {of for _, of in wanted} == {arch}
+    units = "fused_sm90" if arch == "90a" else "fused_mma"
+    plans = {one.name for one in planning()} | {"plan_walk"}
+    assert set(names) == {"gather_rows", "fused_merge", units} | plans
+    if arch == "90a":
+        assert (kernel.fused_request(BRAIN, kernel.cut(80), masked), arch) in wanted
 
 
 @pytest.mark.parametrize("arch", service.ARCHITECTURES)
