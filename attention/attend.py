@@ -24,6 +24,8 @@ from .cpu import stride_order
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import plan as plan_on_cuda
 from .cuda.planner import plan_pattern
+from .dense import Dense, dense
+from .dense import chosen as torchs
 from .eager import find, learn, run, signature
 from .plan import Plan, plan, plan_nm
 
@@ -99,10 +101,11 @@ def attend(
         return_lse: return the log-sum-exp, too.
         impl: "fused" one pass with online softmax, O(N · D) memory (on CUDA without gradients for
             now, and no float64); "composed" the three primitives, differentiable
-            twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses: "fused" where its
-            kernels take the call, which is also faster than torch's dense attention where that
-            computes the same (`fused-full-*`, `fused-causal-*` in benchmarks/h200.json), else
-            "composed". An explicit choice runs or raises.
+            twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses: torch's own
+            scaled_dot_product_attention where every query keeps the same keys, one after the other,
+            and torch is the faster (on CUDA as `dense-*` in benchmarks/h200.json say, and where a
+            gradient is asked for), else "fused" where its kernels take the call, else "composed".
+            An explicit choice runs or raises.
 
     Returns:
         o (B, Hq, Nq, Dv) in q's dtype and stride order; with return_lse also lse (B, Hq, Nq),
@@ -117,7 +120,8 @@ def attend(
     ``scale`` is given. A pattern of tensors is made outside the compiled function, and a change of
     such a tensor in place is not seen.
 
-    "fused" has first derivatives in reverse mode, "composed" those of any order in both modes.
+    "fused" and torch's have first derivatives in reverse mode, "composed" those of any order in
+    both modes. Torch's on CUDA repeat bit for bit under torch.use_deterministic_algorithms only.
 
     Raises:
         LayoutError: a pattern or layout that does not fit, or has no attention.
@@ -126,12 +130,12 @@ def attend(
         UnsupportedError: no kernel for this device, or an unknown ``impl``.
     """
     seen = signature(
-        q, k, v, pattern_or_layout, scale, key_mask, enable_gqa, sink_logits, impl
-    )  # fmt: skip
+        q, k, v, pattern_or_layout, scale, key_mask, enable_gqa, sink_logits, return_lse, impl
+    )
     again = None if seen is None else find(seen)
-    if again is not None and type(return_lse) is bool:
-        o, lse = run(again, q, k, v, key_mask, sink_logits)
-        return (o, lse) if return_lse else o
+    if again is not None:
+        o, found = run(again, q, k, v, key_mask, sink_logits)
+        return (o, found) if return_lse and found is not None else o
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     nq, nk = q.shape[2], k.shape[2]
@@ -140,32 +144,40 @@ def attend(
     sink = check_sink(sink_logits, q)
     enable_gqa = as_flag("attend", "enable_gqa", enable_gqa)
     return_lse = as_flag("attend", "return_lse", return_lse)
+    given = scale
     if scale is None:
         scale = 1.0 / math.sqrt(max(q.shape[3], 1))
     scale = as_number("attend", "scale", scale)
     chosen = choose_impl(impl, q.device)
+    if impl == "auto" and keep is None and sink is None and not return_lse:
+        handed = torchs(kept, q, k, v, scale)
+        if handed is not None:
+            if seen is not None:
+                learn(seen, Dense(given, handed))
+            return dense(q, k, v, given, handed)
     if chosen == "fused" and q.device.type == "cuda":
         chosen = _fused_or(impl, kept, q, k, v, sink)
     if chosen == "fused":
         from .ops import attention
 
-        made = plan_for(kept, nq, nk, q.device, max(q.shape[3], v.shape[3]), q.dtype)
-        o, lse = attention(q, k, v, keep, sink, float(scale), made.tensors, made.ints)
+        width, masked = max(q.shape[3], v.shape[3]), keep is not None
+        made = plan_for(kept, nq, nk, q.device, width, q.dtype, masked)
+        o, lse = attention(q, k, v, keep, sink, scale, made.tensors, made.ints)
         # While a graph is captured plans may be copies that live as long as the capture.
         if seen is not None and not torch.cuda.is_current_stream_capturing():
             from .cuda.forward import direct
 
-            learn(seen, direct(q, k, v, keep, sink, float(scale), made.tensors, made.ints))
+            learn(seen, direct(q, k, v, keep, sink, scale, made.tensors, made.ints))
     elif chosen == "composed":
         from .composed import attend_composed
 
         source = kept if isinstance(kept, NM) else static_layout(kept, nq, nk, q.device)
-        o, lse = attend_composed(q, k, v, source, float(scale), keep, sink)
+        o, lse = attend_composed(q, k, v, source, scale, keep, sink)
         o = in_stride_order(o, q)
     else:
         from .reference import attend_reference
 
-        o, lse = attend_reference(q, k, v, kept, float(scale), keep, sink)
+        o, lse = attend_reference(q, k, v, kept, scale, keep, sink)
         o = in_stride_order(o.to(q.dtype), q)
         lse = lse if q.dtype == torch.float64 else lse.float()
     return (o, lse) if return_lse else o
@@ -232,14 +244,18 @@ def plan_for(
     device: torch.device = _CPU,
     D: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    masked: bool = False,
 ) -> Plan | CudaPlan:
     """The fused plan of a pattern or layout; on CUDA also by what kernels take at once."""
     if device.type == "cuda":
         from .cuda.choice import groups, split_costs
 
         units = groups(device, dtype, D)
-
         if isinstance(kept, Pattern) and not torch.compiler.is_dynamo_compiling():
+            from .cuda.warm import compile_together
+
+            index = torch.cuda.current_device() if device.index is None else device.index
+            compile_together(index, dtype, D, masked)
             made = plan_pattern(kept, nq, nk, D, device, units)
             if made is not None:
                 return made

@@ -8,7 +8,7 @@ the prepared launches directly.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +20,18 @@ from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
 from mixgrain.primitives.eager import address, plain, tf32
 
-if TYPE_CHECKING:
-    from mixgrain.cuda.prepared import Prepared
+
+class Call(Protocol):
+    """A call of one signature: given tensors and their addresses, output and lse."""
+
+    def __call__(
+        self, given: list[Tensor], addresses: list[int], /
+    ) -> tuple[Tensor, Tensor | None]: ...
+
 
 # Patterns and layouts whose calls are kept, and signatures of each.
 POSITIONS, SIGNATURES = 128, 64
-_Calls = dict[Hashable, "Prepared"]
+_Calls = dict[Hashable, Call]
 _calls: LRU[_Calls] = LRU(POSITIONS)
 
 
@@ -50,18 +56,19 @@ def signature(
     key_mask: Tensor | None,
     enable_gqa: bool,
     sink_logits: Tensor | None,
+    return_lse: bool,
     impl: str,
 ) -> Signature | None:
     """The signature of a call; None where it has to go the long way. Arguments as of ``attend``."""
     if torch.compiler.is_dynamo_compiling() or not plain():
         return None
-    if type(impl) is not str or type(enable_gqa) is not bool:
+    if type(impl) is not str or type(enable_gqa) is not bool or type(return_lse) is not bool:
         return None
     if scale is not None and type(scale) not in (float, int):
         return None
     if q is None or k is None or v is None:
         return None
-    rest: list[Hashable] = [impl, scale, enable_gqa]
+    rest: list[Hashable] = [impl, scale, enable_gqa, return_lse]
     differentiable = torch.is_grad_enabled()
     for t in (q, k, v, key_mask, sink_logits):
         if t is None:
@@ -79,21 +86,21 @@ def signature(
     return None
 
 
-def find(seen: Signature) -> Prepared | None:
+def find(seen: Signature) -> Call | None:
     """The call of a signature, if it was kept."""
     calls = _calls.peek(seen.positions)
     return None if calls is None else calls.get(seen.rest)
 
 
 def run(
-    call: Prepared,
+    call: Call,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
     sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and lse of tensors of the call's signature.
+) -> tuple[Tensor, Tensor | None]:
+    """Output and lse of tensors of the call's signature; an lse that it does not ask for may lack.
 
     Raises:
         BackendUnavailableError: the driver refused a launch.
@@ -108,7 +115,7 @@ def run(
     return o, lse
 
 
-def learn(seen: Signature, call: Prepared | None) -> None:
+def learn(seen: Signature, call: Call | None) -> None:
     """Keep the call of a signature; None where its results need more than its launches."""
     if call is None:
         return

@@ -21,6 +21,7 @@ from .cuda.choice import WIDEST, groups, split_costs
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import count_work
 from .cuda.plan import plan as plan_on_cuda
+from .dense import choose
 from .plan import Plan, plan, plan_nm
 
 
@@ -52,7 +53,8 @@ class Explanation:
         shape: (nq, nk).
         lead: over how many (batch entries, heads) the pattern differs.
         head_dim: D that times are predicted for.
-        impl: what ``impl="auto"`` runs.
+        impl: what ``impl="auto"`` runs of a bfloat16 head without gradient, mask, sinks and lse;
+            "sdpa" is torch's scaled_dot_product_attention.
         why: the reason for it.
         kept: kept positions.
         density: kept positions over all.
@@ -104,8 +106,10 @@ class Explanation:
                 f"  computes {self.computed} scores in {self.steps} steps, {extra:.2f} for each "
                 f"kept one; its plan takes {self.plan_bytes} bytes"
             )
+        if self.impl == "sdpa":
+            return "\n".join([*lines, f"  predicted {_time(self.dense_seconds)}"])
         verdict = (
-            "dense is cheaper: use torch's scaled_dot_product_attention"
+            "dense attention, of every position, costs no more"
             if self.dense_is_cheaper
             else f"{self.dense_seconds / max(self.seconds, 1e-6):.3g} times faster than dense"
         )
@@ -150,10 +154,15 @@ def explain(
         )
     on_cuda = where.type == "cuda"
     split = split_costs(head_dim) if on_cuda else None
+    # Units without masks, as all of dense attention are, are faster than what splits reckon with.
+    rate = (costs or (Costs.h200() if on_cuda else Costs.cpu())).dense_flops
     costs = costs or split or Costs.cpu()
     impl = choose_impl("auto", where)
     if on_cuda and (isinstance(pattern_or_layout, NM) or head_dim > WIDEST):
         impl = "composed"
+    one = where, torch.bfloat16, (1, 1, 1)
+    if nq and nk and choose(pattern_or_layout, *one, nq, nk, head_dim) is not None:
+        impl = "sdpa"
     made: Plan | CudaPlan | None = None
     if isinstance(pattern_or_layout, NM):
         within = pattern_or_layout.within
@@ -188,10 +197,11 @@ def explain(
         "fused": "one pass over the kept tiles, O(N · D) memory, "
         + ("where no gradient is asked for" if on_cuda else "forward and backward"),
         "composed": "sddmm, softmax, spmm; no fused kernel exists for this on the device",
+        "sdpa": "torch's scaled_dot_product_attention; nothing is dropped, and it is the faster",
     }
     total = nq * nk * entries
     # Two products; a dense kernel keeps its scores in registers.
-    dense = 4 * nq * nk * head_dim / costs.dense_flops
+    dense = 4 * nq * nk * head_dim / rate
     work = _work(made)
     return Explanation(
         source=repr(pattern_or_layout),

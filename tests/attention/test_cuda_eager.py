@@ -1,5 +1,9 @@
 """The short way of attend on CUDA: what was seen before goes there, and means the same."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,6 +56,7 @@ def test_equal_calls_give_equal_bits(options, dtype, no_operator) -> None:
     if options in ("sink", "all"):
         given["sink_logits"] = torch.randn(H, device="cuda")
     first = mg.attend(q, k, v, SCATTERED, impl="fused", **given)
+    mg.attend(q, k, v, SCATTERED, impl="fused", **(given | {"return_lse": False}))
     no_operator()
     again = mg.attend(q, k, v, SCATTERED, impl="fused", **given)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -164,3 +169,29 @@ def test_tensors_that_are_not_what_they_look_like() -> None:
     for given in ((nested, k, v), (q, nested, v)):
         with pytest.raises(MixgrainError):
             mg.attend(*given, SCATTERED, impl="fused")
+
+
+FIRST = """
+import os, sys, torch
+import mixgrain as mg
+from mixgrain import patterns as P
+from mixgrain.attention.cuda.warm import compile_together
+masked = sys.argv[1] == "True"
+q = torch.randn(1, 2, 700, 80, device="cuda", dtype=torch.bfloat16)
+mask = torch.ones(1, 700, dtype=torch.bool, device="cuda") if masked else None
+compile_together(0, q.dtype, 80, masked)
+before = set(os.listdir(os.environ["MIXGRAIN_CACHE_DIR"]))
+mg.attend(q, q, q, P.longformer(90, range(64)), key_mask=mask, impl="fused")
+torch.cuda.synchronize()
+assert len(before) > 7 and set(os.listdir(os.environ["MIXGRAIN_CACHE_DIR"])) == before
+"""
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_first_call_compiles_nothing_after_the_others(masked, tmp_path) -> None:
+    """What is not compiled side by side is waited for alone."""
+    given = {**os.environ, "MIXGRAIN_CACHE_DIR": str(tmp_path)}
+    tmp_path.chmod(0o700)
+    command = [sys.executable, "-c", FIRST, str(masked)]
+    found = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr

@@ -13,16 +13,20 @@ def test_parts_add_up_to_the_pattern(name) -> None:
     pattern = PATTERNS[name](300, 400)
     found = mg.explain(pattern, 300, 400)
     assert found.kept == pattern.nnz(300, 400) == sum(part.kept for part in found.parts)
-    assert found.computed >= found.kept
+    if found.impl == "sdpa":
+        assert found.density == 1 and found.computed is None
+    else:
+        assert found.computed >= found.kept
     assert found.density == pytest.approx(pattern.density(300, 400))
     assert repr(pattern) in str(found) and "predicted" in str(found)
 
 
-def test_a_narrow_window_beats_dense_and_a_full_pattern_does_not() -> None:
+def test_a_narrow_window_beats_dense_and_a_wide_one_does_not() -> None:
     narrow = mg.explain(P.window(128), 8192, 8192)
     assert not narrow.dense_is_cheaper and "times faster than dense" in str(narrow)
     assert narrow.dense_seconds / narrow.seconds > 4
-    assert "dense is cheaper" in str(mg.explain(P.full(), 2048, 2048))
+    wide = mg.explain(P.window(1700), 2048, 2048)
+    assert wide.dense_is_cheaper and "costs no more" in str(wide)
 
 
 def test_scattered_global_tokens_become_panels() -> None:

@@ -17,6 +17,7 @@ from mixgrain.formats.layout import Layout
 from mixgrain.primitives.softmax import softmax_backward
 
 from . import alone, launching, planning
+from .dense import DENSE
 from .fused import FUSED
 from .graphs import GRAPHS
 from .measure import once_ms
@@ -43,7 +44,7 @@ def spmm_block(size: int, density: float, n: int = 4096) -> Work:
     peers = {"cuBLAS dense": lambda: dense @ x, "torch BSR": lambda: bsr @ x}
     oracles: dict[str, Callable[[], Tensor]] = {}
     if size >= 64 and hopper(x.device):
-        peers["reads alone"], oracles["reads alone"] = alone.reads(weight, x)
+        peers["moves alone"], oracles["moves alone"] = alone.moves(weight, x)
     return Work(
         id=f"spmm-block{size}-d{round(density * 100):02d}",
         ours=lambda: mg.spmm(weight, x),
@@ -293,6 +294,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "launch": launching.launch,
     "plan": planning.plan,
     **FUSED,
+    **DENSE,
     **GRAPHS,
     **PRUNED,
 }
