@@ -133,7 +133,7 @@ def speed_section(measured: dict[str, Any] | None) -> str:
         "rested and then run the call itself for a while; of `launch` and `plan`, host time of "
         f"repeated calls; {measured['device']}, "
         f"torch {measured['torch']}, CUDA {measured['cuda']}, CuPy {measured['cupy']}, mixgrain "
-        f"{measured['mixgrain']}. `moves alone` and copies and fills of as many bytes move what the "
+        f"{measured['mixgrain']}. `moves alone` and copies and fills of as many bytes move what a "
         "work has to move and compute nothing. The floors and errors stand in "
         "[benchmarks/h200.json](benchmarks/h200.json).",
     ]
