@@ -19,13 +19,12 @@ from mixgrain.formats.tracing import constant
 from mixgrain.primitives.checks import autocast
 from mixgrain.primitives.plans.plan import trust
 
+from . import dense
 from .arguments import IMPLS, check_kept, check_key_mask, check_sink, check_tensors
-from .cpu import stride_order
+from .cpu import in_stride_order
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import plan as plan_on_cuda
 from .cuda.planner import plan_pattern
-from .dense import Dense, dense
-from .dense import chosen as torchs
 from .eager import find, learn, run, signature
 from .plan import Plan, plan, plan_nm
 
@@ -101,10 +100,10 @@ def attend(
         return_lse: return the log-sum-exp, too.
         impl: "fused" one pass with online softmax, O(N · D) memory (on CUDA without gradients for
             now, and no float64); "composed" the three primitives, differentiable
-            twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses: torch's own
-            scaled_dot_product_attention where every query keeps the same keys, one after the other,
-            and torch is the faster (on CUDA as `dense-*` in benchmarks/h200.json say, and where a
-            gradient is asked for), else "fused" where its kernels take the call, else "composed".
+            twice; "reference" dense in float64, O(Nq · Nk); "auto" chooses: "fused" where its
+            kernels take the call, else "composed". On Hopper it hands eager calls to torch's own
+            attention where every query keeps the same keys, one after the other, no gradient is
+            asked for, and torch was measured to be the faster (`dense-*` in benchmarks/h200.json).
             An explicit choice runs or raises.
 
     Returns:
@@ -120,8 +119,7 @@ def attend(
     ``scale`` is given. A pattern of tensors is made outside the compiled function, and a change of
     such a tensor in place is not seen.
 
-    "fused" and torch's have first derivatives in reverse mode, "composed" those of any order in
-    both modes. Torch's on CUDA repeat bit for bit under torch.use_deterministic_algorithms only.
+    "fused" has first derivatives in reverse mode, "composed" those of any order in both modes.
 
     Raises:
         LayoutError: a pattern or layout that does not fit, or has no attention.
@@ -144,17 +142,16 @@ def attend(
     sink = check_sink(sink_logits, q)
     enable_gqa = as_flag("attend", "enable_gqa", enable_gqa)
     return_lse = as_flag("attend", "return_lse", return_lse)
-    given = scale
     if scale is None:
         scale = 1.0 / math.sqrt(max(q.shape[3], 1))
     scale = as_number("attend", "scale", scale)
     chosen = choose_impl(impl, q.device)
     if impl == "auto" and keep is None and sink is None and not return_lse:
-        handed = torchs(kept, q, k, v, scale)
+        handed = dense.handed_over(kept, q, k, v, scale)
         if handed is not None:
             if seen is not None:
-                learn(seen, Dense(given, handed))
-            return dense(q, k, v, given, handed)
+                learn(seen, dense.Call(scale, handed))
+            return dense.run(q, k, v, scale, handed)
     if chosen == "fused" and q.device.type == "cuda":
         chosen = _fused_or(impl, kept, q, k, v, sink)
     if chosen == "fused":
@@ -295,12 +292,6 @@ def _plan_cuda(layout: Layout, D: int, device: str, groups: int) -> CudaPlan:
 @constant
 def _plan_nm(nq: int, nk: int, n: int, m: int) -> Plan:
     return plan_nm(nq, nk, n, m)
-
-
-def in_stride_order(o: Tensor, q: Tensor) -> Tensor:
-    """The output with the order of strides that q has; itself if it has it."""
-    order, back = stride_order(q)
-    return o.permute(order).contiguous().permute(back)
 
 
 __all__ = ["attend", "choose_impl", "plan_for", "static_layout"]

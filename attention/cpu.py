@@ -58,6 +58,12 @@ def stride_order(x: Tensor) -> tuple[list[int], list[int]]:
     return order, [order.index(d) for d in range(x.dim())]
 
 
+def in_stride_order(o: Tensor, q: Tensor) -> Tensor:
+    """The output with the order of strides that q has; itself if it has it."""
+    order, back = stride_order(q)
+    return o.permute(order).contiguous().permute(back)
+
+
 def key_bias(keep: Tensor | None, nk: int, dtype: torch.dtype) -> Tensor:
     """(padded nk, 1): −inf behind the last key and at dropped keys, 0 elsewhere.
 

@@ -1,40 +1,28 @@
 """Torch's own attention for calls of which every query keeps the same keys, one after the other.
 
-Only those, where it is the faster: if a pattern drops positions within what torch computes, a NaN
-among their values reaches the rows beside them (``is_causal``), and anything but causality is a
-mask in memory. One query keeps such keys under causality and windows, too.
+Only those, on the devices where it was measured to be the faster: if a pattern drops positions
+within what torch computes, a NaN among their values reaches the rows beside them (``is_causal``),
+and anything but causality is a mask in memory. One query keeps such keys under windows, too.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.errors import CudaError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Frame, Pattern
-from mixgrain.formats.tracing import constant
 from mixgrain.primitives.eager import tf32
 
-from .cpu import stride_order
+from .cpu import in_stride_order
+from .cuda.choice import WIDEST
 
-# Torch's kernels in the order to try; none = torch's own order.
-Backends = tuple[SDPBackend, ...]
-CUDNN: Backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-# cuDNN compiles for every shape, 35 ms: not for a cache that grows with every call.
-FLASH: Backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
-WIDEST = 256
-# On CPUs torch is the faster for these, forward and backward; of float16 its backward is slower.
-CPU = (torch.bfloat16, torch.float32, torch.float64)
-CUDA = (torch.float16, torch.bfloat16, torch.float32)
 # One query: query heads, and bytes of K and V, from which on ours is faster by more than planning
 # every length of a cache costs. Of fewer heads torch's kernel splits the keys.
 HEADS, BYTES = 200, 256 << 20
@@ -46,32 +34,53 @@ class Handed(NamedTuple):
     Attributes:
         first: the first key.
         end: one past the last key.
-        backends: torch's kernels.
+        engine: which of torch's kernels: "flash", "cudnn" or "efficient".
     """
 
     first: int
     end: int
-    backends: Backends
+    engine: str
 
 
-def chosen(kept: Pattern | Layout, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Handed | None:
-    """What torch is given of a call without mask, sink and lse; None where ours is the faster.
+def handed_over(
+    kept: Pattern | Layout, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Handed | None:
+    """What torch is given of an eager call without mask, sink and lse; None where it is ours.
 
     Arguments as of ``attend``, checked.
     """
+    if torch.compiler.is_dynamo_compiling() or q.device.type != "cuda":
+        return None
     nq, nk, d = q.shape[2], k.shape[2], q.shape[3]
-    if not (q.numel() and nk and d == v.shape[3] and 0.0 < scale < math.inf):
+    if not (q.numel() and nk and d == v.shape[3]):
         return None
-    if not (q.stride(3) == k.stride(3) == v.stride(3) == 1):  # else torch stores every score
+    if not 0.0 < scale < math.inf or not all(_readable(t) for t in (q, k, v)):
         return None
-    if forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return None
-    lead = q.shape[0], q.shape[1], k.shape[1]
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return choose(kept, q.device, q.dtype, lead, nq, nk, d, asked)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return None
+    found = rule(kept, q.device, q.dtype, (q.shape[0], q.shape[1], k.shape[1]), nq, nk, d)
+    if found is not None and found.engine == "cudnn" and not _cudnn_takes(q, k, v):
+        return None
+    return found
 
 
-def choose(
+def _readable(t: Tensor) -> bool:
+    """Whether torch's kernels read rows where they lie, 16 bytes at once."""
+    places = (t.storage_offset(), *t.stride()[:3])
+    return t.stride(3) == 1 and all(n * t.element_size() % 16 == 0 for n in places)
+
+
+def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    grouped = q.shape[1] != k.shape[1]
+    asked = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, grouped)
+    return bool(torch.backends.cuda.can_use_cudnn_attention(asked))
+
+
+def rule(
     kept: Pattern | Layout,
     device: torch.device,
     dtype: torch.dtype,
@@ -79,9 +88,11 @@ def choose(
     nq: int,
     nk: int,
     d: int,
-    asked: bool = False,
 ) -> Handed | None:
-    """What torch is given if it computes what ``attend`` does, and faster; else None.
+    """What torch is given where it computes the same without gradients, and faster; else None.
+
+    Measured on Hopper only: ``dense-*`` in benchmarks/h200.json. Where torch's kernels win a few
+    microseconds, they cost more than that on the host: such calls are not handed over.
 
     Args:
         kept: the pattern or layout.
@@ -91,44 +102,25 @@ def choose(
         nq: queries, at least one.
         nk: keys, at least one.
         d: head dimension, of values, too.
-        asked: whether a gradient is asked for; on CUDA the fused kernels have none.
     """
-    if isinstance(kept, Layout):
+    if isinstance(kept, Layout) or device.type != "cuda" or d > WIDEST or d % 8:
         return None
-    known = {"cpu": CPU, "cuda": CUDA}.get(device.type, ())
-    if dtype not in known:
-        return None
-    # Where torch has no kernel it stores every score: of float32 in groups of heads, too.
-    grouped = dtype == torch.float32 and lead[1] != lead[2]
-    if device.type == "cuda" and (d > WIDEST or d % 8 or grouped):
+    if not _hopper(device.index):
         return None
     keys = same_keys(kept, nq, nk)
     if keys is None:
         return None
-    if asked or device.type == "cpu":
-        return Handed(*keys, ())
-    found = forward(device, dtype, lead, nq, keys[1] - keys[0], d)
-    return None if found is None else Handed(*keys, found)
-
-
-def forward(
-    device: torch.device, dtype: torch.dtype, lead: tuple[int, int, int], nq: int, nk: int, d: int
-) -> Backends | None:
-    """Torch's kernels if they are the faster without gradients; arguments as of ``choose``.
-
-    Measured: ``dense-*`` in benchmarks/h200.json. Where torch's kernels win a few microseconds,
-    they cost more than that on the host: such calls are not handed over.
-    """
-    batch, hq, hk = lead
-    if nq == 1 and dtype != torch.float32:
-        # Ours reads the keys once for each head of a group, and plans each length.
-        many = batch * hq > HEADS and 2 * batch * hk * nk * d * dtype.itemsize >= BYTES
-        return None if many and hq == hk and _hopper(device.index) else FLASH
-    if not _hopper(device.index):  # torch's kernels are made for each device, ours for this one
-        return ()
-    if dtype == torch.float32:  # torch's has no TF32
-        return () if d > 64 and not _tf32() else None
-    return CUDNN if d > 192 and min(nq, nk) >= 1024 else None
+    (batch, hq, hk), length = lead, keys[1] - keys[0]
+    if dtype == torch.float32:  # torch's kernel has neither TF32 nor groups of heads
+        return Handed(*keys, "efficient") if d > 64 and hq == hk and tf32() != "tf32" else None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if nq == 1:
+        # Ours reads the keys once for each head of a group, and plans each length. cuDNN compiles
+        # for every shape, 35 ms: not for a cache that grows with every call.
+        many = batch * hq > HEADS and 2 * batch * hk * length * d * dtype.itemsize >= BYTES
+        return None if many and hq == hk else Handed(*keys, "flash")
+    return Handed(*keys, "cudnn") if d > 192 and min(nq, length) >= 1024 else None
 
 
 def same_keys(kept: Pattern, nq: int, nk: int) -> tuple[int, int] | None:
@@ -136,7 +128,6 @@ def same_keys(kept: Pattern, nq: int, nk: int) -> tuple[int, int] | None:
 
     None also where that is not known at once.
     """
-    nq, nk = operator.index(nq), operator.index(nk)
     found = kept.cuts(Frame(nq, nk, torch.device("cpu"))) or []
     # Of the last row and of the first: where they agree, so do all between.
     spans = [
@@ -150,7 +141,6 @@ def same_keys(kept: Pattern, nq: int, nk: int) -> tuple[int, int] | None:
     return spans[0] if len(found) == len(spans) == 1 and spans[0][0] < spans[0][1] else None
 
 
-@constant
 def _hopper(index: int | None) -> bool:
     try:
         return facts(torch.cuda.current_device() if index is None else index).hopper
@@ -158,33 +148,32 @@ def _hopper(index: int | None) -> bool:
         return False
 
 
-@constant
-def _tf32() -> bool:
-    return tf32() == "tf32"
-
-
-class Dense:
+class Call:
     """Calls of one signature, as the short way of ``attend`` keeps them."""
 
-    def __init__(self, scale: float | None, handed: Handed) -> None:
+    def __init__(self, scale: float, handed: Handed) -> None:
         self.scale, self.handed = scale, handed
 
     def __call__(self, given: list[Tensor], addresses: list[int]) -> tuple[Tensor, None]:
         """The output of q, k and v; there is no lse."""
         q, k, v = given
-        return dense(q, k, v, self.scale, self.handed), None
+        return run(q, k, v, self.scale, self.handed), None
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None, handed: Handed) -> Tensor:
-    """Torch's attention of every query to some keys, in q's stride order."""
-    first, end, backends = handed
+def run(q: Tensor, k: Tensor, v: Tensor, scale: float, handed: Handed) -> Tensor:
+    """Torch's attention of every query to some keys, in q's stride order.
+
+    The operators themselves: the context manager that chooses among them sets flags of the whole
+    process, which other threads would see.
+    """
+    first, end, engine = handed
     if end - first < k.shape[2]:
         k, v = k[:, :, first:end], v[:, :, first:end]
-    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - not symbolic if traced
-    if backends:
-        with sdpa_kernel(list(backends), set_priority=True):
-            o = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    aten = torch.ops.aten
+    if engine == "flash":
+        o = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    elif engine == "cudnn":
+        o = aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
     else:
-        o = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    order, back = stride_order(q)
-    return o.permute(order).contiguous().permute(back)
+        o = aten._scaled_dot_product_efficient_attention(q, k, v, None, False, scale=scale)[0]
+    return in_stride_order(o, q)

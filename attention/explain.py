@@ -21,7 +21,7 @@ from .cuda.choice import WIDEST, groups, split_costs
 from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import count_work
 from .cuda.plan import plan as plan_on_cuda
-from .dense import choose
+from .dense import rule
 from .plan import Plan, plan, plan_nm
 
 
@@ -54,7 +54,7 @@ class Explanation:
         lead: over how many (batch entries, heads) the pattern differs.
         head_dim: D that times are predicted for.
         impl: what ``impl="auto"`` runs of a bfloat16 head without gradient, mask, sinks and lse;
-            "sdpa" is torch's scaled_dot_product_attention.
+            "sdpa" is torch's own attention.
         why: the reason for it.
         kept: kept positions.
         density: kept positions over all.
@@ -107,7 +107,7 @@ class Explanation:
                 f"kept one; its plan takes {self.plan_bytes} bytes"
             )
         if self.impl == "sdpa":
-            return "\n".join([*lines, f"  predicted {_time(self.dense_seconds)}"])
+            return "\n".join([*lines, f"  predicted {_time(self.seconds)}"])
         verdict = (
             "dense attention, of every position, costs no more"
             if self.dense_is_cheaper
@@ -160,8 +160,10 @@ def explain(
     impl = choose_impl("auto", where)
     if on_cuda and (isinstance(pattern_or_layout, NM) or head_dim > WIDEST):
         impl = "composed"
-    one = where, torch.bfloat16, (1, 1, 1)
-    if nq and nk and choose(pattern_or_layout, *one, nq, nk, head_dim) is not None:
+    handed = None
+    if nq and nk:
+        handed = rule(pattern_or_layout, where, torch.bfloat16, (1, 1, 1), nq, nk, head_dim)
+    if handed is not None:
         impl = "sdpa"
     made: Plan | CudaPlan | None = None
     if isinstance(pattern_or_layout, NM):
@@ -197,11 +199,15 @@ def explain(
         "fused": "one pass over the kept tiles, O(N · D) memory, "
         + ("where no gradient is asked for" if on_cuda else "forward and backward"),
         "composed": "sddmm, softmax, spmm; no fused kernel exists for this on the device",
-        "sdpa": "torch's scaled_dot_product_attention; nothing is dropped, and it is the faster",
+        "sdpa": "torch's attention; every query keeps the same keys, and it is the faster",
     }
     total = nq * nk * entries
     # Two products; a dense kernel keeps its scores in registers.
     dense = 4 * nq * nk * head_dim / rate
+    seconds = sum(part.seconds + costs.launch_seconds for part in parts)
+    if handed is not None:
+        length = handed.end - handed.first
+        seconds = 4 * nq * length * head_dim / rate * entries + costs.launch_seconds
     work = _work(made)
     return Explanation(
         source=repr(pattern_or_layout),
@@ -216,7 +222,7 @@ def explain(
         steps=work[0],
         computed=work[1],
         plan_bytes=work[2],
-        seconds=sum(part.seconds + costs.launch_seconds for part in parts),
+        seconds=seconds,
         dense_seconds=dense * entries + costs.launch_seconds,
     )
 

@@ -102,7 +102,7 @@ def share(cells: Cells, frame: Frame, size: int, costs: Costs, allowed: bool) ->
 
 
 def without_few_blocks(shares: list[Share], frame: Frame, size: int, costs: Costs) -> list[Share]:
-    """Masked blocks as entries, too, where there are entries and one more part costs more.
+    """Masked blocks as entries, too, where a part for them costs more than that.
 
     Args:
         shares: what all chunks of a pattern become.
@@ -110,27 +110,34 @@ def without_few_blocks(shares: list[Share], frame: Frame, size: int, costs: Cost
         size: side of a block.
         costs: rates.
     """
-    most = int(costs.launch_seconds / costs.entries_seconds(1))
-    blocks = sum(s.row.numel() for s in shares)
-    if not 0 < blocks <= most or not any(s.entry_row.numel() for s in shares):
+    seconds = sum(s.row.numel() for s in shares) * costs.block_seconds(size)
+    if not 0 < seconds <= costs.launch_seconds or not any(s.entry_row.numel() for s in shares):
         return shares
-    some = [s for s in shares if s.row.numel()]
-    if any(bool((s.index < 0).any()) for s in some):
+    if any(bool((s.index < 0).any()) for s in shares):
         return shares
-    kept = sum(int(count(s.words)[s.index.long()].sum()) for s in some)
-    return shares if kept > most else [_loose(s, frame, size) for s in shares]
+    made = [_loosened(s, frame, size) for s in shares]
+    before, after = (
+        sum(
+            costs.entries_seconds(s.entry_row.numel())
+            + costs.entry_rows_seconds(torch.unique(s.entry_row).numel())
+            for s in some
+        )
+        for some in (shares, made)
+    )
+    return made if after - before <= costs.launch_seconds + seconds else shares
 
 
-def _loose(share: Share, frame: Frame, size: int) -> Share:
-    if not share.row.numel():
-        return share
-    block, r, c = positions(share.words[share.index.long()], size)
-    row = torch.cat([share.entry_row, share.row[block] * size + r])
-    col = torch.cat([share.entry_col.long(), share.col.long()[block] * size + c])
+def _loosened(s: Share, frame: Frame, size: int) -> Share:
+    """Masked blocks as single entries among the others."""
+    if not s.row.numel():
+        return s
+    block, r, c = positions(s.words[s.index.long()], size)
+    row = torch.cat([s.entry_row, s.row[block] * size + r])
+    col = torch.cat([s.entry_col.long(), s.col.long()[block] * size + c])
     order = torch.argsort(row * frame.nk + col)
     return replace(
-        share, row=share.row[:0], col=share.col[:0], index=share.index[:0], words=share.words[:0],
-        entry_row=row[order], entry_col=col[order].to(share.entry_col.dtype),
+        s, row=s.row[:0], col=s.col[:0], index=s.index[:0], words=s.words[:0],
+        entry_row=row[order], entry_col=col[order].to(s.entry_col.dtype),
     )  # fmt: skip
 
 

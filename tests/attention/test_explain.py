@@ -13,10 +13,7 @@ def test_parts_add_up_to_the_pattern(name) -> None:
     pattern = PATTERNS[name](300, 400)
     found = mg.explain(pattern, 300, 400)
     assert found.kept == pattern.nnz(300, 400) == sum(part.kept for part in found.parts)
-    if found.impl == "sdpa":
-        assert found.density == 1 and found.computed is None
-    else:
-        assert found.computed >= found.kept
+    assert found.computed >= found.kept
     assert found.density == pytest.approx(pattern.density(300, 400))
     assert repr(pattern) in str(found) and "predicted" in str(found)
 

@@ -81,6 +81,9 @@ def test_a_few_blocks_join_the_entries() -> None:
     assert [part.kind for part in alone.parts] == ["row"]
     assert mixed.nnz == alone.nnz == alone.parts[0].nnz
     assert torch.equal(alone.mask(), pattern.dense(n, n)[None, None])
+    # Rows that held no entry before cost more than what a part of blocks does.
+    diagonal = to_layout(P.window(0) | P.random(1e-5, 0), "mixed", 65536, 65536, costs=dear)
+    assert diagonal.parts[0].kind == "block" and diagonal.parts[-1].nnz < 1000
     # What fills its block stays one.
     filled = torch.zeros(64, 64, dtype=torch.bool)
     filled[3, 5] = True
