@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import Literal, overload
@@ -252,7 +253,8 @@ def plan_for(
             from .cuda.warm import compile_together
 
             index = torch.cuda.current_device() if device.index is None else device.index
-            compile_together(index, dtype, D, masked)
+            with contextlib.suppress(OSError):  # said by whoever asks for a kernel
+                compile_together(index, dtype, D, masked)
             made = plan_pattern(kept, nq, nk, D, device, units)
             if made is not None:
                 return made

@@ -1,8 +1,8 @@
-"""The short way of attend: eager calls on CUDA whose signature was seen.
+"""The short way of attend: eager calls of the fused CUDA kernels whose signature was seen.
 
 As of ``primitives.eager``: the first call of a signature goes the long way, with every check and
 through the operator; the signature of an equal call proves what the checks would, and it goes to
-the prepared launches directly, or to torch's attention.
+the prepared launches directly.
 """
 
 from __future__ import annotations

@@ -34,21 +34,19 @@ def requests(arch: str) -> list[Request]:
     found = [request("gather_rows", {}), *planning(), walk_request()]
     for dtype in DTYPES:
         for width in WIDTHS:
-            found += _units(arch, SHARED_BYTES[arch], dtype, width, False, False)
+            found += _units(arch, dtype, width, False, False)
             pieces = width * dtype.itemsize // 16
             for few in (False, True):
                 found.append(row_request(dtype, pieces, pieces, False, False, few))
     return list(dict.fromkeys(found))
 
 
-def _units(
-    arch: str, most: int, dtype: torch.dtype, width: int, masked: bool, rounded: bool
-) -> list[Request]:
-    """What computes units, with so much shared memory, and merges what they leave."""
+def _units(arch: str, dtype: torch.dtype, width: int, masked: bool, rounded: bool) -> list[Request]:
+    """What computes units and merges what they leave."""
     if choice.UNIT_KERNELS[arch][dtype] == "sm90":
         units = kernel.fused_request(dtype, kernel.cut(width), masked)
     else:
-        how = mma.cut(dtype, width, rounded, most)
+        how = mma.cut(dtype, width, rounded, SHARED_BYTES[arch])
         units = mma.fused_request(dtype, how, rounded)
     return [merge_request(dtype, width), units]
 
@@ -57,7 +55,7 @@ def _units(
 def compile_together(index: int, dtype: torch.dtype, width: int, masked: bool) -> None:
     """Compile side by side what a call of units asks for one after the other.
 
-    What goes wrong is said by whoever asks for a kernel.
+    What is missing is said by whoever asks for a kernel.
 
     Args:
         index: torch's index of the device.
@@ -65,8 +63,8 @@ def compile_together(index: int, dtype: torch.dtype, width: int, masked: bool) -
         width: head dimension.
         masked: whether there is a mask of keys.
     """
-    have = facts(index)
+    arch = facts(index).arch
     wanted = [request("gather_rows", {}), *planning(), walk_request()]
-    wanted += _units(have.arch, have.shared_bytes, dtype, width, masked, tf32(dtype))
-    with contextlib.suppress(MissingError, OSError):
-        build_all([(each, have.arch) for each in wanted], THREADS)
+    wanted += _units(arch, dtype, width, masked, tf32(dtype))
+    with contextlib.suppress(MissingError):
+        build_all([(each, arch) for each in wanted], THREADS)
