@@ -133,8 +133,10 @@ def attend(
     )
     again = None if seen is None else find(seen)
     if again is not None:
-        o, found = run(again, q, k, v, key_mask, sink_logits)
+        o, found = run(*again, q, k, v, key_mask, sink_logits)
         return (o, found) if return_lse and found is not None else o
+    if seen is not None and seen.tensors() is None:
+        seen = None  # something watches, or tensors are not what they look like: nothing is learnt
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     nq, nk = q.shape[2], k.shape[2]

@@ -18,7 +18,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.errors import CudaError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Frame, Pattern
-from mixgrain.primitives.eager import tf32
+from mixgrain.primitives.lately import tf32
 
 from .cpu import in_stride_order
 from .cuda.choice import WIDEST

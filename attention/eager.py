@@ -18,7 +18,8 @@ from mixgrain.formats.cache import LRU
 from mixgrain.formats.errors import BackendUnavailableError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
-from mixgrain.primitives.eager import address, plain, tf32
+from mixgrain.primitives.lately import Signatures, tf32
+from mixgrain.primitives.looks import TENSORS, address, plain
 
 
 class Call(Protocol):
@@ -29,10 +30,9 @@ class Call(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-# Patterns and layouts whose calls are kept, and signatures of each.
-POSITIONS, SIGNATURES = 128, 64
-_Calls = dict[Hashable, Call]
-_calls: LRU[_Calls] = LRU(POSITIONS)
+# Patterns and layouts whose calls are kept.
+POSITIONS = 128
+_calls: LRU[Signatures[Call]] = LRU(POSITIONS)
 
 
 class Signature(NamedTuple):
@@ -40,11 +40,26 @@ class Signature(NamedTuple):
 
     Attributes:
         positions: the pattern or layout.
-        rest: everything else.
+        rest: what else is no tensor.
+        given: the tensors that there are.
     """
 
     positions: Hashable
     rest: tuple[Hashable, ...]
+    given: tuple[Tensor, ...]
+
+    def tensors(self) -> tuple[tuple[Hashable, ...], list[int]] | None:
+        """The part of the tensors, and their addresses; None: the long way."""
+        key: list[Hashable] = [self.rest]
+        pointers = []
+        for t in self.given:
+            if (at := address(t)) < 0 or not t.is_cuda:
+                return None
+            pointers.append(at)
+            key += (t.shape, t.stride(), t.dtype, at & 15, t.get_device())
+        if self.given[0].dtype is torch.float32:
+            key.append(tf32())
+        return tuple(key), pointers
 
 
 def signature(
@@ -62,38 +77,50 @@ def signature(
     """The signature of a call; None where it has to go the long way. Arguments as of ``attend``."""
     if torch.compiler.is_dynamo_compiling() or not plain():
         return None
+    if type(q) not in TENSORS or not q.is_cuda:
+        return None
     if type(impl) is not str or type(enable_gqa) is not bool or type(return_lse) is not bool:
         return None
     if scale is not None and type(scale) not in (float, int):
         return None
-    if q is None or k is None or v is None:
+    if k is None or v is None:
         return None
-    rest: list[Hashable] = [impl, scale, enable_gqa, return_lse]
-    differentiable = torch.is_grad_enabled()
-    for t in (q, k, v, key_mask, sink_logits):
-        if t is None:
-            rest.append(None)
-        elif (at := address(t)) < 0 or not t.is_cuda or (differentiable and t.requires_grad):
-            return None
-        else:
-            rest += (t.shape, t.stride(), t.dtype, at & 15, t.get_device())
-    if q.dtype is torch.float32:
-        rest.append(tf32())
+    given = [q, k, v]
+    if key_mask is not None:
+        given.append(key_mask)
+    if sink_logits is not None:
+        given.append(sink_logits)
+    if torch.is_grad_enabled():
+        for t in given:
+            if type(t) not in TENSORS or t.requires_grad:
+                return None
+    rest = impl, scale, enable_gqa, return_lse, key_mask is None, sink_logits is None
     if isinstance(kept, Pattern):
-        return Signature(kept.expression_key(), tuple(rest))
+        return Signature(kept.expression_key(), rest, tuple(given))
     if isinstance(kept, Layout):
-        return Signature((kept.key, kept._home), tuple(rest))
+        return Signature((kept.key, kept._home), rest, tuple(given))
     return None
 
 
-def find(seen: Signature) -> Call | None:
-    """The call of a signature, if it was kept."""
+def find(seen: Signature) -> tuple[Call, list[int]] | None:
+    """The call of a signature, if it was kept, and the addresses of its tensors."""
     calls = _calls.peek(seen.positions)
-    return None if calls is None else calls.get(seen.rest)
+    if calls is None:
+        return None
+    found = calls.lately.find(seen.given, seen.rest)
+    if found is not None:
+        return found
+    whole = seen.tensors()
+    call = None if whole is None else calls.get(whole[0])
+    if whole is None or call is None:
+        return None
+    calls.lately.keep(seen.given, whole[1], seen.rest, call)
+    return call, whole[1]
 
 
 def run(
     call: Call,
+    addresses: list[int],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -105,11 +132,13 @@ def run(
     Raises:
         BackendUnavailableError: the driver refused a launch.
     """
+    given = [q, k, v]
     if key_mask is not None:
-        key_mask = key_mask.expand(q.shape[0], k.shape[2])
-    given = [t for t in (q, k, v, key_mask, sink_logits) if t is not None]
+        given.append(key_mask.expand(q.shape[0], k.shape[2]))
+    if sink_logits is not None:
+        given.append(sink_logits)
     try:
-        o, lse = call(given, [t.data_ptr() for t in given])
+        o, lse = call(given, addresses)
     except CudaError as error:
         raise BackendUnavailableError(f"attend: {error}") from error
     return o, lse
@@ -117,9 +146,6 @@ def run(
 
 def learn(seen: Signature, call: Call | None) -> None:
     """Keep the call of a signature; None where its results need more than its launches."""
-    if call is None:
-        return
-    kept = _calls.get(seen.positions, dict)
-    if len(kept) >= SIGNATURES:
-        kept.clear()
-    kept[seen.rest] = call
+    whole = None if call is None else seen.tensors()
+    if call is not None and whole is not None:
+        _calls.get(seen.positions, Signatures).keep(whole[0], call)

@@ -12,8 +12,8 @@ from mixgrain.formats.row import RowLayout
 
 from .checks import check_fits
 from .dispatch import plan_for
-from .eager import plain, usable
 from .fold import expand, fold, fold_mask, free_shape, join_lead, unfold, unfold_vector
+from .looks import plain, usable
 
 
 def chained(

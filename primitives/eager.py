@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.cache import LRU
@@ -37,68 +36,57 @@ from .fold import (
     unfold_vector,
 )
 from .gradients import Work
+from .lately import Signatures, tf32
+from .looks import address, plain, usable
 from .plans.plan import Plan, trusted
 
 if TYPE_CHECKING:
     from mixgrain.cuda.prepared import Prepared
 
-_Signatures = dict[Hashable, "Call"]
-TENSORS = (Tensor, torch.nn.Parameter)
 LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout, NMLayout, TileLayout))
-# Layouts whose calls are kept, and signatures of each.
-LAYOUTS, SIGNATURES = 128, 64
+# Layouts whose calls are kept.
+LAYOUTS = 128
 
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
-_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
-_tracing: Callable[[], object] = torch._C._get_tracing_state
 _grad_enabled: Callable[[], bool] = torch.is_grad_enabled
 _FLOAT = torch.float32
-_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+_layouts: LRU[Signatures[Call]] = LRU(LAYOUTS)
 
 
-def plain() -> bool:
-    """Whether calls mean what they say: nothing that watches or changes operators is active."""
-    return not (
-        _function_modes()  # e.g. a default device, or someone's logging of torch functions
-        or _dispatch_modes()  # fake tensors, tracing by make_fx, flop counters
-        or _transforms()  # vmap, grad, jvp: tensors may be wrappers
-        or _tracing()  # torch.jit.trace
-        or _autocast()  # may cast the operators' inputs
-        or forward_ad._current_level >= 0  # tensors may carry tangents
-    )
-
-
-def usable(t: Any) -> bool:
-    """Whether a tensor is what it looks like: dense, on CUDA, no subclass, nothing lazy."""
-    return (
-        type(t) in TENSORS
-        and t.is_cuda
-        and t.layout is torch.strided
-        and not (t.is_neg() or t.is_nested or t._is_zerotensor() or _wrapped(t))
-    )
-
-
-def address(t: Any) -> int:
-    """Where a tensor begins, on any device, 0 if empty; −1 if it is not what it looks like."""
-    if type(t) not in TENSORS or t.is_neg() or t.is_nested:
-        return -1
-    try:
-        at: int = t.data_ptr()
-    except RuntimeError:  # sparse, or a wrapper that outlived its transform
-        return -1
-    return at if at or not t.numel() else -1  # zeros that were never written have no address
-
-
-_layouts: LRU[_Signatures] = LRU(LAYOUTS)
-
-
-def find(layout: Layout) -> _Signatures | None:
+def find(layout: Layout) -> Signatures[Call] | None:
     """The calls of a layout."""
     if type(layout) is not NMLayout:
         return _layouts.peek((layout.key, layout._home))  # `home` itself asks whether it is traced
     return _layouts.peek(_place(layout)) if trusted(layout) else None
+
+
+V = TypeVar("V")
+
+
+def look_up(
+    calls: Signatures[V],
+    given: Sequence[Any],
+    rest: Hashable,
+    key: Callable[[list[int]], Hashable],
+) -> tuple[V, list[int]] | None:
+    """A call that was made, but not lately, and the addresses of its tensors; None: the long way.
+
+    Args:
+        calls: of a layout.
+        given: the tensors.
+        rest: what else there is, as for ``Lately.find``.
+        key: the signature, from addresses.
+    """
+    if not plain():
+        return None
+    pointers = [address(t) for t in given]
+    if -1 in pointers:
+        return None
+    found = calls.get(key(pointers))
+    if found is None:
+        return None
+    calls.lately.keep(given, pointers, rest, found)
+    return found, pointers
 
 
 def _place(layout: Layout) -> Hashable:
@@ -313,46 +301,57 @@ class Backward:
 
     def __init__(self, term: Gradients) -> None:
         self._term = term
-        self._calls: _Signatures = {}
+        self._calls: Signatures[Call] = Signatures()
 
     def __call__(
         self, tensors: tuple[Tensor | None, ...], keep: Tensor | None, wanted: tuple[bool, ...]
     ) -> Sequence[Tensor | None]:
         """Gradients, None where not wanted; by the operators if they are to be differentiated."""
-        if torch.compiler.is_dynamo_compiling() or _grad_enabled() or not plain():
+        if torch.compiler.is_dynamo_compiling() or _grad_enabled():
             return self._through_operators(tensors, keep, wanted)
-        given, pointers = [], []
-        key: list[Hashable] = [wanted]
-        single = False
-        for t in (*tensors, keep):
-            if t is None:
-                key.append(None)
-            elif (pointer := address(t)) < 0:
-                return self._through_operators(tensors, keep, wanted)
-            else:
-                dtype = t.dtype
-                given.append(t)
-                pointers.append(pointer)
-                key += (
-                    t.shape, t.is_contiguous() or t.stride(), dtype, pointer & 15, t.get_device(),
-                )  # fmt: skip
-                single = single or dtype is _FLOAT
-        if single:
+        given = tuple([t for t in (*tensors, keep) if t is not None])
+        rest = wanted, keep is None, *[t is None for t in tensors]
+        seen = self._calls.lately.find(given, rest)
+        if seen is None:
+            seen = self._looked_up(tensors, keep, wanted, given, rest)
+        if seen is None:
+            return self._through_operators(tensors, keep, wanted)
+        call, pointers = seen
+        made = call.run(given, pointers)
+        if False not in wanted:
+            return made if isinstance(made, tuple) else (made,)
+        return _spread(made if isinstance(made, tuple) else (made,), wanted)
+
+    def _looked_up(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        keep: Tensor | None,
+        wanted: tuple[bool, ...],
+        given: tuple[Tensor, ...],
+        rest: Hashable,
+    ) -> tuple[Call, list[int]] | None:
+        """The call by its signature, made now if there is none; None: the operators."""
+        if not plain():
+            return None
+        pointers = [address(t) for t in given]
+        if -1 in pointers:
+            return None
+        key: list[Hashable] = [rest]
+        for t, at in zip(given, pointers, strict=True):
+            key += (t.shape, t.is_contiguous() or t.stride(), t.dtype, at & 15, t.get_device())
+        if any(t.dtype is _FLOAT for t in given):
             key.append(tf32())
         signature = tuple(key)
         call = self._calls.get(signature)
         if call is None:
             if not all(map(usable, given)):  # e.g. what a hook of saved tensors left on the CPU
-                return self._through_operators(tensors, keep, wanted)
+                return None
             call = self._term.of(wanted).prepare(tensors, keep)
-            if not torch.cuda.is_current_stream_capturing():
-                if len(self._calls) >= SIGNATURES:
-                    self._calls = {}
-                self._calls[signature] = call
-        made = call.run(tuple(given), pointers)
-        if False not in wanted:
-            return made if isinstance(made, tuple) else (made,)
-        return _spread(made if isinstance(made, tuple) else (made,), wanted)
+            if torch.cuda.is_current_stream_capturing():
+                return call, pointers
+            self._calls.keep(signature, call)
+        self._calls.lately.keep(given, pointers, rest, call)
+        return call, pointers
 
     def _through_operators(
         self, tensors: tuple[Tensor | None, ...], keep: Tensor | None, wanted: tuple[bool, ...]
@@ -364,11 +363,6 @@ def _spread(made: Sequence[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | N
     """What was made at the places where something was wanted."""
     rest = iter(made)
     return [next(rest) if want else None for want in wanted]
-
-
-def tf32() -> str:
-    """Torch's switch for float32 products; this reads whichever of its two was used."""
-    return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def learnable(*tensors: Tensor | None) -> bool:
@@ -389,12 +383,10 @@ def learn(
     keep: Tensor | None,
 ) -> Call:
     """Keep the call of a signature; it has to be ``learnable``."""
-    kept = _layouts.get(_place(layout), dict)
+    kept = _layouts.get(_place(layout), Signatures)
     call = kept.get(key)  # which may not be recorded, or of another NMLayout
     if call is None:
         with torch.no_grad():
             call = term.prepare(tensors, keep)
-        if len(kept) >= SIGNATURES:
-            kept.clear()
-        kept[key] = call
+        kept.keep(key, call)
     return call

@@ -23,17 +23,16 @@ from .eager import (
     Backward,
     Call,
     Term,
-    address,
     find,
     index_of,
     learn,
     learnable,
-    plain,
-    tf32,
+    look_up,
     without_index,
 )
 from .fold import free_shape
 from .gradients import KINDS, Work, gradients
+from .lately import tf32
 from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
@@ -125,15 +124,6 @@ def together(
     return tensors if keep is None else (*tensors, keep)
 
 
-def _with(pointers: list[int], index: Tensor | None, keep: Tensor | None) -> list[int] | None:
-    """Addresses together with those of metadata and a mask; None if one is not what it seems."""
-    if index is not None:
-        pointers.append(address(index))
-    if keep is not None:
-        pointers.append(address(keep))
-    return None if -1 in pointers else pointers
-
-
 def _index_key(index: Tensor) -> Any:
     """Of metadata; on which device it is, its layout says."""
     return index.shape, index.is_contiguous() or index.stride(), index.dtype, index.data_ptr() & 15
@@ -223,21 +213,23 @@ def sddmm(
         return None
     index = layout.metadata if type(layout) is NMLayout else None
     calls = find(layout)
-    if calls is None or not plain():
+    if calls is None:
         return None
-    a, b = address(q), address(k)
-    pointers = _with([a, b], index, keep)
-    if pointers is None:
+    given = together((q, k), index, keep)
+    rest = "sddmm", scale, out_dtype, index is None, keep is None
+    seen = calls.lately.find(given, rest)
+    if seen is None:
+        like = scale, index, keep, out_dtype
+        seen = look_up(calls, given, rest, lambda at: _sddmm_key(q, k, *like, at[0], at[1]))
+    if seen is None:
         return None
-    call = calls.get(_sddmm_key(q, k, scale, index, keep, out_dtype, a, b))
-    if call is None:
-        return None
+    call, pointers = seen
     if _grad_enabled() and (q.requires_grad or k.requires_grad):
         if call.backward is None:
             return None
         values = _apply_product(call, index, keep, pointers, q, k)
     else:
-        values = call.run(together((q, k), index, keep), pointers)
+        values = call.run(given, pointers)
     return sparse(layout, values, keep, False)
 
 
@@ -292,18 +284,19 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
         return None
     index = layout.metadata if type(layout) is NMLayout else None
     calls = find(layout)
-    if calls is None or not plain():
+    if calls is None:
         return None
-    a, b = address(values), address(x)
-    pointers = _with([a, b], index, keep)
-    if pointers is None:
+    given = together((values, x), index, keep)
+    rest = "spmm", s.keep_rows, index is None, keep is None
+    seen = calls.lately.find(given, rest)
+    if seen is None:
+        seen = look_up(calls, given, rest, lambda at: _spmm_key(s, x, index, at[0], at[1]))
+    if seen is None:
         return None
-    call = calls.get(_spmm_key(s, x, index, a, b))
-    if call is None:
-        return None
+    call, pointers = seen
     made: Tensor | None = None
     if not _grad_enabled() or not (values.requires_grad or x.requires_grad):
-        made = call.run(together((values, x), index, keep), pointers)
+        made = call.run(given, pointers)
     elif call.backward is not None:
         made = _apply_product(call, index, keep, pointers, values, x)
     return made
@@ -343,21 +336,23 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
         return None
     index = layout.metadata if type(layout) is NMLayout else None
     calls = find(layout)
-    if calls is None or not plain():
+    if calls is None:
         return None
-    a = address(values)
-    pointers = _with([a], index, keep)
-    if pointers is None:
+    given = together((values,), index, keep)
+    rest = "softmax", s.keep_rows, want_lse, out_dtype, index is None, keep is None
+    seen = calls.lately.find(given, rest)
+    if seen is None:
+        like = index, want_lse, out_dtype
+        seen = look_up(calls, given, rest, lambda at: _softmax_key(s, *like, at[0]))
+    if seen is None:
         return None
-    call = calls.get(_softmax_key(s, index, want_lse, out_dtype, a))
-    if call is None:
-        return None
+    call, pointers = seen
     if _grad_enabled() and values.requires_grad:
         if call.backward is None:
             return None
         made = _apply_softmax(call, index, keep, pointers, values)
     else:
-        made = call.run(together((values,), index, keep), pointers)
+        made = call.run(given, pointers)
     if want_lse:
         return sparse(layout, made[0], keep, s.keep_rows), made[1]
     return sparse(layout, made, keep, s.keep_rows)

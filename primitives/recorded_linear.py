@@ -23,16 +23,15 @@ from .eager import (
     LAYOUT_TYPES,
     Backward,
     Call,
-    address,
     find,
     index_of,
     learnable,
-    plain,
-    tf32,
+    look_up,
     without_index,
 )
 from .eager import learn as learn_call
 from .fold import fold_mask
+from .lately import tf32
 from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
@@ -161,26 +160,28 @@ def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple([t for t in tensors if t is not None])
 
 
-def _signature(tensors: tuple[Tensor | None, ...], rest: Hashable) -> tuple[Any, list[int]] | None:
-    """All that checks and launch code look at, and the addresses; None: the long way.
+def _signature(
+    tensors: tuple[Tensor | None, ...], pointers: Sequence[int], rest: Hashable
+) -> Hashable:
+    """All that checks and launch code look at.
 
     Args:
-        tensors: x, then whatever else the call is given.
+        tensors: values, x, then whatever else the call is given.
+        pointers: addresses of those that there are.
         rest: what is no tensor.
     """
     key: list[Hashable] = [rest]
-    pointers: list[int] = []
+    at = iter(pointers)
     for t in tensors:
         if t is None:
             key.append(None)
-        elif (at := address(t)) < 0:
-            return None
         else:
-            pointers.append(at)
-            key += (t.shape, t.is_contiguous() or t.stride(), t.dtype, at & 15, t.get_device())
+            key += (
+                t.shape, t.is_contiguous() or t.stride(), t.dtype, next(at) & 15, t.get_device(),
+            )  # fmt: skip
     if cast(Tensor, tensors[1]).dtype is _FLOAT:
         key.append(tf32())
-    return tuple(key), pointers
+    return tuple(key)
 
 
 def linear(x: Any, w: Any, bias: Any, activation: Any) -> Tensor | None:
@@ -199,19 +200,22 @@ def linear(x: Any, w: Any, bias: Any, activation: Any) -> Tensor | None:
     if type(layout) not in LAYOUT_TYPES or x is None or values is None:
         return None
     calls = find(layout)
-    if calls is None or not plain():
+    if calls is None:
         return None
     index = layout.metadata if type(layout) is NMLayout else None
-    rest = ("linear", w.keep_rows, activation)
-    seen = _signature((values, x, bias, index, keep), rest)
+    given = _given(values, x, bias, index, keep)
+    kind = "linear", w.keep_rows, activation
+    rest = kind, bias is None, index is None, keep is None
+    seen = calls.lately.find(given, rest)
+    if seen is None:
+        like = values, x, bias, index, keep
+        seen = look_up(calls, given, rest, lambda at: _signature(like, at, kind))
     if seen is None:
         return None
-    call = calls.get(seen[0])
-    if call is None:
-        return None
+    call, pointers = seen
     if _records(values, x, bias):
-        return cast(Tensor, _apply(call, index, keep, seen[1], values, x, bias))
-    return cast(Tensor, call.run(_given(values, x, bias, index, keep), seen[1]))
+        return cast(Tensor, _apply(call, index, keep, pointers, values, x, bias))
+    return cast(Tensor, call.run(given, pointers))
 
 
 def _records(values: Tensor, x: Tensor, bias: Tensor | None) -> bool:
@@ -232,11 +236,11 @@ def learn(
         made = learn(x, w, bias, None, plan)
         return None if made is None else ACTIVATIONS[activation](made)
     given = (w.values, x, bias, index_of(layout))
-    seen = _signature((*given, w.keep), ("linear", w.keep_rows, activation))
-    if seen is None:
-        return None
+    tensors = (*given, w.keep)
+    pointers = [t.data_ptr() for t in tensors if t is not None]
+    key = _signature(tensors, pointers, ("linear", w.keep_rows, activation))
     layer = Layer(without_index(layout, plan)[1], w.keep_rows, activation)
-    call = learn_call(layout, seen[0], layer, given, w.keep)
+    call = learn_call(layout, key, layer, given, w.keep)
     if call.backward is None and activation is None:
         dtype = x.dtype if bias is None else bias.dtype
         call.backward = Backward(LayerGradients(layer, dtype))

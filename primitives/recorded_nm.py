@@ -20,16 +20,15 @@ from mixgrain.formats.sparse import SparseTensor
 
 from .eager import (
     LAYOUTS,
-    SIGNATURES,
     Backward,
     Call,
     Term,
-    address,
     learnable,
-    plain,
-    tf32,
+    look_up,
 )
 from .gradients import KINDS, Work, gradients
+from .lately import Signatures, tf32
+from .looks import plain
 from .plans.plan import Plan, trust
 
 _grad_enabled = torch.is_grad_enabled
@@ -50,7 +49,7 @@ class _Choice(NamedTuple):
     fields: dict[str, Any]
 
 
-_choices: LRU[dict[Hashable, _Choice]] = LRU(LAYOUTS)
+_choices: LRU[Signatures[_Choice]] = LRU(LAYOUTS)
 
 
 class _Context(torch.autograd.function.FunctionCtx):
@@ -118,27 +117,29 @@ def sddmm(
     # Other numbers are checked the long way; a scale of 0 and one of −0 are equal keys.
     if type(scale) not in _NUMBERS or not scale or not plain():
         return None
-    pointers = [address(q), address(k)]
-    if keep is not None:
-        pointers.append(address(keep))
-    if -1 in pointers:
-        return None
     if out_dtype is not None and type(out_dtype) is not torch.dtype:
         return None
     choices = _choices.peek(_place(pattern))
     if choices is None:
         return None
-    dtype = q.dtype if out_dtype is None else out_dtype
-    found = choices.get(_key(q, k, scale, keep, dtype, pointers))
-    if found is None:
+    given = (q, k) if keep is None else (q, k, keep)
+    rest = scale, out_dtype, keep is None
+    seen = choices.lately.find(given, rest)
+    if seen is None:
+        kind = out_dtype
+        seen = look_up(
+            choices, given, rest, lambda at: _key(q, k, scale, keep, kind or q.dtype, at)
+        )
+    if seen is None:
         return None
+    found, pointers = seen
     call = found.call
     if _grad_enabled() and (q.requires_grad or k.requires_grad):
         if call.backward is None:
             return None
         values, metadata = _apply(call, keep, pointers, q, k)
     else:
-        values, metadata = call.run((q, k) if keep is None else (q, k, keep), pointers)
+        values, metadata = call.run(given, pointers)
     layout = _new(NMLayout)
     layout.__dict__.update(found.fields, metadata=metadata, key=next_key())
     trust(layout)
@@ -175,7 +176,7 @@ def learn(
     if place is None or type(scale) not in _NUMBERS or not scale or not learnable(q, k, keep):
         return None
     pointers = [t.data_ptr() for t in (q, k, keep) if t is not None]
-    choices, key = _choices.get(place, dict), _key(q, k, scale, keep, dtype, pointers)
+    choices, key = _choices.get(place, Signatures), _key(q, k, scale, keep, dtype, pointers)
     if key in choices:  # may not be recorded, or this would not be asked
         return None
     work = Work("prune", (0, 1), (float(scale), dtype), ("values", "index"))
@@ -188,7 +189,5 @@ def learn(
         call.backward = Backward(term._replace(works=works, kinds=kinds))
     fields = {name: value for name, value in vars(blank).items() if name not in ("metadata", "key")}
     fields["_home"] = q.device
-    if len(choices) >= SIGNATURES:
-        choices.clear()
-    choices[key] = _Choice(call, fields)
+    choices.keep(key, _Choice(call, fields))
     return sddmm(q, k, pattern, scale, keep, dtype)

@@ -30,6 +30,8 @@ SOURCES = (
     "attention/cuda/*.py",
     "attention/eager.py",
     "primitives/eager.py",
+    "primitives/lately.py",
+    "primitives/looks.py",
     "primitives/recorded.py",
     "primitives/recorded_linear.py",
     "primitives/recorded_nm.py",

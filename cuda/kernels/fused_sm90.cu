@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     __shared__ Info all_infos[kStreams][kQueries];
     // What each warpgroup has to do with a stage's unit.
     __shared__ int4 marks[kStreams][kStages];
-    const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const bool consumes = warp < kConsumers / 32;
     const int stream = consumes ? warp / (4 * kGroups) : warp % kStreams;
     const u32 q_at = ((shared_address(raw) + 1023) & ~1023u) + stream * kStream;

@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32)
     const u32 full = shared_address(barriers), empty = full + 8 * kStages, q_full = empty + 8 * kStages;
 
     const int first = chunks[blockIdx.x].x, count = chunks[blockIdx.x].y, matrix = blockIdx.y;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
@@ -76,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32)
 
     const int group = warp / 4, quad = lane / 4, pair = lane % 4, row16 = (warp % 4) * 16;
     const u32 mine = out_at + group * kPanel;
+    const u64 queries = wgmma_descriptor(q_at + group * kPanel, 1), keys = wgmma_descriptor(k_at, 1);
     barrier_wait(q_full, 0);
 
     int mask = items[first].mask, upcoming = -1;
@@ -89,23 +90,31 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32)
 #pragma unroll
         for (int p = 0; p < kDepth; ++p)
 #pragma unroll
-            for (int kk = 0; kk < 4; ++kk) {
-                const u32 a = q_at + p * kSize * 128 + group * kPanel + kk * 32;
-                const u32 b = k_at + stage * kBytesK + p * kPanel + kk * 32;
-                Wgmma<64>::ss<0, 0>(acc, wgmma_descriptor(a, 1), wgmma_descriptor(b, 1), p + kk > 0);
-            }
+            for (int kk = 0; kk < 4; ++kk)
+                Wgmma<64>::ss<0, 0>(acc, queries + ((p * kSize * 128 + kk * 32) >> 4),
+                                    keys + ((stage * kBytesK + p * kPanel + kk * 32) >> 4), p + kk > 0);
         wgmma_commit();
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(empty + 8 * stage);
 
+        const bool whole = mask < 0;
         u64 low = ~0ull, high = ~0ull;
-        if (mask >= 0) {
+        if (!whole) {
             const int row = 64 * group + row16 + quad;
             const u8 *bits = masks + (static_cast<i64>(mask) * kSize + row) * (kSize / 8) + 8 * half;
             low = *reinterpret_cast<const u64 *>(bits);
             high = *reinterpret_cast<const u64 *>(bits + kSize);  // eight rows on
         }
         if (half == kGroups - 1) mask = upcoming;
+#pragma unroll
+        for (int at = 0; at < 32; ++at) acc[at] *= scale;
+        if (!whole) {
+#pragma unroll
+            for (int at = 0; at < 32; ++at) {
+                const u32 live = static_cast<u32>((at & 2 ? high : low) >> (at / 4 * 8 + 2 * pair));
+                acc[at] = live >> (at % 2) & 1 ? acc[at] : 0.f;
+            }
+        }
         // The last store must have read this warpgroup's shared memory.
         if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
         named_barrier(1 + group, 128);
@@ -114,10 +123,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32)
             u32 packed[4];
 #pragma unroll
             for (int h = 0; h < 4; ++h) {  // columns 16j + 8(h / 2), rows +8(h % 2)
-                const int at = 8 * j + 4 * (h / 2) + 2 * (h % 2), column = 16 * j + 8 * (h / 2);
-                const u32 live = static_cast<u32>((h % 2 ? high : low) >> (column + 2 * pair));
-                packed[h] = pack2<operand_t>((live & 1) ? acc[at] * scale : 0.f,
-                                             (live & 2) ? acc[at + 1] * scale : 0.f);
+                const int at = 8 * j + 4 * (h / 2) + 2 * (h % 2);
+                packed[h] = pack2<operand_t>(acc[at], acc[at + 1]);
             }
             const int m = lane / 8, row = row16 + 8 * (m % 2) + lane % 8;
             stmatrix4(swizzled(mine, row, 2 * j + m / 2), packed[0], packed[1], packed[2], packed[3]);

@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
     const u32 q_at = base, k_at = base + kBytesQ, out_at = k_at + kStages * kBytesK;
     __shared__ alignas(8) u64 barriers[2 * kStages + 1];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages, q_full = empty + 8 * kStages;
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
 
     const int matrix = blockIdx.x / pieces, piece = blockIdx.x % pieces;
     const int f = matrix / reps, rep = matrix % reps;

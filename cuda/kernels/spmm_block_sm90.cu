@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     __shared__ alignas(8) u64 barriers[2 * (kStagesA + kStagesB)];
     const u32 full_a = shared_address(barriers), empty_a = full_a + 8 * kStagesA;
     const u32 full_b = empty_a + 8 * kStagesA, empty_b = full_b + 8 * kStagesB;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
 
     // The first tile is asked for while the barriers are made.
     Walk walk(tiles, each);
@@ -121,6 +121,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     int a = 0, b = 0;
     u32 parity_a = 0, parity_b = 0;
 
+    const u64 left_desc = wgmma_descriptor(ring_a + group * kPanelA, kPanelA);
+    const u64 right_desc = wgmma_descriptor(ring_b + group_n * (kWide / 64) * kPanelB, kPanelB);
     while (walk.next(tile)) {
         float acc[kWide / 2];
 #pragma unroll
@@ -165,9 +167,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
 #pragma unroll
                 for (int kk = 0; kk < kDepth / 16; ++kk)
                     Wgmma<kWide>::template ss<kTransposed, 1>(
-                        acc,
-                        wgmma_descriptor(left + group * kPanelA + (sub * kDepth / 16 + kk) * (kTransposed ? 2048 : 32), kPanelA),
-                        wgmma_descriptor(right + group_n * (kWide / 64) * kPanelB + kk * 2048, kPanelB), 1);
+                        acc, left_desc + ((a * kStageA + (sub * kDepth / 16 + kk) * (kTransposed ? 2048 : 32)) >> 4),
+                        right_desc + ((b * kStageB + kk * 2048) >> 4), 1);
                 wgmma_commit();
                 // The product before this one is done, and what it read is free.
                 wgmma_wait<1>();

@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     __shared__ alignas(8) u64 barriers[2 * kStages];
     __shared__ alignas(8) int2 coming[kFillers][kPiece];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
 
     if (threadIdx.x == kConsumers) tma_prefetch(x_map);
     if (threadIdx.x == 0) {
@@ -176,6 +176,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
 
     if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
     const int group = warp / 4;
+    const u64 left = wgmma_descriptor(ring + group * kPanel, kPanel), right = wgmma_descriptor(ring + kLeft, kPanel);
     int stage = 0;
     u32 parity = 0;
     Walk walk(tiles, each);
@@ -187,13 +188,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         u32 held = 0;  // barrier of the stage that the product in flight reads
 #pragma unroll 1
         for (int i = 0; i < tile.z; ++i) {
-            const u32 left = ring + stage * kStage + group * kPanel, right = ring + stage * kStage + kLeft;
             barrier_wait(full + 8 * stage, parity);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                Wgmma<kWide>::template ss<0, 1>(acc, wgmma_descriptor(left + k * 32, kPanel),
-                                                wgmma_descriptor(right + k * 2048, kPanel), 1);
+                Wgmma<kWide>::template ss<0, 1>(acc, left + ((stage * kStage + k * 32) >> 4),
+                                                right + ((stage * kStage + k * 2048) >> 4), 1);
             wgmma_commit();
             // The product before this one is done, and what it read is free.
             wgmma_wait<1>();

@@ -72,7 +72,7 @@ __launch_bounds__(kConsumers + 128, 1)
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const u32 rank = kCluster > 1 ? cluster_rank() : 0;
     const Tiles tiles{down, across, band};
     const int steps = (inner + kColumns - 1) / kColumns;

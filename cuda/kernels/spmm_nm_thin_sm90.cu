@@ -42,7 +42,7 @@ __launch_bounds__(kConsumers + 32)
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const int rank = blockIdx.x % kSplit, row = blockIdx.x / kSplit * kRows;
     const int matrix = blockIdx.y / across, column = blockIdx.y % across * kWide;
     const int steps = (inner + kColumns - 1) / kColumns;

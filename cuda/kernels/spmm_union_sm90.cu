@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
     __shared__ alignas(8) int2 block_ahead[kAhead][32];
     __shared__ int mask_of[kStages][kSlots][kLines];  // −1 = full or absent
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32;
 
     // The first tile is asked for while the barriers are made.
     Walk walk(tiles, each);

@@ -11,6 +11,7 @@ import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.attention import eager, ops
 from mixgrain.formats.errors import LayoutError, MixgrainError, ShapeError, UnsupportedError
+from mixgrain.primitives.lately import SIGNATURES
 
 pytestmark = pytest.mark.gpu
 
@@ -151,10 +152,10 @@ def test_capture_of_what_was_seen(no_operator) -> None:
 
 
 def test_caches_are_bounded_and_cleared() -> None:
-    for n in range(1, eager.SIGNATURES + 8):
+    for n in range(1, SIGNATURES + 8):
         q, k, v = inputs(n)
         mg.attend(q, k, v, P.causal(), impl="fused")
-    assert max(len(calls) for calls in eager._calls._values.values()) <= eager.SIGNATURES
+    assert max(len(calls) for calls in eager._calls._values.values()) <= SIGNATURES
     mg.clear_caches()
     assert len(eager._calls) == 0
 

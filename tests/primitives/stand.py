@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.formats.cache import clear_caches
-from mixgrain.primitives import cuda, eager
+from mixgrain.primitives import cuda, eager, looks
 from mixgrain.primitives.activations import ACTIVATIONS, CODES
 from mixgrain.primitives.cpu import sddmm as cpu_sddmm
 from mixgrain.primitives.cpu import spmm as cpu_spmm
@@ -122,7 +122,7 @@ def finish(sums, bias, tokens, dtype, activation):
 
 def usable(t):
     """As of eager, on the CPU."""
-    if type(t) not in eager.TENSORS or t.layout is not torch.strided:
+    if type(t) not in looks.TENSORS or t.layout is not torch.strided:
         return False
     return not (t.is_neg() or t.is_nested or t._is_zerotensor())
 

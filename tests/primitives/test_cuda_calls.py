@@ -10,7 +10,7 @@ import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.formats.errors import BackendUnavailableError, DtypeError, ShapeError
 from mixgrain.formats.sparse import SparseTensor
-from mixgrain.primitives import eager
+from mixgrain.primitives import eager, lately
 from mixgrain.primitives.cuda import parts
 from mixgrain.primitives.softmax import softmax_backward
 from mixgrain.tools.bench.measure import host_us
@@ -343,10 +343,10 @@ def test_caches_are_bounded_and_cleared():
         other = P.window(n).to_layout("block", 64, 64, device="cuda")
         mg.sddmm(q[:64], q[:64], other)
     assert len(eager._layouts) <= eager.LAYOUTS
-    for width in range(8, 8 * (eager.SIGNATURES + 20), 8):
+    for width in range(8, 8 * (lately.SIGNATURES + 20), 8):
         wide = torch.zeros(N, width, device="cuda", dtype=torch.float16)
         mg.spmm(SparseTensor(layouts[0], right), wide)
-    assert max(len(calls) for calls in eager._layouts._values.values()) <= eager.SIGNATURES
+    assert max(len(calls) for calls in eager._layouts._values.values()) <= lately.SIGNATURES
     mg.clear_caches()
     assert len(eager._layouts) == 0
     assert torch.equal(mg.sddmm(q, q, layouts[0]).values, right)

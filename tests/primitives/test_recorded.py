@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.errors import DtypeError
 from mixgrain.formats.sparse import SparseTensor
-from mixgrain.primitives import eager, ops
+from mixgrain.primitives import eager, lately, looks, ops
 from mixgrain.primitives.sddmm import sddmm
 from mixgrain.primitives.softmax import softmax
 from mixgrain.primitives.spmm import spmm
@@ -296,32 +296,32 @@ def test_caches_are_bounded_and_cleared(runs):
     assert runs.prepared == eager.LAYOUTS + 4
     spmm(kept[-1], x)
     assert runs.prepared == eager.LAYOUTS + 4
-    for width in range(1, eager.SIGNATURES + 5):
+    for width in range(1, lately.SIGNATURES + 5):
         spmm(kept[-1], x[:, :1].expand(28, width).contiguous())
-    assert max(map(len, eager._layouts._values.values())) <= eager.SIGNATURES
+    assert max(map(len, eager._layouts._values.values())) <= lately.SIGNATURES
     clear_caches()
     assert len(eager._layouts) == 0
 
 
 def test_conditions_are_those_of_torch():
-    assert eager.plain()
+    assert looks.plain()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not eager.plain()
+        assert not looks.plain()
     with torch.autograd.forward_ad.dual_level():
-        assert not eager.plain()
+        assert not looks.plain()
     with torch.device("cpu"):
-        assert not eager.plain()
-    assert eager.plain()
-    assert not eager.usable(torch.zeros(2))  # not on CUDA
+        assert not looks.plain()
+    assert looks.plain()
+    assert not looks.usable(torch.zeros(2))  # not on CUDA
     assert isinstance(ops, types.ModuleType)
-    assert list(itertools.islice(eager.TENSORS, 2)) == [Tensor, torch.nn.Parameter]
+    assert list(itertools.islice(looks.TENSORS, 2)) == [Tensor, torch.nn.Parameter]
 
 
 def test_addresses_are_of_what_tensors_look_like() -> None:
     t = torch.arange(6.0)
-    assert eager.address(t) == t.data_ptr() and eager.address(t[1:]) == t[1:].data_ptr()
-    assert eager.address(torch.nn.Parameter(t)) == t.data_ptr()
-    assert eager.address(torch.zeros(0)) == 0
+    assert looks.address(t) == t.data_ptr() and looks.address(t[1:]) == t[1:].data_ptr()
+    assert looks.address(torch.nn.Parameter(t)) == t.data_ptr()
+    assert looks.address(torch.zeros(0)) == 0
     wrapped = []
     torch.func.grad(lambda x: (wrapped.append(x), x.sum())[1])(t)
 
@@ -333,4 +333,4 @@ def test_addresses_are_of_what_tensors_look_like() -> None:
         torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), wrapped[0],
         torch.nested.nested_tensor([t, t[1:]]),
     ):  # fmt: skip
-        assert eager.address(other) == -1
+        assert looks.address(other) == -1

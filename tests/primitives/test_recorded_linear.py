@@ -13,7 +13,7 @@ from mixgrain.formats.errors import DtypeError, ShapeError, UnsupportedError
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.formats.tile import TileLayout
-from mixgrain.primitives import eager
+from mixgrain.primitives import eager, lately
 from mixgrain.primitives.activations import ACTIVATIONS
 from mixgrain.primitives.cuda import launch_code, tokens
 from mixgrain.primitives.cuda.calls import describe
@@ -281,9 +281,9 @@ def test_a_layer_trains_and_moves(runs):
 
 def test_caches_are_bounded(runs):
     w = weight("row")
-    for n in range(1, eager.SIGNATURES + 5):
+    for n in range(1, lately.SIGNATURES + 5):
         linear(drawn(n, IN), w)
-    assert max(map(len, eager._layouts._values.values())) <= eager.SIGNATURES
+    assert max(map(len, eager._layouts._values.values())) <= lately.SIGNATURES
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from mixgrain.formats import patterns as P
 from mixgrain.formats.errors import DtypeError, LayoutError
 from mixgrain.formats.nm import NMLayout
-from mixgrain.primitives import recorded_nm
+from mixgrain.primitives import lately, recorded_nm
 from mixgrain.primitives.sddmm import sddmm
 from mixgrain.primitives.softmax import softmax
 from mixgrain.primitives.spmm import spmm
@@ -166,8 +166,8 @@ def test_caches_are_bounded_and_cleared(runs):
     from mixgrain.formats.cache import clear_caches
 
     q, k, _ = (t.detach() for t in operands(()))
-    for n in range(1, recorded_nm.SIGNATURES + 5):
+    for n in range(1, lately.SIGNATURES + 5):
         sddmm(q[:, :1].expand(NQ, n).contiguous(), k[:, :1].expand(NK, n).contiguous(), P.nm(2, 4))
-    assert max(map(len, recorded_nm._choices._values.values())) <= recorded_nm.SIGNATURES
+    assert max(map(len, recorded_nm._choices._values.values())) <= lately.SIGNATURES
     clear_caches()
     assert len(recorded_nm._choices) == 0
