@@ -20,7 +20,7 @@ from mixgrain.formats.tracing import constant
 from mixgrain.primitives.checks import autocast
 from mixgrain.primitives.plans.plan import trust
 
-from . import dense
+from . import dense, folded
 from .arguments import IMPLS, check_kept, check_key_mask, check_sink, check_tensors
 from .cpu import in_stride_order
 from .cuda.plan import Plan as CudaPlan
@@ -157,6 +157,13 @@ def attend(
             return dense.run(q, k, v, scale, handed)
     if chosen == "fused" and q.device.type == "cuda":
         chosen = _fused_or(impl, kept, q, k, v, sink)
+        keys = folded.shared_keys(kept, q, k, v, sink) if chosen == "fused" else None
+        if keys is not None:
+            call = folded.Call(attend, keys, scale, return_lse)
+            if seen is not None and not torch.cuda.is_current_stream_capturing():
+                learn(seen, call)
+            o, lse = call([q, k, v] if keep is None else [q, k, v, keep], [])
+            return o if lse is None else (o, lse)
     if chosen == "fused":
         from .ops import attention
 

@@ -15,8 +15,7 @@
 #define MG_WGMMA_TYPE "bf16.bf16"
 #endif
 
-// This thread's warp, which the compiler then knows to be the same for all lanes: descriptors that depend on it
-// are made by the uniform datapath, not lane by lane between two products.
+// This thread's warp, known to be the same for all lanes: descriptors are then made by the uniform datapath.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0); }
 
 __device__ __forceinline__ void wgmma_fence() {
