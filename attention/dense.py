@@ -116,8 +116,8 @@ def rule(
     if dtype not in (torch.float16, torch.bfloat16):
         return None
     if nq == 1:
-        # Ours reads the keys once for each head of a group, and plans each length. cuDNN compiles
-        # for every shape, 35 ms: not for a cache that grows with every call.
+        # Ours plans each length, and takes a group's heads by reshaping them. cuDNN compiles for
+        # every shape, 35 ms: not for a cache that grows with every call.
         many = batch * hq > HEADS and 2 * batch * hk * length * d * dtype.itemsize >= BYTES
         return None if many and hq == hk else Handed(*keys, "flash")
     return Handed(*keys, "cudnn") if d > 192 and min(nq, length) >= 1024 else None
