@@ -5,14 +5,17 @@ import torch
 
 import mixgrain as mg
 from mixgrain import patterns as P
-from mixgrain.attention import dense, folded
+from mixgrain.attention import folded
+from mixgrain.attention.attend import static_layout
+from mixgrain.attention.cuda.choice import split_costs
+from mixgrain.attention.cuda.plan import plan, unpack
 
 GPU = pytest.mark.gpu
 PATTERNS = {
     "causal": P.causal(),
     "full": P.full(),
-    "window": P.causal() & P.window(100),
-    "one key": P.window(0, 0),
+    "wide window": P.causal() & P.window(2000),
+    "first keys": P.sinks(100),
 }
 
 
@@ -42,7 +45,8 @@ def test_a_group_is_a_head_of_more_queries(pattern, masked, order):
     if order == "queries first":
         q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     mask = mask_of(333) if masked else None
-    keys = dense.same_keys(pattern, 1, 333)
+    keys = folded.shared_keys(pattern, q, k, v, None)
+    assert keys == (100 if pattern is PATTERNS["first keys"] else 333)
     call = folded.Call(mg.attend, keys, 1 / 8, True)
     o, lse = call([q, k, v] if mask is None else [q, k, v, mask], [])
     expected, sums = right(q, k, v, pattern, mask)
@@ -64,17 +68,32 @@ OTHERS = {
     "scattered keys": lambda q, k, v: (P.random(0.5, 0), q, k, v, None),
     "gradients": lambda q, k, v: (P.full(), q, k.requires_grad_(), v, None),
     "a layout": lambda q, k, v: (P.full().to_layout("row", 1, 333), q, k, v, None),
-    "heads that differ": lambda q, k, v: (P.per_head([P.full()] * 8), q, k, v, None),
+    "later keys": lambda q, k, v: (P.causal() & P.window(100), q, k, v, None),
+    "a large group": lambda q, k, v: (P.full(), q[:, :1].expand(-1, 65, -1, -1), k[:, :1], v, None),
+    "heads that differ": lambda q, k, v: (P.per_head([P.full(), P.causal()] * 4), q, k, v, None),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_calls_are_not_folded(other):
-    assert folded.shared_keys(P.causal(), *inputs(), None) == (0, 333)
+    assert folded.shared_keys(P.causal(), *inputs(), None) == 333
     kept, *tensors = OTHERS[other](*inputs())
-    found = folded.shared_keys(kept, *tensors)
-    # Heads of equal patterns may be known to be equal.
-    assert found is None or (other == "heads that differ" and found == (0, 333))
+    assert folded.shared_keys(kept, *tensors) is None
+
+
+@pytest.mark.parametrize("nk", [1, 64, 333, 4096, 32768])
+@pytest.mark.parametrize("group", [2, 8, 64])
+def test_keys_are_cut_as_for_a_head_alone(nk, group):
+    def cut(pattern, nq, nk):
+        layout = static_layout(pattern, nq, nk, torch.device("cpu"), split_costs(128))
+        made = unpack(*plan(layout, 128, torch.device("cpu"), 3))
+        return made.items.tolist(), made.steps.tolist()
+
+    alone = cut(P.causal(), 1, nk)
+    assert cut(P.full(), group, nk) == alone
+    assert cut(P.sinks(nk), 1, nk + 200) == alone
+    if nk == 4096:  # not for any group: two units of queries are shared out otherwise
+        assert cut(P.full(), 65, nk) != alone
 
 
 def test_what_watches_sees_the_call_as_it_is():
@@ -106,7 +125,7 @@ def calls(monkeypatch):
     [
         ((32, 8), 128, torch.bfloat16),
         ((8, 1), 64, torch.float16),
-        ((71, 1), 64, torch.bfloat16),
+        ((64, 1), 64, torch.bfloat16),
         ((14, 2), 256, torch.float16),
         ((6, 2), 96, torch.float32),
     ],
@@ -127,6 +146,12 @@ def test_on_cuda(heads, d, dtype, pattern, masked, calls):
         torch.testing.assert_close(lse, sums, rtol=1e-4, atol=2e-4)
         alone = mg.attend(q, k, v, pattern, key_mask=mask, enable_gqa=True, impl="fused")
         assert torch.equal(alone, o)
+    assert len(calls) == 6
+    # A head alone, which has no group: the same bits.
+    for head in (0, heads[0] - 1):
+        shared = head * heads[1] // heads[0]
+        one = (t[:, n : n + 1] for t, n in ((q, head), (k, shared), (v, shared)))
+        assert torch.equal(mg.attend(*one, pattern, key_mask=mask, impl="fused"), o[:, head, None])
     assert len(calls) == 6
 
 
