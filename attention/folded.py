@@ -3,8 +3,8 @@
 Where the query of every head keeps the first keys and no others, nothing tells the heads of a group
 from queries of the head that they share keys with, and the keys are read once for all of them
 (grouped-query attention: Ainslie et al., GQA, EMNLP 2023). Only where the plan cuts the keys as it
-does for a head alone, so that a head's result does not depend on the others, to the bit: one unit
-of queries, units of keys counted from the first one on.
+does for a head alone: one unit of queries, units of keys counted from the first one on. A group is
+whole in every call, so that its result depends on no other group or batch entry, to the bit.
 """
 
 from __future__ import annotations
