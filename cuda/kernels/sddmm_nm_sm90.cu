@@ -11,24 +11,36 @@
 //   items, chunks, masks      WITHIN 1: as in sddmm_block_sm90, of `own` entries; reps repeat them
 //   keep      bool (F, E, nk rounded up to 128), KEEP 1
 //
-//   grid   matrices · pieces; a piece is a chunk of items, or of `span` key units of a row tile
-//   block  128 · GROUPS consumers + 32 (a producer warp); a warpgroup has 64 rows
-//   smem   Q GROUPS · 8 KiB · P; STAGES of UNITS · 8 KiB · P; two results of UNITS · 5 KiB a warpgroup
+//   grid   any; CTAs share `total` = matrices · pieces; a piece is a chunk of items, or of `span` key units of a
+//          row tile
+//   block  128 · GROUPS consumers, a warpgroup has 64 rows, + 32 (a producer warp), or 128 if HELD: Q is in
+//          registers, which the producer's leave
+//   smem   QUERIES of GROUPS · 8 KiB · P; STAGES of UNITS · 8 KiB · P; RESULTS of UNITS · 5 KiB a warpgroup
 //   floor  (Q + K + values + metadata) bytes at copy bandwidth
 //   needs  sm_90a, D % 8 == 0, nk even, 16-byte aligned rows, values of the operands' dtype
 //
 // Selection takes about as long as the stores do: several warpgroups share a multiprocessor, so that
-// some select and store while others multiply.
+// some select and store while others multiply. All at once it draws more power than an H200 may (700 W), so
+// that energy is time here: keys come in once for all warpgroups, Q stays in registers, and where there is room
+// for three results two go out together, 256 bytes of a row, which device memory takes up more cheaply.
+#include "mma.cuh"
 #include "nm.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
+constexpr bool kBrain = MG_DTYPE == 1;  // bfloat16
 constexpr bool kWithin = MG_WITHIN, kGiven = MG_GIVEN, kKeep = MG_KEEP;
-constexpr bool kFirst = MG_FIRST;  // scale before comparing: a scale that is not positive
+// What `scale` multiplies: 0 what is kept; 1 scores before they are compared, since it is not positive; 2 Q, in
+// registers: a power of two, and bfloat16, whose exponents are those of the sums.
+constexpr int kScale = MG_SCALE;
+constexpr bool kHeld = MG_HELD;
 constexpr int kGroups = MG_GROUPS, kUnits = MG_UNITS, kDepth = MG_PANELS, kStages = MG_STAGES;
+constexpr int kQueries = MG_QUERIES, kResults = MG_RESULTS;
 static_assert(kNm < 2, "16-bit values only");
+static_assert(kResults == 2 || (kResults == 3 && !kWithin), "results go out alone or by twos");
 static_assert(!kWithin || kGroups == 1, "blocks of 64 rows are a warpgroup's");
-constexpr int kConsumers = 128 * kGroups;
+static_assert(kScale < 2 || (kBrain && kHeld && !kGiven), "only Q in bfloat16 is scaled exactly");
+constexpr int kConsumers = 128 * kGroups, kThreads = kConsumers + (kHeld ? 128 : 32);
 constexpr u32 kPanel = 64 * 128;  // 64 rows of 64 columns
 constexpr u32 kBytesQ = kDepth * kGroups * kPanel, kBytesK = kDepth * kUnits * kPanel;
 constexpr u32 kPacked = kUnits * 4096, kResult = kPacked + 1024;
@@ -58,210 +70,286 @@ __device__ __forceinline__ u32 result_at(u32 chunk, int unit, int half) {
     return kWide ? chunk ^ (64 * unit + 32 * half) : (chunk ^ 32 * half) + 4096 * unit;
 }
 
-extern "C" __global__ void __launch_bounds__(kConsumers + 32, MG_CTAS)
+// What a CTA works on at a time.
+struct Piece {
+    int matrix, f, rep, first, count, tile, entry;
+};
+
+__device__ __forceinline__ void scale_pairs(u32 (&x)[4], u32 by) {
+#pragma unroll
+    for (u32 &pair : x) asm("mul.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(by));
+}
+// NaN in a half where one of the values in that half of a or b is: their product in bfloat16, which overflows
+// where float32 does, and in float16 their sum.
+__device__ __forceinline__ void spoil(u32 &sum, u32 a, u32 b) {
+    if constexpr (kBrain)
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+    else
+        asm("add.f16x2 %0, %0, %1;\nadd.f16x2 %0, %0, %2;" : "+r"(sum) : "r"(a), "r"(b));
+}
+__device__ __forceinline__ bool spoilt(u32 pair) {
+    u32 is;
+    if constexpr (kBrain)
+        asm("{\n.reg .pred p, q;\nsetp.nan.bf16x2 p|q, %1, %1;\nor.pred p, p, q;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is) : "r"(pair));
+    else
+        asm("{\n.reg .pred p, q;\nsetp.nan.f16x2 p|q, %1, %1;\nor.pred p, p, q;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is) : "r"(pair));
+    return is;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
     sddmm_nm_sm90(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_0,
                   const __grid_constant__ TensorMap k_2, const __grid_constant__ TensorMap values_map,
                   const __grid_constant__ TensorMap meta_map, const u32 *__restrict__ metadata,
                   const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry,
                   const Item *__restrict__ items, const int2 *__restrict__ chunks,
-                  const u8 *__restrict__ masks, int pieces, int reps, int own, int blocks, int span,
+                  const u8 *__restrict__ masks, int total, int pieces, int reps, int own, int blocks, int span,
                   int nq, int nk, float scale) {
     extern __shared__ u8 raw[];
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
-    const u32 q_at = base, k_at = base + kBytesQ, out_at = k_at + kStages * kBytesK;
-    __shared__ alignas(8) u64 barriers[2 * kStages + 1];
-    const u32 full = shared_address(barriers), empty = full + 8 * kStages, q_full = empty + 8 * kStages;
+    const u32 q_at = base, k_at = base + kQueries * kBytesQ, out_at = k_at + kStages * kBytesK;
+    __shared__ alignas(8) u64 barriers[2 * (kStages + kQueries)];
+    const u32 full = shared_address(barriers), empty = full + 8 * kStages;
+    const u32 q_full = empty + 8 * kStages, q_empty = q_full + 8 * kQueries;
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
-
-    const int matrix = blockIdx.x / pieces, piece = blockIdx.x % pieces;
-    const int f = matrix / reps, rep = matrix % reps;
     const int units = (nk + 63) / 64;
-    int first, count, tile, entry = rep;
-    if constexpr (kWithin) {
-        first = chunks[piece].x, count = chunks[piece].y;
-        tile = items[first].row, entry = rep * own + items[first].entry;
-    } else {
-        const int across = (units + span - 1) / span;
-        tile = piece / across, first = piece % across * span;
-        count = min(span, units - first);
-    }
-    const int steps = (count + kUnits - 1) / kUnits;
+    const auto piece_of = [&](int number) {
+        Piece p;
+        p.matrix = number / pieces;
+        const int piece = number % pieces;
+        p.f = p.matrix / reps, p.rep = p.matrix % reps;
+        if constexpr (kWithin) {
+            p.first = chunks[piece].x, p.count = chunks[piece].y;
+            p.tile = items[p.first].row, p.entry = p.rep * own + items[p.first].entry;
+        } else {
+            const int across = (units + span - 1) / span;
+            p.tile = piece / across, p.first = piece % across * span, p.entry = p.rep;
+            p.count = min(span, units - p.first);
+        }
+        return p;
+    };
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
             barrier_init(full + 8 * s, 1);
             barrier_init(empty + 8 * s, kConsumers / 32);
         }
-        barrier_init(q_full, 1);
+        for (int s = 0; s < kQueries; ++s) {
+            barrier_init(q_full + 8 * s, 1);
+            barrier_init(q_empty + 8 * s, kConsumers / 32);
+        }
         barrier_init_fence();
     }
     __syncthreads();
 
-    if (warp == kConsumers / 32) {  // producer
-        if (lane == 0) {
-            barrier_expect(q_full, kBytesQ);
-            for (int p = 0; p < kDepth; ++p)
-                tma_load(q_at + p * kGroups * kPanel, q_map, q_full, 64 * p, tile * kGroups * 64, entry, f);
-            for (int i = 0; i < steps; ++i) {
-                const int stage = i % kStages;
-                if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
-                barrier_expect(full + 8 * stage, kBytesK);
+    if (warp >= kConsumers / 32) {  // producer
+        if constexpr (kHeld) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == kConsumers) {
+            int slot = 0, stage = 0;
+            u32 q_parity = 1, parity = 1;  // places are free at first
+            for (int number = blockIdx.x; number < total; number += gridDim.x) {
+                const Piece piece = piece_of(number);
+                barrier_wait(q_empty + 8 * slot, q_parity);
+                barrier_expect(q_full + 8 * slot, kBytesQ);
+                for (int p = 0; p < kDepth; ++p)
+                    tma_load(q_at + slot * kBytesQ + p * kGroups * kPanel, q_map, q_full + 8 * slot, 64 * p,
+                             piece.tile * kGroups * 64, piece.entry, piece.f);
+                if (++slot == kQueries) slot = 0, q_parity ^= 1;
+                for (int i = 0; i < piece.count; i += kUnits) {
+                    barrier_wait(empty + 8 * stage, parity);
+                    barrier_expect(full + 8 * stage, kBytesK);
 #pragma unroll
-                for (int v = 0; v < kUnits; ++v) {
-                    const int n = first + min(i * kUnits + v, count - 1);  // beyond the end: the last again
-                    const int at = 16 * (kWithin ? items[n].column : n);
-                    for (int p = 0; p < kDepth; ++p) {
-                        const u32 to = k_at + stage * kBytesK + (p * kUnits + v) * kPanel;
-                        tma_load(to, k_0, full + 8 * stage, 64 * p, 0, at, entry, f);
-                        tma_load(to + kPanel / 2, k_2, full + 8 * stage, 64 * p, 0, at, entry, f);
+                    for (int v = 0; v < kUnits; ++v) {
+                        const int n = piece.first + min(i + v, piece.count - 1);  // beyond the end: the last again
+                        const int at = 16 * (kWithin ? items[n].column : n);
+                        for (int p = 0; p < kDepth; ++p) {
+                            const u32 to = k_at + stage * kBytesK + (p * kUnits + v) * kPanel;
+                            tma_load(to, k_0, full + 8 * stage, 64 * p, 0, at, piece.entry, piece.f);
+                            tma_load(to + kPanel / 2, k_2, full + 8 * stage, 64 * p, 0, at, piece.entry, piece.f);
+                        }
                     }
+                    if (++stage == kStages) stage = 0, parity ^= 1;
                 }
             }
         }
         return;
     }
 
+    if constexpr (kHeld) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
     const int group = warp / 4, g = lane / 4, t = lane % 4, row16 = warp % 4 * 16;
-    const int row0 = (tile * kGroups + group) * 64;
     const int rows = (nq + 31) / 32 * 32;
-    const u8 *const kept = keep + f * keep_free + entry * keep_entry;
     // This lane's word of metadata in a unit: rows g and g + 8 of the warp, 16 columns.
     const int word = t / 2 * 64 + row16 / 32 * 32 + g * 4 + row16 / 16 % 2 * 2 + t % 2;
     const u32 spot = lane_chunk(row16 + lane / 8 % 2 * 8 + lane % 8, lane / 16);
     const bool stores = threadIdx.x % 128 == group % 4 * 32;  // the copies of a warpgroup
-    const u64 left = wgmma_descriptor(q_at + group * kPanel, 1), right = wgmma_descriptor(k_at, 1);
-    u32 mine = out_at + group * 2 * kResult;
-    const u32 both = 2 * mine + kResult;
-    const u32 *from = metadata;  // GIVEN: this lane's word of the first unit
-    if constexpr (kGiven && kWithin) from += (i64(rep) * blocks + first) * 128 + word;
-    if constexpr (kGiven && !kWithin)
-        from += (i64(rep) * units + first) * 2 * rows + i64(t / 2) * rows + row0 + word % 64;
-    const bool stored = kWithin || row0 + row16 < rows;
-    const bool whole_rows = kWithin || row0 + 64 <= nq;
-    int stage = 0;
-    u32 parity = 0;
-    barrier_wait(q_full, 0);
+    const u64 right = wgmma_descriptor(k_at, 1);
+    const u32 results = out_at + group * kResults * kResult;
+    u32 mine = results, previous = results;
+    int stage = 0, slot = 0;
+    u32 parity = 0, q_parity = 0;
 
-    for (int i = 0; i < steps; ++i) {
-        u32 words[kUnits];
-        int mask[kUnits], column[kUnits];
+#pragma unroll 1
+    for (int number = blockIdx.x; number < total; number += gridDim.x) {
+        const Piece piece = piece_of(number);
+        const int matrix = piece.matrix, rep = piece.rep, first = piece.first, count = piece.count;
+        const int steps = (count + kUnits - 1) / kUnits, row0 = (piece.tile * kGroups + group) * 64;
+        const u8 *const kept = keep + piece.f * keep_free + piece.entry * keep_entry;
+        const u32 *from = metadata;  // GIVEN: this lane's word of the first unit
+        if constexpr (kGiven && kWithin) from += (i64(rep) * blocks + first) * 128 + word;
+        if constexpr (kGiven && !kWithin)
+            from += (i64(rep) * units + first) * 2 * rows + i64(t / 2) * rows + row0 + word % 64;
+        const bool stored = kWithin || row0 + row16 < rows;
+        const bool whole_rows = kWithin || row0 + 64 <= nq;
+        const u32 queries = q_at + slot * kBytesQ + group * kPanel;
+        const u64 left = wgmma_descriptor(queries, 1);
+        barrier_wait(q_full + 8 * slot, q_parity);
+        u32 held[kHeld ? 4 * kDepth : 1][4];
+        if constexpr (kHeld) {
 #pragma unroll
-        for (int v = 0; v < kUnits; ++v) {
-            const int at = min(i * kUnits + v, count - 1);
-            column[v] = first + i * kUnits + v;
-            if constexpr (kWithin) mask[v] = items[first + at].mask, column[v] = items[first + at].column;
-            if constexpr (kGiven) words[v] = stored ? __ldg(from + i64(at) * (kWithin ? 128 : 2 * rows)) : 0u;
-        }
-        barrier_wait(full + 8 * stage, parity);
-        float acc[32 * kUnits];
-        wgmma_fence();
-#pragma unroll
-        for (int p = 0; p < kDepth; ++p)
-#pragma unroll
-            for (int kk = 0; kk < 4; ++kk)
-                Wgmma<64 * kUnits>::template ss<0, 0>(
-                    acc, left + ((p * kGroups * kPanel + kk * 32) >> 4),
-                    right + ((stage * kBytesK + p * kUnits * kPanel + kk * 32) >> 4), p + kk > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(empty + 8 * stage);
-        if (++stage == kStages) stage = 0, parity ^= 1;
-
-#pragma unroll
-        for (int v = 0; v < kUnits; ++v) {
-            // Columns of the unit that exist; the same for all rows that do.
-            const int there = nk - column[v] * 64;
-            bool plain = whole_rows && (kWithin ? mask[v] < 0 : there >= 64);
-            u64 wanted = ~0ull;
-            if constexpr (kKeep) {
-                wanted = bits_of(kept + column[v] * 64);
-                plain = plain && wanted == ~0ull;
+            for (int d = 0; d < 4 * kDepth; ++d) {
+                const u32 panel = queries + d / 4 * kGroups * kPanel;
+                load_matrices(held[d], swizzled(panel, row16 + lane % 16, d % 4 * 2 + lane / 16));
+                if constexpr (kScale == 2) scale_pairs(held[d], pack2<operand_t>(scale, scale));
             }
-            u32 packed[2][4], codes = 0;
-            if constexpr (kGiven) codes = quad_nibbles(words[v], t);
-            if (plain) {
-                float sum[2] = {8388608.0f + 0x8888, 8388608.0f + 0x8888}, spoilt = 0.0f;
+            __syncwarp();
+            if (lane == 0) barrier_arrive(q_empty + 8 * slot);
+        }
+
+#pragma unroll 1
+        for (int i = 0; i < steps; ++i) {
+            u32 words[kUnits];
+            int mask[kUnits], column[kUnits];
 #pragma unroll
-                for (int u = 0; u < 4; ++u)
+            for (int v = 0; v < kUnits; ++v) {
+                const int at = min(i * kUnits + v, count - 1);
+                column[v] = first + i * kUnits + v;
+                if constexpr (kWithin) mask[v] = items[first + at].mask, column[v] = items[first + at].column;
+                if constexpr (kGiven) words[v] = stored ? __ldg(from + i64(at) * (kWithin ? 128 : 2 * rows)) : 0u;
+            }
+            barrier_wait(full + 8 * stage, parity);
+            float acc[32 * kUnits];
+            wgmma_fence();
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int at = 32 * v + 4 * u + 2 * h;
-                        float a = acc[at], b = acc[at + 1], c = acc[at + 16], d = acc[at + 17], two[2];
-                        if constexpr (kGiven) {
-                            take4(a, b, c, d, scale, codes >> (16 * h + 4 * u), two);
-                        } else {
-                            if (kFirst) a *= scale, b *= scale, c *= scale, d *= scale;
-                            choose4_plain(a, b, c, d, kFirst ? 1.0f : scale, two, sum[h], float(1 << 4 * u));
-                            spoilt = fmaf(two[0], two[1], spoilt);  // NaN if any of the four is
+            for (int p = 0; p < kDepth; ++p)
+#pragma unroll
+                for (int kk = 0; kk < 4; ++kk) {
+                    const u64 keys = right + ((stage * kBytesK + p * kUnits * kPanel + kk * 32) >> 4);
+                    if constexpr (kHeld)
+                        Wgmma<64 * kUnits>::template rs<0>(acc, held[4 * p + kk], keys, p + kk > 0);
+                    else
+                        Wgmma<64 * kUnits>::template ss<0, 0>(
+                            acc, left + ((p * kGroups * kPanel + kk * 32) >> 4), keys, p + kk > 0);
+                }
+            wgmma_commit();
+            wgmma_wait<0>();
+            if (lane == 0) {
+                barrier_arrive(empty + 8 * stage);
+                if (!kHeld && i + 1 == steps) barrier_arrive(q_empty + 8 * slot);
+            }
+            if (++stage == kStages) stage = 0, parity ^= 1;
+
+#pragma unroll
+            for (int v = 0; v < kUnits; ++v) {
+                // Columns of the unit that exist; the same for all rows that do.
+                const int there = nk - column[v] * 64;
+                bool plain = whole_rows && (kWithin ? mask[v] < 0 : there >= 64);
+                u64 wanted = ~0ull;
+                if constexpr (kKeep) {
+                    wanted = bits_of(kept + column[v] * 64);
+                    plain = plain && wanted == ~0ull;
+                }
+                u32 packed[2][4], codes = 0;
+                if constexpr (kGiven) codes = quad_nibbles(words[v], t);
+                if (plain) {
+                    float sum[2] = {8388608.0f + 0x8888, 8388608.0f + 0x8888};
+                    u32 nans = 0;
+#pragma unroll
+                    for (int u = 0; u < 4; ++u)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            const int at = 32 * v + 4 * u + 2 * h;
+                            float a = acc[at], b = acc[at + 1], c = acc[at + 16], d = acc[at + 17], two[2];
+                            if constexpr (kGiven) {
+                                take4(a, b, c, d, scale, codes >> (16 * h + 4 * u), two);
+                            } else {
+                                if (kScale == 1) a *= scale, b *= scale, c *= scale, d *= scale;
+                                choose4_plain<kScale != 0>(a, b, c, d, scale, two, sum[h], float(1 << 4 * u));
+                            }
+                            packed[h][u] = pack2<operand_t>(two[0], two[1]);
+                            if (!kGiven && h) spoil(nans, packed[0][u], packed[1][u]);
                         }
-                        packed[h][u] = pack2<operand_t>(two[0], two[1]);
+                    if constexpr (!kGiven) {
+                        codes = __byte_perm(__float_as_uint(sum[0]), __float_as_uint(sum[1]), 0x5410);
+                        plain = !spoilt(nans);
                     }
+                }
+                if (!plain) {
+                    // Bits of the unit's columns in rows g and g + 8: within the pattern, and live.
+                    u64 inside[2] = {~0ull, ~0ull};
+                    if constexpr (kWithin) {
+                        if (mask[v] >= 0) {
+                            const u64 *bits = reinterpret_cast<const u64 *>(masks) + i64(mask[v]) * 64 + row16 + g;
+                            inside[0] = __ldg(bits), inside[1] = __ldg(bits + 8);
+                        }
+                    } else {
+                        const u64 columns = there >= 64 ? ~0ull : there > 0 ? (1ull << there) - 1 : 0;
+                        inside[0] = row0 + row16 + g < nq ? columns : 0;
+                        inside[1] = row0 + row16 + g + 8 < nq ? columns : 0;
+                    }
+                    u32 made = 0;
+#pragma unroll
+                    for (int u = 0; u < 4; ++u)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            const int at = 32 * v + 4 * u + 2 * h, shift = 16 * u + 4 * t;
+                            const float by = kScale == 2 ? 1.0f : scale;
+                            const float x[4] = {acc[at] * by, acc[at + 1] * by, acc[at + 16] * by, acc[at + 17] * by};
+                            const u32 alive = u32((inside[h] & wanted) >> shift);
+                            const u32 code = kGiven ? codes >> (16 * h + 4 * u) & 15u
+                                                    : choose4(x, alive, u32(inside[h] >> shift));
+                            const int i0 = first_of(code), i1 = second_of(code);
+                            packed[h][u] = pack2<operand_t>(alive >> i0 & 1 ? one_of4(x, i0) : 0.0f,
+                                                            alive >> i1 & 1 ? one_of4(x, i1) : 0.0f);
+                            made |= code << (16 * h + 4 * u);
+                        }
+                    codes = made;
+                }
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    stmatrix4(result_at(mine + spot, v, j), packed[0][2 * j], packed[1][2 * j],
+                              packed[0][2 * j + 1], packed[1][2 * j + 1]);
                 if constexpr (!kGiven) {
-                    codes = __byte_perm(__float_as_uint(sum[0]), __float_as_uint(sum[1]), 0x5410);
-                    plain = spoilt == spoilt;
+                    codes = quad_nibbles(codes, t);
+                    asm volatile("st.shared.b32 [%0], %1;" ::"r"(mine + kPacked + 512 * v + 4 * word), "r"(codes)
+                                 : "memory");
                 }
             }
-            if (!plain) {
-                // Bits of the unit's columns in rows g and g + 8: within the pattern, and live.
-                u64 inside[2] = {~0ull, ~0ull};
+            proxy_fence();
+            // The last store has read the results that are the next to be overwritten.
+            if (stores) tma_store_wait_read<0>();
+            named_barrier(1 + group, 128);
+            if (stores && (kResults == 2 || i % 2 || i + 1 == steps)) {
+                const int n = first + i * kUnits;
                 if constexpr (kWithin) {
-                    if (mask[v] >= 0) {
-                        const u64 *bits = reinterpret_cast<const u64 *>(masks) + i64(mask[v]) * 64 + row16 + g;
-                        inside[0] = __ldg(bits), inside[1] = __ldg(bits + 8);
+#pragma unroll
+                    for (int v = 0; v < kUnits; ++v) {
+                        if (i * kUnits + v >= count) break;
+                        tma_store(values_map, mine + 4096 * v, 0, (n + v) * 64, matrix);
+                        if constexpr (!kGiven) tma_store(meta_map, mine + kPacked + 512 * v, 0, n + v, rep);
                     }
                 } else {
-                    const u64 columns = there >= 64 ? ~0ull : there > 0 ? (1ull << there) - 1 : 0;
-                    inside[0] = row0 + row16 + g < nq ? columns : 0;
-                    inside[1] = row0 + row16 + g + 8 < nq ? columns : 0;
+                    const auto store = [&](u32 from, int unit) {
+                        tma_store(values_map, from, 32 * unit, row0, matrix);
+                        if constexpr (!kGiven) tma_store(meta_map, from + kPacked, row0, 2 * unit, rep);
+                    };
+                    if (kResults == 3 && i % 2) store(previous, n - kUnits);
+                    store(mine, n);
                 }
-                u32 made = 0;
-#pragma unroll
-                for (int u = 0; u < 4; ++u)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int at = 32 * v + 4 * u + 2 * h, shift = 16 * u + 4 * t;
-                        const float x[4] = {acc[at] * scale, acc[at + 1] * scale, acc[at + 16] * scale,
-                                            acc[at + 17] * scale};
-                        const u32 alive = u32((inside[h] & wanted) >> shift);
-                        const u32 code = kGiven ? codes >> (16 * h + 4 * u) & 15u
-                                                : choose4(x, alive, u32(inside[h] >> shift));
-                        const int i0 = first_of(code), i1 = second_of(code);
-                        packed[h][u] = pack2<operand_t>(alive >> i0 & 1 ? one_of4(x, i0) : 0.0f,
-                                                        alive >> i1 & 1 ? one_of4(x, i1) : 0.0f);
-                        made |= code << (16 * h + 4 * u);
-                    }
-                codes = made;
+                tma_store_commit();
             }
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-                stmatrix4(result_at(mine + spot, v, j), packed[0][2 * j], packed[1][2 * j],
-                          packed[0][2 * j + 1], packed[1][2 * j + 1]);
-            if constexpr (!kGiven) {
-                codes = quad_nibbles(codes, t);
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(mine + kPacked + 512 * v + 4 * word), "r"(codes)
-                             : "memory");
-            }
+            previous = mine;
+            mine = mine == results + (kResults - 1) * kResult ? results : mine + kResult;
         }
-        proxy_fence();
-        // The last store has read the other buffer, which is the next to be filled.
-        if (stores) tma_store_wait_read<0>();
-        named_barrier(1 + group, 128);
-        if (stores) {
-            const int n = first + i * kUnits;
-            if constexpr (kWithin) {
-#pragma unroll
-                for (int v = 0; v < kUnits; ++v) {
-                    if (i * kUnits + v >= count) break;
-                    tma_store(values_map, mine + 4096 * v, 0, (n + v) * 64, matrix);
-                    if constexpr (!kGiven) tma_store(meta_map, mine + kPacked + 512 * v, 0, n + v, rep);
-                }
-            } else {
-                tma_store(values_map, mine, 32 * n, row0, matrix);
-                if constexpr (!kGiven) tma_store(meta_map, mine + kPacked, row0, 2 * n, rep);
-            }
-            tma_store_commit();
-        }
-        mine = both - mine;
+        if (++slot == kQueries) slot = 0, q_parity ^= 1;
     }
     if (stores) tma_store_wait_read<0>();
 }

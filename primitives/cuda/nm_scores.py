@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +34,45 @@ from .parts import (
 )
 from .rowwise import kept
 
-# sddmm_nm_sm90 by panels of 64 columns of D: key units a step, stages, CTAs a multiprocessor.
-CUTS = {1: (2, 3, 2), 2: (1, 3, 2), 3: (1, 3, 1), 4: (1, 3, 1)}
-# Key units of 64 that a CTA takes from a row tile: at most, and where there are few tiles.
-SPAN, LEAST_SPAN = 32, 4
+
+class Cut(NamedTuple):
+    """How sddmm_nm_sm90 is cut: what its CTAs hold, and how many a multiprocessor has."""
+
+    groups: int  # warpgroups of a CTA, 64 rows each
+    units: int  # key units of 64 a step
+    stages: int
+    queries: int  # places for Q
+    results: int  # of a warpgroup
+    ctas: int
+    held: bool = False  # Q in registers
+
+    @property
+    def threads(self) -> int:
+        """Consumers, and a producer that leaves its registers to them, or a warp."""
+        return 128 * self.groups + (128 if self.held else 32)
+
+    def shared(self, panels: int) -> int:
+        """Dynamic shared memory of a CTA: Q, stages of keys, results of its warpgroups."""
+        tiles = self.queries * self.groups + self.stages * self.units
+        results = self.results * self.groups * (self.units * 4096 + 1024)
+        return panels * tiles * 8192 + results + 1024
+
+
+# By warpgroups of a CTA and panels of 64 columns of D. Warpgroups of a CTA share the keys that come in.
+CUTS = {
+    (1, 1): Cut(1, 2, 3, 1, 2, 2),
+    (1, 2): Cut(1, 1, 3, 1, 2, 2),
+    (1, 3): Cut(1, 1, 3, 1, 2, 1),
+    (1, 4): Cut(1, 1, 3, 1, 2, 1),
+    (2, 1): Cut(2, 2, 3, 1, 2, 2),
+    (2, 2): Cut(2, 1, 3, 1, 3, 2),
+    (2, 3): Cut(2, 1, 3, 2, 3, 1),
+    (2, 4): Cut(2, 1, 3, 1, 3, 1),
+    (4, 1): Cut(4, 2, 4, 1, 3, 1, held=True),
+    (4, 2): Cut(4, 1, 3, 1, 3, 1, held=True),
+}
+# What a piece costs besides its steps, in key units.
+BEGIN = 2
 
 
 def prune(
@@ -142,37 +178,54 @@ def scores(
 
 @functools.lru_cache(maxsize=256)
 def sm90_request(
-    dtype: torch.dtype, code: int, within: bool, given: bool, keep: bool, first: bool, panels: int
-) -> Request:
-    """The kernel for D of up to 64 · panels."""
-    units, stages, ctas = CUTS[panels]
+    dtype: torch.dtype, code: int, within: bool, given: bool, keep: bool, scaled: int, groups: int,
+    panels: int,
+) -> Request:  # fmt: skip
+    """The kernel for D of up to 64 · panels, ``groups`` warpgroups a CTA; ``scaled``: of ``_scaled``."""
+    cut = CUTS[groups, panels]
     constants = {
         "DTYPE": CODES[dtype],
         "NM": code,
         "WITHIN": int(within),
         "GIVEN": int(given),
         "KEEP": int(keep),
-        "FIRST": int(first),
-        "GROUPS": groups_of(within),
-        "UNITS": units,
+        "SCALE": scaled,
+        "GROUPS": groups,
+        "UNITS": cut.units,
         "PANELS": panels,
-        "STAGES": stages,
-        "CTAS": 1 if first else ctas,
+        "STAGES": cut.stages,
+        "QUERIES": cut.queries,
+        "RESULTS": cut.results,
+        "HELD": int(cut.held),
+        "CTAS": 1 if scaled == 1 else cut.ctas,
     }
     return request("sddmm_nm_sm90", constants, flush=True)
 
 
-def groups_of(within: bool) -> int:
-    """Warpgroups of a CTA, 64 rows each."""
-    return 1 if within else 2
+def _scaled(scale: float, dtype: torch.dtype, held: bool) -> int:
+    """What the scale multiplies: 0 what is kept, 1 scores before they are compared, 2 Q in registers."""
+    if not 0 < scale < math.inf:
+        return 1
+    exact = dtype == torch.bfloat16 and 2.0**-8 <= scale <= 1 and math.frexp(scale)[0] == 0.5
+    return 2 if exact and held else 0
 
 
-def sm90_shared(within: bool, panels: int) -> int:
-    """Dynamic shared memory of a CTA: Q, stages of keys, two results a warpgroup."""
-    units, stages, _ = CUTS[panels]
-    groups = groups_of(within)
-    results = 2 * groups * (units * 4096 + 1024)
-    return panels * (groups + stages * units) * 8192 + results + 1024
+def groups_of(within: bool, panels: int, nq: int) -> int:
+    """Warpgroups of a CTA: as many as there is room for, unless rows that do not exist fill some."""
+    if within:
+        return 1
+    return 4 if (4, panels) in CUTS and -(-nq // 256) * 2 <= 1.15 * -(-nq // 128) else 2
+
+
+def span_of(tiles: int, units: int, step: int, workers: int) -> int:
+    """Key units of a piece of a row tile, a multiple of ``step``: workers are done soonest."""
+
+    def cost(pieces: int) -> int:
+        span = -(-units // (pieces * step)) * step
+        return -(-tiles * -(-units // span) // workers) * (span + BEGIN)
+
+    pieces = min(range(1, max(2, min(units // step, 64) + 1)), key=cost)
+    return -(-units // (pieces * step)) * step
 
 
 def _key_maps(k: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -188,14 +241,6 @@ def _key_maps(k: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
     # Two keys: the second map reads them once more, and no result is taken from there.
     return of(0, -(-n // 4)), of(2, n // 4) if n >= 4 else of(0, 1)
-
-
-def _span(tiles: int, units: int, several: int) -> int:
-    """Key units that a CTA takes, so that there are some CTAs for every multiprocessor."""
-    span = SPAN
-    while span > LEAST_SPAN and tiles * -(-units // span) < 4 * several:
-        span //= 2
-    return span
 
 
 def _wgmma(
@@ -214,8 +259,10 @@ def _wgmma(
         k = torch.nn.functional.pad(k, (0, 0, 0, 1))
     keep = None if keep is None else kept(keep)
     inside, panels = grid.size > 0, -(-q.shape[3] // 64)
-    units, each = CUTS[panels][0], values.element_size()
+    groups, each = groups_of(inside, panels, nq), values.element_size()
+    cut, units = CUTS[groups, panels], CUTS[groups, panels].units
     matrices = q.shape[0] * grid.reps
+    workers = facts(q.device.index).multiprocessors * cut.ctas
     if inside:
         line, (rows, columns) = 32, (grid.blocks * 64, 64)
         meta_dims, meta_box = (128, grid.blocks, grid.reps), (128, 1, 1)
@@ -225,9 +272,9 @@ def _wgmma(
         line, (rows, columns) = 32 * units, stored((nq, nk))
         meta_dims = (rows, columns // 32, grid.reps)
         meta_box = (64, 2 * units, 1)
-        tiles = -(-nq // (64 * groups_of(inside)))
-        span = _span(tiles * matrices, columns // 64, facts(q.device.index).multiprocessors)
-        pieces = tiles * -(-(columns // 64) // span)
+        tiles, across = -(-nq // (64 * groups)), -(-nk // 64)
+        span = span_of(tiles * matrices, across, units, workers)
+        pieces = tiles * -(-across // span)
     packed = columns // 2
     # The copy engine does not look at what it moves: two words of metadata are 32 bits.
     meta_map = descriptor(
@@ -246,13 +293,16 @@ def _wgmma(
         (line, 64, 1),
         line * each,
     )
-    first = not 0 < scale < math.inf
-    wanted = sm90_request(q.dtype, grid.code, inside, given, keep is not None, first, panels)
+    scaled = _scaled(scale, q.dtype, cut.held and not given)
+    wanted = sm90_request(
+        q.dtype, grid.code, inside, given, keep is not None, scaled, groups, panels
+    )
+    total = matrices * pieces
     kernel(wanted, q.device.index)(
-        (matrices * pieces,),
-        128 * groups_of(inside) + 32,
+        (min(total, workers),),
+        cut.threads,
         (
-            operand_map(q, 64 * groups_of(inside)),
+            operand_map(q, 64 * groups),
             *_key_maps(k),
             values_map,
             meta_map,
@@ -261,6 +311,7 @@ def _wgmma(
             grid.tables[0].data_ptr() if inside else 0,
             grid.tables[14].data_ptr() if inside else 0,
             grid.tables[6].data_ptr() if inside else 0,
+            np.int32(total),
             np.int32(pieces),
             np.int32(grid.reps),
             np.int32(grid.own),
@@ -270,7 +321,7 @@ def _wgmma(
             np.int32(nk),
             np.float32(scale),
         ),
-        sm90_shared(inside, panels),
+        cut.shared(panels),
     )
 
 

@@ -47,11 +47,14 @@ def requests():
     ):
         dtype = half(tall // 64, transposed, partial)
         yield expand_sm90.spmm_request(dtype, tall, wide, transposed, partial)
-    flags = itertools.product((False, True), repeat=4)
-    for (within, given, keep, first), panels in itertools.product(flags, nm_scores.CUTS):
+    flags = itertools.product((False, True), (False, True), (0, 1, 2))
+    for (given, keep, scaled), (groups, panels) in itertools.product(flags, nm_scores.CUTS):
         # What differs by dtype and by n:m is one instruction, or a few left out.
-        dtype, code = half(panels), int(panels == 2)
-        yield nm_scores.sm90_request(dtype, code, within, given, keep, first, panels)
+        dtype, code = HALVES[1] if scaled == 2 else half(panels, groups), int(panels == 2)
+        if scaled < 2 or (groups == 4 and not given):
+            yield nm_scores.sm90_request(
+                dtype, code, groups == 1, given, keep, scaled, groups, panels
+            )
 
     for (groups, wide), major, turned in itertools.product(nm_sm90.STAGE_US, (0, 1), (0, 1)):
         for cluster in (1, 2) if wide > 64 else (1,):
@@ -95,9 +98,9 @@ def test_shared_memory_fits_a_multiprocessor(size, width):
     # Its static memory: barriers, and 8 bytes of every entry under way.
     assert expand_sm90.shared(128, expand_sm90.wide_of(width)) <= 232_448 - 1024 - 4 * 512 * 8
     panels = -(-min(width, 256) // 64)
-    for within in (False, True):
-        needed, ctas = nm_scores.sm90_shared(within, panels), nm_scores.CUTS[panels][2]
-        assert (needed + 1024) * ctas <= 233_472  # as many as the registers are cut for
+    for (_, depth), cut in nm_scores.CUTS.items():
+        if depth == panels:  # as many CTAs as the registers are cut for
+            assert (cut.shared(panels) + 1024) * cut.ctas <= 233_472
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
 
 
