@@ -11,7 +11,7 @@ from mixgrain.cuda.errors import MissingError
 from mixgrain.primitives.cuda import (
     block_sm90,
     expand_sm90,
-    nm_scores,
+    nm_scores_sm90,
     nm_sm90,
     tile_thin,
     union_sm90,
@@ -48,11 +48,11 @@ def requests():
         dtype = half(tall // 64, transposed, partial)
         yield expand_sm90.spmm_request(dtype, tall, wide, transposed, partial)
     flags = itertools.product((False, True), (False, True), (0, 1, 2))
-    for (given, keep, scaled), (groups, panels) in itertools.product(flags, nm_scores.CUTS):
+    for (given, keep, scaled), (groups, panels) in itertools.product(flags, nm_scores_sm90.CUTS):
         # What differs by dtype and by n:m is one instruction, or a few left out.
         dtype, code = HALVES[1] if scaled == 2 else half(panels, groups), int(panels == 2)
         if scaled < 2 or (groups == 4 and not given):
-            yield nm_scores.sm90_request(
+            yield nm_scores_sm90.sm90_request(
                 dtype, code, groups == 1, given, keep, scaled, groups, panels
             )
 
@@ -98,7 +98,7 @@ def test_shared_memory_fits_a_multiprocessor(size, width):
     # Its static memory: barriers, and 8 bytes of every entry under way.
     assert expand_sm90.shared(128, expand_sm90.wide_of(width)) <= 232_448 - 1024 - 4 * 512 * 8
     panels = -(-min(width, 256) // 64)
-    for (_, depth), cut in nm_scores.CUTS.items():
+    for (_, depth), cut in nm_scores_sm90.CUTS.items():
         if depth == panels:  # as many CTAs as the registers are cut for
             assert (cut.shared(panels) + 1024) * cut.ctas <= 233_472
     assert block_sm90.sddmm_shared(size, panels, block_sm90.SDDMM_STAGES[panels]) <= 232_448 - 1024
@@ -136,3 +136,46 @@ def test_walks_take_every_tile_once_and_evenly(matrices, several):
     few = total <= block_sm90.SCHEDULED * len(loads)
     assert loads.max() <= loads.double().mean() * (1 if few else 1.1) + (1 if several == 16 else 10)
     assert block_sm90.walks(records, 7, matrices, several) is tiles
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("units", [1, 2, 3, 7, 32, 64, 1000])
+@pytest.mark.parametrize("tiles", [1, 5, 192, 1536, 10**6])
+def test_pieces_of_row_tiles_keep_all_multiprocessors_at_work(tiles, units, step):
+    span = nm_scores_sm90.span_of(tiles, units, step, 132)
+    assert span % step == 0
+    assert 0 < span < units + step
+
+    def rounds(span):
+        return -(-tiles * -(-units // span) // 132) * (span + nm_scores_sm90.BEGIN)
+
+    assert rounds(span) <= rounds(-(-units // step) * step)
+    if tiles == 1 and units >= 64:
+        assert span <= units // 8
+
+
+def test_rows_that_are_not_there_take_no_warpgroups():
+    def groups(nq):
+        return nm_scores_sm90.groups_of(False, 1, nq)
+
+    assert [groups(n) for n in (64, 128, 129, 256, 384, 512, 4096, 4100)] == [
+        2,
+        2,
+        4,
+        4,
+        2,
+        4,
+        4,
+        4,
+    ]
+    assert nm_scores_sm90.groups_of(True, 1, 4096) == 1
+    assert nm_scores_sm90.groups_of(False, 4, 4096) == 2
+
+
+def test_only_what_is_exact_goes_to_the_queries():
+    half, brain = HALVES
+    by = nm_scores_sm90.scaled_by
+    assert [by(s, brain, True) for s in (0.125, 1.0, 2.0**-8)] == [2, 2, 2]
+    assert [by(s, brain, True) for s in (0.1, 2.0, 2.0**-9, 3.0)] == [0, 0, 0, 0]
+    assert [by(s, brain, True) for s in (0.0, -0.125, float("inf"), float("nan"))] == [1, 1, 1, 1]
+    assert by(0.125, half, True) == by(0.125, brain, False) == 0
