@@ -11,8 +11,8 @@
 //   items, chunks, masks      WITHIN 1: as in sddmm_block_sm90, of `own` entries; reps repeat them
 //   keep      bool (F, E, nk rounded up to 128), KEEP 1
 //
-//   grid   any; CTAs share `total` = matrices · pieces; a piece is a chunk of items, or of `span` key units of a
-//          row tile
+//   grid   WITHIN 0: a CTA takes `share` steps · UNITS of all matrices' `pieces` row tiles · key units, in a row;
+//          1: any; CTAs take turns at matrices · pieces, chunks of items
 //   block  128 · GROUPS consumers, a warpgroup has 64 rows, + 32 (a producer warp), or 128 if HELD: Q is in
 //          registers, which the producer's leave
 //   smem   QUERIES of GROUPS · 8 KiB · P; STAGES of UNITS · 8 KiB · P; RESULTS of UNITS · 5 KiB a warpgroup
@@ -70,9 +70,9 @@ __device__ __forceinline__ u32 result_at(u32 chunk, int unit, int half) {
     return kWide ? chunk ^ (64 * unit + 32 * half) : (chunk ^ 32 * half) + 4096 * unit;
 }
 
-// What a CTA works on at a time.
+// What a CTA works on at a time: key units of one row tile, and where the next begins.
 struct Piece {
-    int matrix, f, rep, first, count, tile, entry;
+    int matrix, f, rep, first, count, tile, entry, next;
 };
 
 __device__ __forceinline__ void scale_pairs(u32 (&x)[4], u32 by) {
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
                   const __grid_constant__ TensorMap meta_map, const u32 *__restrict__ metadata,
                   const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry,
                   const Item *__restrict__ items, const int2 *__restrict__ chunks,
-                  const u8 *__restrict__ masks, int total, int pieces, int reps, int own, int blocks, int span,
+                  const u8 *__restrict__ masks, int total, int pieces, int reps, int own, int blocks, int share,
                   int nq, int nk, float scale) {
     extern __shared__ u8 raw[];
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
@@ -111,19 +111,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const u32 q_full = empty + 8 * kStages, q_empty = q_full + 8 * kQueries;
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
-    const int units = (nk + 63) / 64;
-    const auto piece_of = [&](int number) {
+    const int units = (nk + 63) / 64, line = (units + kUnits - 1) / kUnits * kUnits;
+    const int begin = blockIdx.x * (kWithin ? 1 : share), end = kWithin ? total : min(total, begin + share);
+    const auto piece_at = [&](int at) {
         Piece p;
-        p.matrix = number / pieces;
-        const int piece = number % pieces;
+        const int each = kWithin ? at : at / line;  // of all pieces of all matrices
+        const int piece = each % pieces;
+        p.matrix = each / pieces;
         p.f = p.matrix / reps, p.rep = p.matrix % reps;
         if constexpr (kWithin) {
             p.first = chunks[piece].x, p.count = chunks[piece].y;
             p.tile = items[p.first].row, p.entry = p.rep * own + items[p.first].entry;
+            p.next = at + gridDim.x;
         } else {
-            const int across = (units + span - 1) / span;
-            p.tile = piece / across, p.first = piece % across * span, p.entry = p.rep;
-            p.count = min(span, units - p.first);
+            p.tile = piece, p.entry = p.rep;
+            p.first = at % line, p.next = min(end, at - p.first + line);
+            p.count = min(units - p.first, p.next - at);
         }
         return p;
     };
@@ -146,8 +149,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
         if (threadIdx.x == kConsumers) {
             int slot = 0, stage = 0;
             u32 q_parity = 1, parity = 1;  // places are free at first
-            for (int number = blockIdx.x; number < total; number += gridDim.x) {
-                const Piece piece = piece_of(number);
+            Piece piece;
+            for (int at = begin; at < end; at = piece.next) {
+                piece = piece_at(at);
                 barrier_wait(q_empty + 8 * slot, q_parity);
                 barrier_expect(q_full + 8 * slot, kBytesQ);
                 for (int p = 0; p < kDepth; ++p)
@@ -160,11 +164,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
 #pragma unroll
                     for (int v = 0; v < kUnits; ++v) {
                         const int n = piece.first + min(i + v, piece.count - 1);  // beyond the end: the last again
-                        const int at = 16 * (kWithin ? items[n].column : n);
+                        const int key = 16 * (kWithin ? items[n].column : n);
                         for (int p = 0; p < kDepth; ++p) {
                             const u32 to = k_at + stage * kBytesK + (p * kUnits + v) * kPanel;
-                            tma_load(to, k_0, full + 8 * stage, 64 * p, 0, at, piece.entry, piece.f);
-                            tma_load(to + kPanel / 2, k_2, full + 8 * stage, 64 * p, 0, at, piece.entry, piece.f);
+                            tma_load(to, k_0, full + 8 * stage, 64 * p, 0, key, piece.entry, piece.f);
+                            tma_load(to + kPanel / 2, k_2, full + 8 * stage, 64 * p, 0, key, piece.entry, piece.f);
                         }
                     }
                     if (++stage == kStages) stage = 0, parity ^= 1;
@@ -187,9 +191,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
     int stage = 0, slot = 0;
     u32 parity = 0, q_parity = 0;
 
+    Piece piece;
 #pragma unroll 1
-    for (int number = blockIdx.x; number < total; number += gridDim.x) {
-        const Piece piece = piece_of(number);
+    for (int at = begin; at < end; at = piece.next) {
+        piece = piece_at(at);
         const int matrix = piece.matrix, rep = piece.rep, first = piece.first, count = piece.count;
         const int steps = (count + kUnits - 1) / kUnits, row0 = (piece.tile * kGroups + group) * 64;
         const u8 *const kept = keep + piece.f * keep_free + piece.entry * keep_entry;

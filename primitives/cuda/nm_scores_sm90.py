@@ -57,8 +57,6 @@ CUTS = {
     (4, 1): Cut(4, 2, 4, 1, 3, 1, held=True),
     (4, 2): Cut(4, 1, 3, 1, 3, 1, held=True),
 }
-# What a piece costs besides its steps, in key units.
-BEGIN = 2
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,15 +100,20 @@ def groups_of(within: bool, panels: int, nq: int) -> int:
     return 4 if (4, panels) in CUTS and -(-nq // 256) * 2 <= 1.15 * -(-nq // 128) else 2
 
 
-def span_of(tiles: int, units: int, step: int, workers: int) -> int:
-    """Key units of a piece of a row tile, a multiple of ``step``: workers are done soonest."""
+def share_of(tiles: int, units: int, step: int, workers: int) -> tuple[int, int]:
+    """How key units of all row tiles, in a row, are shared out among CTAs.
 
-    def cost(pieces: int) -> int:
-        span = -(-units // (pieces * step)) * step
-        return -(-tiles * -(-units // span) // workers) * (span + BEGIN)
+    Args:
+        tiles: row tiles of all matrices.
+        units: key units of each; steps do not go on from one row tile to the next.
+        step: units of a step.
+        workers: CTAs at most.
 
-    pieces = min(range(1, max(2, min(units // step, 64) + 1)), key=cost)
-    return -(-units // (pieces * step)) * step
+    Returns:
+        Units in all, each row tile's rounded up to whole steps; units of a CTA.
+    """
+    steps = tiles * -(-units // step)
+    return steps * step, -(-steps // workers) * step
 
 
 def _key_maps(k: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -164,14 +167,14 @@ def scores(
         line, (rows, columns) = 32, (grid.blocks * 64, 64)
         meta_dims, meta_box = (128, grid.blocks, grid.reps), (128, 1, 1)
         chunks = grid.tables[14]
-        pieces, span = chunks.shape[0], 0
+        pieces, share = chunks.shape[0], 1
+        total = matrices * pieces
     else:
         line, (rows, columns) = 32 * units, stored((nq, nk))
         meta_dims = (rows, columns // 32, grid.reps)
         meta_box = (64, 2 * units, 1)
-        tiles, across = -(-nq // (64 * groups)), -(-nk // 64)
-        span = span_of(tiles * matrices, across, units, workers)
-        pieces = tiles * -(-across // span)
+        pieces = -(-nq // (64 * groups))
+        total, share = share_of(matrices * pieces, -(-nk // 64), units, workers)
     packed = columns // 2
     # The copy engine does not look at what it moves: two words of metadata are 32 bits.
     meta_map = descriptor(
@@ -194,9 +197,8 @@ def scores(
     wanted = sm90_request(
         q.dtype, grid.code, inside, given, keep is not None, scaled, groups, panels
     )
-    total = matrices * pieces
     kernel(wanted, q.device.index)(
-        (min(total, workers),),
+        (min(-(-total // share), workers),),
         cut.threads,
         (
             operand_map(q, 64 * groups),
@@ -213,7 +215,7 @@ def scores(
             np.int32(grid.reps),
             np.int32(grid.own),
             np.int32(grid.blocks),
-            np.int32(span),
+            np.int32(share),
             np.int32(nq),
             np.int32(nk),
             np.float32(scale),

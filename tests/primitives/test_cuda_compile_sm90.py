@@ -141,17 +141,11 @@ def test_walks_take_every_tile_once_and_evenly(matrices, several):
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("units", [1, 2, 3, 7, 32, 64, 1000])
 @pytest.mark.parametrize("tiles", [1, 5, 192, 1536, 10**6])
-def test_pieces_of_row_tiles_keep_all_multiprocessors_at_work(tiles, units, step):
-    span = nm_scores_sm90.span_of(tiles, units, step, 132)
-    assert span % step == 0
-    assert 0 < span < units + step
-
-    def rounds(span):
-        return -(-tiles * -(-units // span) // 132) * (span + nm_scores_sm90.BEGIN)
-
-    assert rounds(span) <= rounds(-(-units // step) * step)
-    if tiles == 1 and units >= 64:
-        assert span <= units // 8
+def test_key_units_are_shared_out_evenly(tiles, units, step):
+    total, share = nm_scores_sm90.share_of(tiles, units, step, 132)
+    assert share % step == 0
+    assert tiles * units <= total < tiles * (units + step)
+    assert share * 132 >= total > (share - step) * 132  # no CTA could take a step less
 
 
 def test_rows_that_are_not_there_take_no_warpgroups():
