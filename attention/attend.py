@@ -135,8 +135,6 @@ def attend(
     if again is not None:
         o, found = run(*again, q, k, v, key_mask, sink_logits)
         return (o, found) if return_lse and found is not None else o
-    if seen is not None and seen.tensors() is None:
-        seen = None  # something watches, or tensors are not what they look like: nothing is learnt
     q, k, v = autocast(q, k, v)
     check_tensors(q, k, v, enable_gqa)
     nq, nk = q.shape[2], k.shape[2]
@@ -160,7 +158,7 @@ def attend(
         keys = folded.shared_keys(kept, q, k, v, sink) if chosen == "fused" else None
         if keys is not None:
             call = folded.Call(attend, keys, scale, return_lse)
-            if seen is not None and not torch.cuda.is_current_stream_capturing():
+            if seen is not None:
                 learn(seen, call)
             o, lse = call([q, k, v] if keep is None else [q, k, v, keep], [])
             return o if lse is None else (o, lse)
@@ -170,8 +168,7 @@ def attend(
         width, masked = max(q.shape[3], v.shape[3]), keep is not None
         made = plan_for(kept, nq, nk, q.device, width, q.dtype, masked)
         o, lse = attention(q, k, v, keep, sink, scale, made.tensors, made.ints)
-        # While a graph is captured plans may be copies that live as long as the capture.
-        if seen is not None and not torch.cuda.is_current_stream_capturing():
+        if seen is not None:
             from .cuda.forward import direct
 
             learn(seen, direct(q, k, v, keep, sink, scale, made.tensors, made.ints))

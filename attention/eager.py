@@ -18,7 +18,7 @@ from mixgrain.formats.cache import LRU
 from mixgrain.formats.errors import BackendUnavailableError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.pattern import Pattern
-from mixgrain.primitives.lately import Signatures, tf32
+from mixgrain.primitives.lately import Signatures
 from mixgrain.primitives.looks import TENSORS, address, plain
 
 
@@ -47,19 +47,6 @@ class Signature(NamedTuple):
     positions: Hashable
     rest: tuple[Hashable, ...]
     given: tuple[Tensor, ...]
-
-    def tensors(self) -> tuple[tuple[Hashable, ...], list[int]] | None:
-        """The part of the tensors, and their addresses; None: the long way."""
-        key: list[Hashable] = [self.rest]
-        pointers = []
-        for t in self.given:
-            if (at := address(t)) < 0 or not t.is_cuda:
-                return None
-            pointers.append(at)
-            key += (t.shape, t.stride(), t.dtype, at & 15, t.get_device())
-        if self.given[0].dtype is torch.float32:
-            key.append(tf32())
-        return tuple(key), pointers
 
 
 def signature(
@@ -105,17 +92,7 @@ def signature(
 def find(seen: Signature) -> tuple[Call, list[int]] | None:
     """The call of a signature, if it was kept, and the addresses of its tensors."""
     calls = _calls.peek(seen.positions)
-    if calls is None:
-        return None
-    found = calls.lately.find(seen.given, seen.rest)
-    if found is not None:
-        return found
-    whole = seen.tensors()
-    call = None if whole is None else calls.get(whole[0])
-    if whole is None or call is None:
-        return None
-    calls.lately.keep(seen.given, whole[1], seen.rest, call)
-    return call, whole[1]
+    return None if calls is None else calls.find(seen.given, seen.rest)
 
 
 def run(
@@ -146,6 +123,8 @@ def run(
 
 def learn(seen: Signature, call: Call | None) -> None:
     """Keep the call of a signature; None where its results need more than its launches."""
-    whole = None if call is None else seen.tensors()
-    if call is not None and whole is not None:
-        _calls.get(seen.positions, Signatures).keep(whole[0], call)
+    if call is None or not plain() or torch.cuda.is_current_stream_capturing():
+        return  # plans may be copies that live as long as the capture
+    pointers = [address(t) for t in seen.given]
+    if -1 not in pointers and all(t.is_cuda for t in seen.given):
+        _calls.get(seen.positions, Signatures).keep(seen.given, pointers, seen.rest, call)

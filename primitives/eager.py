@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from .fold import (
     unfold_vector,
 )
 from .gradients import Work
-from .lately import Signatures, tf32
+from .lately import Signatures, signature
 from .looks import address, plain, usable
 from .plans.plan import Plan, trusted
 
@@ -48,7 +48,6 @@ LAYOUT_TYPES = frozenset((BlockLayout, RowLayout, PanelLayout, MixedLayout, NMLa
 LAYOUTS = 128
 
 _grad_enabled: Callable[[], bool] = torch.is_grad_enabled
-_FLOAT = torch.float32
 
 _layouts: LRU[Signatures[Call]] = LRU(LAYOUTS)
 
@@ -58,35 +57,6 @@ def find(layout: Layout) -> Signatures[Call] | None:
     if type(layout) is not NMLayout:
         return _layouts.peek((layout.key, layout._home))  # `home` itself asks whether it is traced
     return _layouts.peek(_place(layout)) if trusted(layout) else None
-
-
-V = TypeVar("V")
-
-
-def look_up(
-    calls: Signatures[V],
-    given: Sequence[Any],
-    rest: Hashable,
-    key: Callable[[list[int]], Hashable],
-) -> tuple[V, list[int]] | None:
-    """A call that was made, but not lately, and the addresses of its tensors; None: the long way.
-
-    Args:
-        calls: of a layout.
-        given: the tensors.
-        rest: what else there is, as for ``Lately.find``.
-        key: the signature, from addresses.
-    """
-    if not plain():
-        return None
-    pointers = [address(t) for t in given]
-    if -1 in pointers:
-        return None
-    found = calls.get(key(pointers))
-    if found is None:
-        return None
-    calls.lately.keep(given, pointers, rest, found)
-    return found, pointers
 
 
 def _place(layout: Layout) -> Hashable:
@@ -311,9 +281,7 @@ class Backward:
             return self._through_operators(tensors, keep, wanted)
         given = tuple([t for t in (*tensors, keep) if t is not None])
         rest = wanted, keep is None, *[t is None for t in tensors]
-        seen = self._calls.lately.find(given, rest)
-        if seen is None:
-            seen = self._looked_up(tensors, keep, wanted, given, rest)
+        seen = self._calls.find(given, rest) or self._made(tensors, keep, wanted, given, rest)
         if seen is None:
             return self._through_operators(tensors, keep, wanted)
         call, pointers = seen
@@ -322,7 +290,7 @@ class Backward:
             return made if isinstance(made, tuple) else (made,)
         return _spread(made if isinstance(made, tuple) else (made,), wanted)
 
-    def _looked_up(
+    def _made(
         self,
         tensors: tuple[Tensor | None, ...],
         keep: Tensor | None,
@@ -330,27 +298,16 @@ class Backward:
         given: tuple[Tensor, ...],
         rest: Hashable,
     ) -> tuple[Call, list[int]] | None:
-        """The call by its signature, made now if there is none; None: the operators."""
-        if not plain():
+        """A new call; None: the operators."""
+        # E.g. what a hook of saved tensors left on the CPU.
+        if not plain() or not all(map(usable, given)):
             return None
         pointers = [address(t) for t in given]
         if -1 in pointers:
             return None
-        key: list[Hashable] = [rest]
-        for t, at in zip(given, pointers, strict=True):
-            key += (t.shape, t.is_contiguous() or t.stride(), t.dtype, at & 15, t.get_device())
-        if any(t.dtype is _FLOAT for t in given):
-            key.append(tf32())
-        signature = tuple(key)
-        call = self._calls.get(signature)
-        if call is None:
-            if not all(map(usable, given)):  # e.g. what a hook of saved tensors left on the CPU
-                return None
-            call = self._term.of(wanted).prepare(tensors, keep)
-            if torch.cuda.is_current_stream_capturing():
-                return call, pointers
-            self._calls.keep(signature, call)
-        self._calls.lately.keep(given, pointers, rest, call)
+        call = self._term.of(wanted).prepare(tensors, keep)
+        if not torch.cuda.is_current_stream_capturing():
+            self._calls.keep(given, pointers, rest, call)
         return call, pointers
 
     def _through_operators(
@@ -377,16 +334,18 @@ def learnable(*tensors: Tensor | None) -> bool:
 
 def learn(
     layout: Layout,
-    key: Hashable,
+    rest: Hashable,
     term: Preparable,
     tensors: Sequence[Tensor | None],
     keep: Tensor | None,
 ) -> Call:
     """Keep the call of a signature; it has to be ``learnable``."""
     kept = _layouts.get(_place(layout), Signatures)
-    call = kept.get(key)  # which may not be recorded, or of another NMLayout
+    given = [t for t in (*tensors, keep) if t is not None]
+    pointers = [t.data_ptr() for t in given]
+    call = kept.get(signature(given, pointers, rest))  # may not be recorded, or of another NMLayout
     if call is None:
         with torch.no_grad():
             call = term.prepare(tensors, keep)
-        kept.keep(key, call)
+        kept.keep(given, pointers, rest, call)
     return call

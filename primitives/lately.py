@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .looks import TENSORS, watched
+from .looks import TENSORS, address, plain, watched
 
 V = TypeVar("V")
 
@@ -46,20 +46,21 @@ class _Seen(NamedTuple, Generic[V]):
     call: V
 
 
-class Lately(Generic[V]):
-    """The calls that were made lately, of one layout.
+class Signatures(dict[Hashable, V]):
+    """Calls of one layout by their signatures; those made lately are found without.
 
-    Callers differ in ``rest`` where they give other numbers of tensors.
+    Callers differ in ``rest``, what of a call is no tensor, where they give other numbers of them.
     """
 
     __slots__ = ("_seen", "_tries")
 
     def __init__(self) -> None:
+        super().__init__()
         self._seen: tuple[_Seen[V], ...] = ()
         self._tries = _TRIES
 
     def find(self, tensors: Sequence[Any], rest: Hashable) -> tuple[V, list[int]] | None:
-        """A call of such tensors and their addresses; None, too, where something watches."""
+        """A call of such tensors and their addresses; None: it is none of these, or means more."""
         # What guards do not see; transforms and autocast they do.
         if watched():
             return None
@@ -74,15 +75,38 @@ class Lately(Generic[V]):
                 for t in tensors:
                     at = t.data_ptr()
                     if at & 15 or not (at or not t.numel()):
-                        return None
+                        return self._look_up(tensors, rest)
                     pointers.append(at)
                 return seen.call, pointers
-        return None
+        return self._look_up(tensors, rest)
+
+    def _look_up(self, tensors: Sequence[Any], rest: Hashable) -> tuple[V, list[int]] | None:
+        """The same for a call that was made, but not lately."""
+        if not plain():
+            return None
+        pointers = [address(t) for t in tensors]
+        if -1 in pointers:
+            return None
+        found = self.get(signature(tensors, pointers, rest))
+        if found is None:
+            return None
+        self._remember(tensors, pointers, rest, found)
+        return found, pointers
 
     def keep(
         self, tensors: Sequence[Tensor], pointers: Sequence[int], rest: Hashable, call: V
     ) -> None:
-        """Remember a call; not one whose tensors lie at odd addresses, or one of them twice."""
+        """Store a call; of too many all are forgotten."""
+        if len(self) >= SIGNATURES:
+            self.clear()
+        self[signature(tensors, pointers, rest)] = call
+        self._tries = _TRIES
+        self._remember(tensors, pointers, rest, call)
+
+    def _remember(
+        self, tensors: Sequence[Tensor], pointers: Sequence[int], rest: Hashable, call: V
+    ) -> None:
+        """As one made lately; not one whose tensors lie at odd addresses, or one of them twice."""
         if any(pointer & 15 for pointer in pointers) or len(set(map(id, tensors))) < len(tensors):
             return
         if self._tries <= 0:
@@ -94,30 +118,21 @@ class Lately(Generic[V]):
             switch = tf32() if any(t.dtype is torch.float32 for t in tensors) else None
             self._seen = (_Seen(rest, check, switch, call), *self._seen[: _MOST - 1])
 
-    def renew(self) -> None:
-        """There is another signature: guards may be made again."""
-        self._tries = _TRIES
 
+def signature(tensors: Sequence[Tensor], pointers: Sequence[int], rest: Hashable) -> Hashable:
+    """All that checks, plans and launch code look at.
 
-class Signatures(dict[Hashable, V]):
-    """Calls by their signatures; the last of them are found without.
-
-    Attributes:
-        lately: the last ones.
+    Args:
+        tensors: what the call is given.
+        pointers: their addresses.
+        rest: what is no tensor, which of them there are included.
     """
-
-    __slots__ = ("lately",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lately: Lately[V] = Lately()
-
-    def keep(self, key: Hashable, call: V) -> None:
-        """Store a call; of too many all are forgotten."""
-        if len(self) >= SIGNATURES:
-            self.clear()
-        self[key] = call
-        self.lately.renew()
+    key: list[Hashable] = [rest]
+    for t, at in zip(tensors, pointers, strict=True):
+        key += (t.shape, t.stride(), t.dtype, at & 15, t.get_device())
+    if any(t.dtype is torch.float32 for t in tensors):
+        key.append(tf32())
+    return tuple(key)
 
 
 def tf32() -> str:

@@ -27,16 +27,13 @@ from .eager import (
     index_of,
     learn,
     learnable,
-    look_up,
     without_index,
 )
 from .fold import free_shape
 from .gradients import KINDS, Work, gradients
-from .lately import tf32
 from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
-_FLOAT = torch.float32
 _NUMBERS = (float, int)
 _DTYPES = (torch.dtype, type(None))
 _new = object.__new__
@@ -108,7 +105,7 @@ class _Softmax(torch.autograd.Function):
         return None, None, None, None, *ctx.gradients(held, ctx.keep, (True,))
 
 
-# What Function.apply does besides is to look for transforms, which `plain` has done.
+# What Function.apply does besides is to look for transforms, which calls that are found have not.
 _apply_product: Callable[..., Any] = super(torch.autograd.Function, _Product).apply
 _apply_softmax: Callable[..., Any] = super(torch.autograd.Function, _Softmax).apply
 
@@ -122,18 +119,6 @@ def together(
     if index is not None:
         tensors = (*tensors, index)
     return tensors if keep is None else (*tensors, keep)
-
-
-def _index_key(index: Tensor) -> Any:
-    """Of metadata; on which device it is, its layout says."""
-    return index.shape, index.is_contiguous() or index.stride(), index.dtype, index.data_ptr() & 15
-
-
-def mask_key(keep: Tensor | None) -> Any:
-    """Of a run-time mask."""
-    if keep is None:
-        return None
-    return keep.shape, keep.stride(), keep.dtype, keep.data_ptr() & 7, keep.get_device()
 
 
 def sparse(layout: Layout, values: Tensor, keep: Tensor | None, rows: bool) -> SparseTensor:
@@ -178,26 +163,6 @@ def _backward(
     return Backward(term._replace(works=works, kinds=kinds))
 
 
-def _sddmm_key(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    index: Tensor | None,
-    keep: Tensor | None,
-    out: Any,
-    a: int,
-    b: int,
-) -> Any:
-    dtype = q.dtype
-    return (
-        "sddmm", q.shape, q.is_contiguous() or q.stride(), dtype, a & 15, q.get_device(),
-        k.shape, k.is_contiguous() or k.stride(), k.dtype, b & 15, k.get_device(),
-        scale, out, None if keep is None else mask_key(keep),
-        None if index is None else _index_key(index),
-        tf32() if dtype is _FLOAT else None,
-    )  # fmt: skip
-
-
 def sddmm(
     q: Tensor, k: Tensor, layout: Any, scale: float, keep: Tensor | None, out_dtype: Any
 ) -> SparseTensor | None:
@@ -217,10 +182,7 @@ def sddmm(
         return None
     given = together((q, k), index, keep)
     rest = "sddmm", scale, out_dtype, index is None, keep is None
-    seen = calls.lately.find(given, rest)
-    if seen is None:
-        like = scale, index, keep, out_dtype
-        seen = look_up(calls, given, rest, lambda at: _sddmm_key(q, k, *like, at[0], at[1]))
+    seen = calls.find(given, rest)
     if seen is None:
         return None
     call, pointers = seen
@@ -255,24 +217,11 @@ def learn_sddmm(
     wide = float(scale)
     scalars = (wide, q.dtype if out_dtype is None else out_dtype)
     term, index = _forward("sddmm", scalars, layout, lead, False, plan)
-    key = _sddmm_key(q, k, scale, index, keep, out_dtype, q.data_ptr(), k.data_ptr())
-    call = learn(layout, key, term, together((q, k), index), keep)
+    rest = "sddmm", scale, out_dtype, index is None, keep is None
+    call = learn(layout, rest, term, together((q, k), index), keep)
     if q.shape[:-2] == lead == k.shape[:-2]:
         call.backward = _backward("sddmm", term, (q.dtype, k.dtype), (wide,))
     return sddmm(q, k, layout, scale, keep, out_dtype)
-
-
-def _spmm_key(s: SparseTensor, x: Tensor, index: Tensor | None, a: int, b: int) -> Any:
-    values, keep = s.values, s.keep
-    kind, dtype = values.dtype, x.dtype
-    return (
-        "spmm", values.shape, values.is_contiguous() or values.stride(), kind, a & 15,
-        x.shape, x.is_contiguous() or x.stride(), dtype, b & 15,
-        values.get_device(), x.get_device(),
-        None if keep is None else (s.keep_rows, *mask_key(keep)),
-        None if index is None else _index_key(index),
-        tf32() if dtype is _FLOAT or kind is _FLOAT else None,
-    )  # fmt: skip
 
 
 def spmm(s: Any, x: Tensor) -> Tensor | None:
@@ -288,9 +237,7 @@ def spmm(s: Any, x: Tensor) -> Tensor | None:
         return None
     given = together((values, x), index, keep)
     rest = "spmm", s.keep_rows, index is None, keep is None
-    seen = calls.lately.find(given, rest)
-    if seen is None:
-        seen = look_up(calls, given, rest, lambda at: _spmm_key(s, x, index, at[0], at[1]))
+    seen = calls.find(given, rest)
     if seen is None:
         return None
     call, pointers = seen
@@ -308,21 +255,11 @@ def learn_spmm(s: SparseTensor, x: Tensor, plan: Plan, lead: tuple[int, ...]) ->
     if type(layout) not in LAYOUT_TYPES or not learnable(values, x, s.keep):
         return None
     term, index = _forward("spmm", (1.0, x.dtype), layout, lead, s.keep_rows, plan)
-    key = _spmm_key(s, x, index, values.data_ptr(), x.data_ptr())
-    call = learn(layout, key, term, together((values, x), index), s.keep)
+    rest = "spmm", s.keep_rows, index is None, s.keep is None
+    call = learn(layout, rest, term, together((values, x), index), s.keep)
     if values.shape[:-1] == free_shape(layout.lead, lead) and x.shape[:-2] == lead:
         call.backward = _backward("spmm", term, (values.dtype, x.dtype), (1.0,))
     return spmm(s, x)
-
-
-def _softmax_key(s: SparseTensor, index: Tensor | None, want_lse: bool, out: Any, a: int) -> Any:
-    values, keep = s.values, s.keep
-    return (
-        "softmax", values.shape, values.is_contiguous() or values.stride(), values.dtype, a & 15,
-        values.get_device(), want_lse, out,
-        None if keep is None else (s.keep_rows, *mask_key(keep)),
-        None if index is None else _index_key(index),
-    )  # fmt: skip
 
 
 def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
@@ -340,10 +277,7 @@ def softmax(s: Any, want_lse: bool, out_dtype: Any) -> Any:
         return None
     given = together((values,), index, keep)
     rest = "softmax", s.keep_rows, want_lse, out_dtype, index is None, keep is None
-    seen = calls.lately.find(given, rest)
-    if seen is None:
-        like = index, want_lse, out_dtype
-        seen = look_up(calls, given, rest, lambda at: _softmax_key(s, *like, at[0]))
+    seen = calls.find(given, rest)
     if seen is None:
         return None
     call, pointers = seen
@@ -368,7 +302,7 @@ def learn_softmax(
     scalars = (values.dtype if out_dtype is None else out_dtype, want_lse)
     results = 2 if want_lse else 1
     term, index = _forward("softmax", scalars, layout, lead, s.keep_rows, plan, results)
-    key = _softmax_key(s, index, want_lse, out_dtype, values.data_ptr())
-    call = learn(layout, key, term, together((values,), index), s.keep)
+    rest = "softmax", s.keep_rows, want_lse, out_dtype, index is None, s.keep is None
+    call = learn(layout, rest, term, together((values,), index), s.keep)
     call.backward = _backward("softmax", term, (values.dtype,))
     return softmax(s, want_lse, out_dtype)

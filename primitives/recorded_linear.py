@@ -26,16 +26,13 @@ from .eager import (
     find,
     index_of,
     learnable,
-    look_up,
     without_index,
 )
 from .eager import learn as learn_call
 from .fold import fold_mask
-from .lately import tf32
 from .plans.plan import Plan
 
 _grad_enabled = torch.is_grad_enabled
-_FLOAT = torch.float32
 
 
 class Layer(NamedTuple):
@@ -152,7 +149,7 @@ class _Linear(torch.autograd.Function):
         return None, None, None, None, *ctx.gradients(held, ctx.keep, ctx.needs_input_grad[4:])
 
 
-# What Function.apply does besides is to look for transforms, which `plain` has done.
+# What Function.apply does besides is to look for transforms, which calls that are found have not.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Linear).apply
 
 
@@ -160,28 +157,11 @@ def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple([t for t in tensors if t is not None])
 
 
-def _signature(
-    tensors: tuple[Tensor | None, ...], pointers: Sequence[int], rest: Hashable
+def _rest(
+    w: SparseTensor, bias: Tensor | None, index: Tensor | None, activation: str | None
 ) -> Hashable:
-    """All that checks and launch code look at.
-
-    Args:
-        tensors: values, x, then whatever else the call is given.
-        pointers: addresses of those that there are.
-        rest: what is no tensor.
-    """
-    key: list[Hashable] = [rest]
-    at = iter(pointers)
-    for t in tensors:
-        if t is None:
-            key.append(None)
-        else:
-            key += (
-                t.shape, t.is_contiguous() or t.stride(), t.dtype, next(at) & 15, t.get_device(),
-            )  # fmt: skip
-    if cast(Tensor, tensors[1]).dtype is _FLOAT:
-        key.append(tf32())
-    return tuple(key)
+    """What of a call is no tensor, and which tensors there are."""
+    return "linear", w.keep_rows, activation, bias is None, index is None, w.keep is None
 
 
 def linear(x: Any, w: Any, bias: Any, activation: Any) -> Tensor | None:
@@ -204,12 +184,7 @@ def linear(x: Any, w: Any, bias: Any, activation: Any) -> Tensor | None:
         return None
     index = layout.metadata if type(layout) is NMLayout else None
     given = _given(values, x, bias, index, keep)
-    kind = "linear", w.keep_rows, activation
-    rest = kind, bias is None, index is None, keep is None
-    seen = calls.lately.find(given, rest)
-    if seen is None:
-        like = values, x, bias, index, keep
-        seen = look_up(calls, given, rest, lambda at: _signature(like, at, kind))
+    seen = calls.find(given, _rest(w, bias, index, activation))
     if seen is None:
         return None
     call, pointers = seen
@@ -236,11 +211,8 @@ def learn(
         made = learn(x, w, bias, None, plan)
         return None if made is None else ACTIVATIONS[activation](made)
     given = (w.values, x, bias, index_of(layout))
-    tensors = (*given, w.keep)
-    pointers = [t.data_ptr() for t in tensors if t is not None]
-    key = _signature(tensors, pointers, ("linear", w.keep_rows, activation))
     layer = Layer(without_index(layout, plan)[1], w.keep_rows, activation)
-    call = learn_call(layout, key, layer, given, w.keep)
+    call = learn_call(layout, _rest(w, bias, given[3], activation), layer, given, w.keep)
     if call.backward is None and activation is None:
         dtype = x.dtype if bias is None else bias.dtype
         call.backward = Backward(LayerGradients(layer, dtype))

@@ -24,16 +24,15 @@ from .eager import (
     Call,
     Term,
     learnable,
-    look_up,
 )
 from .gradients import KINDS, Work, gradients
-from .lately import Signatures, tf32
-from .looks import plain
+from .lately import Signatures, signature
+from .looks import TENSORS, plain
 from .plans.plan import Plan, trust
 
 _grad_enabled = torch.is_grad_enabled
-_FLOAT = torch.float32
 _NUMBERS = (float, int)
+_DTYPES = (torch.dtype, type(None))
 _new = object.__new__
 
 
@@ -80,7 +79,7 @@ class _Prune(torch.autograd.Function):
         return None, None, None, *made
 
 
-# What Function.apply does besides is to look for transforms, which `plain` has done.
+# What Function.apply does besides is to look for transforms, which calls that are found have not.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Prune).apply
 
 
@@ -91,25 +90,6 @@ def _place(pattern: NM) -> Hashable:
     return (pattern.n, pattern.m) if pattern.within is None else pattern.expression_key()
 
 
-def _key(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    keep: Tensor | None,
-    dtype: torch.dtype,
-    pointers: list[int],
-) -> Any:
-    kind = q.dtype
-    return (
-        q.shape, q.is_contiguous() or q.stride(), kind, pointers[0] & 15, q.get_device(),
-        k.shape, k.is_contiguous() or k.stride(), k.dtype, pointers[1] & 15, k.get_device(),
-        scale, dtype, None if keep is None else (
-            keep.shape, keep.stride(), keep.dtype, pointers[2] & 7, keep.get_device(),
-        ),
-        tf32() if kind is _FLOAT else None,
-    )  # fmt: skip
-
-
 def sddmm(
     q: Any, k: Any, pattern: NM, scale: float, keep: Any, out_dtype: Any
 ) -> SparseTensor | None:
@@ -117,19 +97,14 @@ def sddmm(
     # Other numbers are checked the long way; a scale of 0 and one of −0 are equal keys.
     if type(scale) not in _NUMBERS or not scale or not plain():
         return None
-    if out_dtype is not None and type(out_dtype) is not torch.dtype:
+    if type(out_dtype) not in _DTYPES or type(q) not in TENSORS:
         return None
     choices = _choices.peek(_place(pattern))
     if choices is None:
         return None
     given = (q, k) if keep is None else (q, k, keep)
-    rest = scale, out_dtype, keep is None
-    seen = choices.lately.find(given, rest)
-    if seen is None:
-        kind = out_dtype
-        seen = look_up(
-            choices, given, rest, lambda at: _key(q, k, scale, keep, kind or q.dtype, at)
-        )
+    dtype = q.dtype if out_dtype is None else out_dtype
+    seen = choices.find(given, (scale, dtype, keep is None))
     if seen is None:
         return None
     found, pointers = seen
@@ -175,9 +150,10 @@ def learn(
     place = _place(pattern)
     if place is None or type(scale) not in _NUMBERS or not scale or not learnable(q, k, keep):
         return None
-    pointers = [t.data_ptr() for t in (q, k, keep) if t is not None]
-    choices, key = _choices.get(place, Signatures), _key(q, k, scale, keep, dtype, pointers)
-    if key in choices:  # may not be recorded, or this would not be asked
+    choices, rest = _choices.get(place, Signatures), (scale, dtype, keep is None)
+    given = [t for t in (q, k, keep) if t is not None]
+    pointers = [t.data_ptr() for t in given]
+    if signature(given, pointers, rest) in choices:  # may not be recorded, or none would ask
         return None
     work = Work("prune", (0, 1), (float(scale), dtype), ("values", "index"))
     term = Term((work,), blank, lead, KINDS["sddmm"][0], False, plan)
@@ -189,5 +165,5 @@ def learn(
         call.backward = Backward(term._replace(works=works, kinds=kinds))
     fields = {name: value for name, value in vars(blank).items() if name not in ("metadata", "key")}
     fields["_home"] = q.device
-    choices.keep(key, _Choice(call, fields))
+    choices.keep(given, pointers, rest, _Choice(call, fields))
     return sddmm(q, k, pattern, scale, keep, dtype)

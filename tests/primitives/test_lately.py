@@ -10,16 +10,23 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixgrain.primitives import lately
-from mixgrain.primitives.lately import Lately, Signatures
+from mixgrain.primitives.lately import Signatures
 
 
 def pair(shape=(2, 8, 16), dtype=torch.float16):
     return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
 
+def kept(tensors, rest="op", call="the call", calls=None):
+    calls = Signatures() if calls is None else calls
+    calls.keep(tensors, [t.data_ptr() for t in tensors], rest, call)
+    return calls
+
+
 def remembered(tensors, rest="op"):
-    calls = Lately()
-    calls.keep(tensors, [t.data_ptr() for t in tensors], rest, "the call")
+    """Calls that are found as those made lately, or not at all."""
+    calls = kept(tensors, rest)
+    dict.clear(calls)
     return calls
 
 
@@ -28,7 +35,7 @@ def test_equal_calls_are_found_with_the_addresses_of_now():
     other = pair()
     assert calls.find(other, "op") == ("the call", [t.data_ptr() for t in other])
     assert calls.find(other, "another") is None
-    assert Lately().find(other, "op") is None
+    assert Signatures().find(other, "op") is None
 
 
 class Watching(TorchDispatchMode):
@@ -134,9 +141,10 @@ def test_the_switch_of_float32_products_counts():
 
 def test_calls_of_several_kinds_are_found():
     made = [pair((2, n, 16)) for n in range(1, 5)]
-    calls = Lately()
+    calls = Signatures()
     for n, tensors in enumerate(made):
-        calls.keep(tensors, [t.data_ptr() for t in tensors], n % 2, n)
+        kept(tensors, n % 2, n, calls)
+    dict.clear(calls)
     for n, tensors in enumerate(made):
         assert calls.find(tensors, n % 2)[0] == n
         assert calls.find(tensors, 1 - n % 2) is None
@@ -146,27 +154,50 @@ def test_calls_of_too_many_kinds_make_guards_only_so_often(monkeypatch):
     made = []
     plain = lately._check
     monkeypatch.setattr(lately, "_check", lambda tensors: (made.append(1), plain(tensors))[1])
-    calls = Lately()
-    for n in range(1, 200):
-        assert len(calls._seen) <= lately._MOST
-        tensors = pair((1, n, 16))
-        calls.keep(tensors, [t.data_ptr() for t in tensors], "op", n)
-    assert len(made) == lately._TRIES
+    calls, kinds = Signatures(), [pair((1, n, 16)) for n in range(1, 2 * lately._MOST)]
+    for n, tensors in enumerate(kinds):
+        kept(tensors, call=n, calls=calls)
+    assert len(made) == len(kinds)
+    for _ in range(20):  # in turn, so that none is still among the last ones
+        for n, tensors in enumerate(kinds):
+            assert calls.find(tensors, "op")[0] == n
+            assert len(calls._seen) <= lately._MOST
+    assert len(made) == len(kinds) + lately._TRIES - 1
     assert not calls._seen
-    calls.renew()
-    tensors = pair()
-    calls.keep(tensors, [t.data_ptr() for t in tensors], "op", "new")
-    assert calls.find(tensors, "op")[0] == "new"
+    kept(pair(), call="new", calls=calls)  # another signature lets guards be made again
+    assert calls._seen
+    assert calls.find(pair(), "op")[0] == "new"
 
 
-def test_another_signature_lets_guards_be_made_again():
-    kept = Signatures()
-    kept.lately._tries = 0
-    kept.keep("signature", "call")
-    assert kept.lately._tries == lately._TRIES
+def test_of_too_many_signatures_all_are_forgotten():
+    calls = Signatures()
     for n in range(lately.SIGNATURES + 1):
-        kept.keep(n, n)
-    assert len(kept) <= lately.SIGNATURES
+        kept(pair(), n, n, calls)
+        assert calls.find(pair(), n)[0] == n
+    assert len(calls) <= lately.SIGNATURES
+
+
+FINER = {
+    "gradient": True,  # whoever records calls asks for themselves
+    "parameter": True,
+    "address": False,
+    "strides": False,
+    "shape": False,
+    "dtype": False,
+    "negative": False,
+    "zeros": False,
+    "sparse": False,
+    "nested": False,
+    "no tensor": False,
+}
+
+
+@pytest.mark.parametrize("change", FINER)
+def test_a_signature_is_all_that_launch_code_looks_at(change):
+    tensors = list(pair())
+    calls = kept(tensors)
+    tensors[0] = CHANGES[change](tensors[0])
+    assert (calls.find(tensors, "op") is not None) == FINER[change]
 
 
 def test_no_tensor_is_kept_alive():
@@ -182,16 +213,17 @@ def test_what_lies_at_odd_addresses_or_comes_twice_is_not_kept():
     odd = CHANGES["address"](pair()[0])
     twice = (odd.clone(),) * 2
     for tensors in ((odd, odd.clone()), twice):
-        calls = remembered(tensors)
+        calls = kept(tensors)
         assert not calls._seen
         assert calls._tries == lately._TRIES
-        assert calls.find(tensors, "op") is None
+        assert calls.find(tensors, "op")[0] == "the call"  # by its signature
 
 
 @pytest.mark.parametrize("guards", [None, lambda *tensors: None])
-def test_without_the_guards_of_torch_nothing_is_found(guards, monkeypatch):
+def test_without_the_guards_of_torch_signatures_find(guards, monkeypatch):
     monkeypatch.setattr(lately, "_guards", guards)
     assert remembered(pair()).find(pair(), "op") is None
+    assert kept(pair()).find(pair(), "op")[0] == "the call"
 
 
 @pytest.mark.gpu
