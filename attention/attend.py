@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 from typing import Literal, overload
@@ -259,8 +258,7 @@ def plan_for(
             from .cuda.warm import compile_together
 
             index = torch.cuda.current_device() if device.index is None else device.index
-            with contextlib.suppress(OSError):  # said by whoever asks for a kernel
-                compile_together(index, dtype, D, masked)
+            compile_together(index, dtype, D, masked)
             made = plan_pattern(kept, nq, nk, D, device, units)
             if made is not None:
                 return made

@@ -199,7 +199,7 @@ def _values(v: Tensor, found: Tables, keep: Tensor | None) -> Tensor:
 def _blanked(v: Tensor, dead: Tensor | None, keep: Tensor | None) -> Tensor:
     for mask in (dead, None if keep is None else ~keep[:, None]):
         if mask is not None:
-            v = v.masked_fill(mask[..., None].to(v.device), 0)
+            v = torch.where(mask[..., None].to(v.device), 0, v)  # one pass; masked_fill makes two
     return v
 
 

@@ -55,7 +55,7 @@ def _units(arch: str, dtype: torch.dtype, width: int, masked: bool, rounded: boo
 def compile_together(index: int, dtype: torch.dtype, width: int, masked: bool) -> None:
     """Compile side by side what a call of units asks for one after the other.
 
-    What is missing is said by whoever asks for a kernel.
+    What is missing, or cannot be written, is said by whoever asks for a kernel.
 
     Args:
         index: torch's index of the device.
@@ -66,5 +66,5 @@ def compile_together(index: int, dtype: torch.dtype, width: int, masked: bool) -
     arch = facts(index).arch
     wanted = [request("gather_rows", {}), *planning(), walk_request()]
     wanted += _units(arch, dtype, width, masked, tf32(dtype))
-    with contextlib.suppress(MissingError):
+    with contextlib.suppress(MissingError, OSError):
         build_all([(each, arch) for each in wanted], THREADS)

@@ -11,8 +11,9 @@
 //   items, chunks, masks      WITHIN 1: as in sddmm_block_sm90, of `own` entries; reps repeat them
 //   keep      bool (F, E, nk rounded up to 128), KEEP 1
 //
-//   grid   WITHIN 0: a CTA takes `share` steps · UNITS of all matrices' `pieces` row tiles · key units, in a row;
-//          1: any; CTAs take turns at matrices · pieces, chunks of items
+//   grid   WITHIN 0: CTAs take turns at `pieces` row tiles of each matrix, `turns` whole ones each, so that those
+//          at work share their keys in L2; then each `share` key units of what is left, in a row
+//          1: any; CTAs take turns at `total` = matrices · pieces, chunks of items
 //   block  128 · GROUPS consumers, a warpgroup has 64 rows, + 32 (a producer warp), or 128 if HELD: Q is in
 //          registers, which the producer's leave
 //   smem   QUERIES of GROUPS · 8 KiB · P; STAGES of UNITS · 8 KiB · P; RESULTS of UNITS · 5 KiB a warpgroup
@@ -102,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
                   const __grid_constant__ TensorMap meta_map, const u32 *__restrict__ metadata,
                   const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry,
                   const Item *__restrict__ items, const int2 *__restrict__ chunks,
-                  const u8 *__restrict__ masks, int total, int pieces, int reps, int own, int blocks, int share,
+                  const u8 *__restrict__ masks, int total, int pieces, int reps, int own, int blocks, int turns, int share,
                   int nq, int nk, float scale) {
     extern __shared__ u8 raw[];
     const u32 base = (shared_address(raw) + 1023) & ~1023u;
@@ -112,21 +113,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
     const u32 q_full = empty + 8 * kStages, q_empty = q_full + 8 * kQueries;
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const int units = (nk + 63) / 64, line = (units + kUnits - 1) / kUnits * kUnits;
-    const int begin = blockIdx.x * (kWithin ? 1 : share), end = kWithin ? total : min(total, begin + share);
+    // Where the left row tiles' key units begin that are this CTA's, and how many they are.
+    const int left = blockIdx.x * share, mine_left = max(0, min(share, (total - turns * int(gridDim.x)) * line - left));
+    const int begin = kWithin ? blockIdx.x : 0, end = kWithin ? total : turns + mine_left;
     const auto piece_at = [&](int at) {
         Piece p;
-        const int each = kWithin ? at : at / line;  // of all pieces of all matrices
+        int each = at;  // of all pieces of all matrices
+        p.first = 0, p.count = units, p.next = at + (kWithin ? gridDim.x : 1);
+        if (!kWithin && at < turns) {
+            each = at * gridDim.x + blockIdx.x;
+        } else if (!kWithin) {
+            const int unit = left + at - turns;
+            each = turns * gridDim.x + unit / line;
+            p.first = unit % line, p.next = min(end, at - p.first + line);
+            p.count = min(units - p.first, p.next - at);
+        }
         const int piece = each % pieces;
-        p.matrix = each / pieces;
-        p.f = p.matrix / reps, p.rep = p.matrix % reps;
+        p.matrix = each / pieces, p.tile = piece;
+        p.f = p.matrix / reps, p.rep = p.matrix % reps, p.entry = p.rep;
         if constexpr (kWithin) {
             p.first = chunks[piece].x, p.count = chunks[piece].y;
             p.tile = items[p.first].row, p.entry = p.rep * own + items[p.first].entry;
-            p.next = at + gridDim.x;
-        } else {
-            p.tile = piece, p.entry = p.rep;
-            p.first = at % line, p.next = min(end, at - p.first + line);
-            p.count = min(units - p.first, p.next - at);
         }
         return p;
     };
@@ -205,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
         const bool stored = kWithin || row0 + row16 < rows;
         const bool whole_rows = kWithin || row0 + 64 <= nq;
         const u32 queries = q_at + slot * kBytesQ + group * kPanel;
-        const u64 left = wgmma_descriptor(queries, 1);
+        const u64 rows_at = wgmma_descriptor(queries, 1);
         barrier_wait(q_full + 8 * slot, q_parity);
         u32 held[kHeld ? 4 * kDepth : 1][4];
         if constexpr (kHeld) {
@@ -242,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
                         Wgmma<64 * kUnits>::template rs<0>(acc, held[4 * p + kk], keys, p + kk > 0);
                     else
                         Wgmma<64 * kUnits>::template ss<0, 0>(
-                            acc, left + ((p * kGroups * kPanel + kk * 32) >> 4), keys, p + kk > 0);
+                            acc, rows_at + ((p * kGroups * kPanel + kk * 32) >> 4), keys, p + kk > 0);
                 }
             wgmma_commit();
             wgmma_wait<0>();

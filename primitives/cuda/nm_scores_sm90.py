@@ -100,8 +100,8 @@ def groups_of(within: bool, panels: int, nq: int) -> int:
     return 4 if (4, panels) in CUTS and -(-nq // 256) * 2 <= 1.15 * -(-nq // 128) else 2
 
 
-def share_of(tiles: int, units: int, step: int, workers: int) -> tuple[int, int]:
-    """How key units of all row tiles, in a row, are shared out among CTAs.
+def shares(tiles: int, units: int, step: int, workers: int) -> tuple[int, int, int]:
+    """How row tiles are shared out among CTAs: whole ones by turns, the key units of the others.
 
     Args:
         tiles: row tiles of all matrices.
@@ -110,10 +110,13 @@ def share_of(tiles: int, units: int, step: int, workers: int) -> tuple[int, int]
         workers: CTAs at most.
 
     Returns:
-        Units in all, each row tile's rounded up to whole steps; units of a CTA.
+        CTAs; whole row tiles of each; key units of the other row tiles that each takes, each row
+        tile's rounded up to whole steps.
     """
-    steps = tiles * -(-units // step)
-    return steps * step, -(-steps // workers) * step
+    turns, rest = divmod(tiles, workers)
+    steps = rest * -(-units // step)
+    each = -(-steps // workers)
+    return workers if turns else -(-steps // each), turns, each * step
 
 
 def _key_maps(k: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -167,14 +170,14 @@ def scores(
         line, (rows, columns) = 32, (grid.blocks * 64, 64)
         meta_dims, meta_box = (128, grid.blocks, grid.reps), (128, 1, 1)
         chunks = grid.tables[14]
-        pieces, share = chunks.shape[0], 1
-        total = matrices * pieces
+        pieces = chunks.shape[0]
+        ctas, turns, share = min(matrices * pieces, workers), 0, 0
     else:
         line, (rows, columns) = 32 * units, stored((nq, nk))
         meta_dims = (rows, columns // 32, grid.reps)
         meta_box = (64, 2 * units, 1)
         pieces = -(-nq // (64 * groups))
-        total, share = share_of(matrices * pieces, -(-nk // 64), units, workers)
+        ctas, turns, share = shares(matrices * pieces, -(-nk // 64), units, workers)
     packed = columns // 2
     # The copy engine does not look at what it moves: two words of metadata are 32 bits.
     meta_map = descriptor(
@@ -198,7 +201,7 @@ def scores(
         q.dtype, grid.code, inside, given, keep is not None, scaled, groups, panels
     )
     kernel(wanted, q.device.index)(
-        (min(-(-total // share), workers),),
+        (ctas,),
         cut.threads,
         (
             operand_map(q, 64 * groups),
@@ -210,11 +213,12 @@ def scores(
             grid.tables[0].data_ptr() if inside else 0,
             grid.tables[14].data_ptr() if inside else 0,
             grid.tables[6].data_ptr() if inside else 0,
-            np.int32(total),
+            np.int32(matrices * pieces),
             np.int32(pieces),
             np.int32(grid.reps),
             np.int32(grid.own),
             np.int32(grid.blocks),
+            np.int32(turns),
             np.int32(share),
             np.int32(nq),
             np.int32(nk),

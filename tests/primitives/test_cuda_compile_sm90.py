@@ -141,11 +141,18 @@ def test_walks_take_every_tile_once_and_evenly(matrices, several):
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("units", [1, 2, 3, 7, 32, 64, 1000])
 @pytest.mark.parametrize("tiles", [1, 5, 192, 1536, 10**6])
-def test_key_units_are_shared_out_evenly(tiles, units, step):
-    total, share = nm_scores_sm90.share_of(tiles, units, step, 132)
+def test_row_tiles_are_shared_out_evenly(tiles, units, step):
+    ctas, turns, share = nm_scores_sm90.shares(tiles, units, step, 132)
+    line = -(-units // step) * step
+    assert 0 < ctas <= 132
     assert share % step == 0
-    assert tiles * units <= total < tiles * (units + step)
-    assert share * 132 >= total > (share - step) * 132  # no CTA could take a step less
+    done = [
+        turns * line + max(0, min(share, (tiles - turns * ctas) * line - n * share))
+        for n in range(ctas)
+    ]
+    assert sum(done) == tiles * line
+    assert max(done) - sum(done) / 132 < step  # no CTA could do a step less
+    assert min(done) > 0
 
 
 def test_rows_that_are_not_there_take_no_warpgroups():
