@@ -54,7 +54,9 @@ CASES = {
     "two keys": ((2,), 3, 2, 8, None),
     "three keys": ((1, 2), 70, 3, 8, None),
     "long rows": ((2,), 200, 2500, 64, None),  # several chunks of columns
+    "many matrices": ((3, 51), 256, 200, 64, None),  # CTAs take whole row tiles, then parts of some
     "wide": ((2,), 65, 200, 128, None),  # two panels of the head dimension
+    "many wide": ((2, 70), 250, 100, 128, None),
     "widest": ((1, 2), 130, 150, 256, None),
     "beyond": ((1, 2), 70, 90, 320, None),  # no room for Q as a whole
     "narrow": ((), 40, 80, 5, None),  # rows that are no multiple of 16 bytes
