@@ -150,7 +150,7 @@ def attend(
         handed = dense.handed_over(kept, q, k, v, scale)
         if handed is not None:
             if seen is not None:
-                learn(seen, dense.Call(scale, handed))
+                learn(seen, lambda: dense.Call(scale, handed))
             return dense.run(q, k, v, scale, handed)
     if chosen == "fused" and q.device.type == "cuda":
         chosen = _fused_or(impl, kept, q, k, v, sink)
@@ -158,7 +158,7 @@ def attend(
         if keys is not None:
             call = folded.Call(attend, keys, scale, return_lse)
             if seen is not None:
-                learn(seen, call)
+                learn(seen, lambda: call)
             o, lse = call([q, k, v] if keep is None else [q, k, v, keep], [])
             return o if lse is None else (o, lse)
     if chosen == "fused":
@@ -170,7 +170,7 @@ def attend(
         if seen is not None:
             from .cuda.forward import direct
 
-            learn(seen, direct(q, k, v, keep, sink, scale, made.tensors, made.ints))
+            learn(seen, lambda: direct(q, k, v, keep, sink, scale, made.tensors, made.ints))
     elif chosen == "composed":
         from .composed import attend_composed
 

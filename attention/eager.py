@@ -7,7 +7,7 @@ the prepared launches directly.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -121,10 +121,20 @@ def run(
     return o, lse
 
 
-def learn(seen: Signature, call: Call | None) -> None:
-    """Keep the call of a signature; None where its results need more than its launches."""
-    if call is None or not plain() or torch.cuda.is_current_stream_capturing():
-        return  # plans may be copies that live as long as the capture
+def learn(seen: Signature, make: Callable[[], Call | None]) -> None:
+    """Keep the call of a signature, where calls mean what they say and tensors are what they seem.
+
+    Args:
+        seen: the signature.
+        make: makes the call; None where its results need more than its launches.
+    """
+    if not plain():
+        return
     pointers = [address(t) for t in seen.given]
-    if -1 not in pointers and all(t.is_cuda for t in seen.given):
+    if -1 in pointers or not all(t.is_cuda for t in seen.given):
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return  # plans may be copies that live as long as the capture
+    call = make()
+    if call is not None:
         _calls.get(seen.positions, Signatures).keep(seen.given, pointers, seen.rest, call)

@@ -100,8 +100,7 @@ class Signatures(dict[Hashable, V]):
         if len(self) >= SIGNATURES:
             self.clear()
         self[signature(tensors, pointers, rest)] = call
-        self._tries = _TRIES
-        self._remember(tensors, pointers, rest, call)
+        self._tries = _TRIES  # guards come when it is made again
 
     def _remember(
         self, tensors: Sequence[Tensor], pointers: Sequence[int], rest: Hashable, call: V

@@ -56,45 +56,6 @@ __device__ __forceinline__ float one_of4(const float (&x)[4], int i) {
     return i & 2 ? high : low;
 }
 
-__device__ __forceinline__ float larger(float a, float b) {
-    float x;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
-    return x;
-}
-// The same for scores that are all live and none of them NaN (else one of `kept` is, and the choice is
-// not to be used), on few instructions: values land in `kept`, scaled; the nibble is added to `codes`, a
-// float of 2^23 + 8 · unit for every group to come, whose low bits are then the codes. Selections ride on
-// multiplications and additions of that pipe, which has twice the rate of the one that compares. `scale`
-// > 0; kScaled: the scores are scaled already, and it is ignored.
-template <bool kScaled>
-__device__ __forceinline__ void choose4_plain(float a, float b, float c, float d, float scale,
-                                              float (&kept)[2], float &codes, float unit) {
-    const float h1 = larger(a, b), h2 = larger(c, d), by = kScaled ? 1.0f : scale;
-    kept[0] = kScaled ? h1 : h1 * by, kept[1] = kScaled ? h2 : h2 * by;
-    // With ftz the assembler does not take a multiplication by 1 for a move, which the other pipe does.
-    if constexpr (kNm == 0) {
-        asm("{\n.reg .pred left, one, p, q;\n.reg .f32 l1, l2;\n"
-            "min.f32 l1, %3, %4;\nmin.f32 l2, %5, %6;\n"
-            "setp.ge.f32 left, l1, %8;\n"
-            "setp.gt.or.f32 one, l2, %7, left;\n"
-            "setp.gt.and.f32 p, %4, %3, !one;\n"
-            "setp.gt.and.f32 q, %6, %5, !one;\n"
-            "@one mul.ftz.f32 %0, %5, %9;\n@one mul.ftz.f32 %1, %6, %9;\n"
-            "@left mul.ftz.f32 %0, %3, %9;\n@left mul.ftz.f32 %1, %4, %9;\n"
-            "@one add.f32 %2, %2, %12;\n@left add.f32 %2, %2, %13;\n"
-            "@p add.f32 %2, %2, %10;\n@q add.f32 %2, %2, %11;\n}"
-            : "+f"(kept[0]), "+f"(kept[1]), "+f"(codes)
-            : "f"(a), "f"(b), "f"(c), "f"(d), "f"(h1), "f"(h2), "f"(by), "f"(unit), "f"(4 * unit),
-              "f"(6 * unit), "f"(-10 * unit));
-    } else {
-        asm("{\n.reg .pred p, q;\n"
-            "setp.gt.f32 p, %2, %1;\nsetp.gt.f32 q, %4, %3;\n"
-            "@p add.f32 %0, %0, %5;\n@q add.f32 %0, %0, %6;\n}"
-            : "+f"(codes)
-            : "f"(a), "f"(b), "f"(c), "f"(d), "f"(unit), "f"(4 * unit));
-    }
-}
-
 // The two values that a nibble keeps, scaled; higher bits of `code` do not matter.
 __device__ __forceinline__ void take4(float a, float b, float c, float d, float scale, u32 code,
                                       float (&kept)[2]) {

@@ -5,7 +5,8 @@
 constexpr bool kBrain = MG_DTYPE == 1;  // bfloat16
 constexpr bool kWithin = MG_WITHIN, kGiven = MG_GIVEN, kKeep = MG_KEEP;
 // What `scale` multiplies: 0 what is kept; 1 scores before they are compared, since it is not positive; 2 Q, in
-// registers: a power of two, and bfloat16, whose exponents are those of the sums.
+// registers: a power of two, and bfloat16, whose exponents are those of the sums (elements that it takes below
+// 2^-126 lose bits, and scores that overflow without it do not).
 constexpr int kScale = MG_SCALE;
 constexpr bool kHeld = MG_HELD;
 constexpr int kGroups = MG_GROUPS, kUnits = MG_UNITS, kDepth = MG_PANELS, kStages = MG_STAGES;
@@ -65,6 +66,51 @@ __device__ __forceinline__ bool spoilt(u32 pair) {
     return is;
 }
 
+// Values below 2^-126 are zero, as everywhere here: scores that are scaled already are taken so when they are
+// compared, others when they are multiplied.
+#if MG_SCALE
+#define MG_FTZ ".ftz"
+#else
+#define MG_FTZ ""
+#endif
+__device__ __forceinline__ float larger(float a, float b) {
+    float x;
+    asm("max" MG_FTZ ".NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+}
+// choose4 for scores that are all live and none of them NaN (else one of `kept` is, and the choice is not to be
+// used), on few instructions: values land in `kept`, scaled; the nibble is added to `codes`, a float of
+// 2^23 + 8 · unit for every group to come, whose low bits are then the codes. Selections ride on multiplications
+// and additions of that pipe, which has twice the rate of the one that compares. `scale` > 0; ignored where the
+// scores are scaled already.
+__device__ __forceinline__ void choose4_plain(float a, float b, float c, float d, float scale,
+                                              float (&kept)[2], float &codes, float unit) {
+    const float h1 = larger(a, b), h2 = larger(c, d), by = kScale ? 1.0f : scale;
+    kept[0] = kScale ? h1 : h1 * by, kept[1] = kScale ? h2 : h2 * by;
+    // With ftz the assembler does not take a multiplication by 1 for a move, which the other pipe does.
+    if constexpr (kNm == 0) {
+        asm("{\n.reg .pred left, one, p, q;\n.reg .f32 l1, l2;\n"
+            "min" MG_FTZ ".f32 l1, %3, %4;\nmin" MG_FTZ ".f32 l2, %5, %6;\n"
+            "setp.ge" MG_FTZ ".f32 left, l1, %8;\n"
+            "setp.gt.or" MG_FTZ ".f32 one, l2, %7, left;\n"
+            "setp.gt.and" MG_FTZ ".f32 p, %4, %3, !one;\n"
+            "setp.gt.and" MG_FTZ ".f32 q, %6, %5, !one;\n"
+            "@one mul.ftz.f32 %0, %5, %9;\n@one mul.ftz.f32 %1, %6, %9;\n"
+            "@left mul.ftz.f32 %0, %3, %9;\n@left mul.ftz.f32 %1, %4, %9;\n"
+            "@one add.f32 %2, %2, %12;\n@left add.f32 %2, %2, %13;\n"
+            "@p add.f32 %2, %2, %10;\n@q add.f32 %2, %2, %11;\n}"
+            : "+f"(kept[0]), "+f"(kept[1]), "+f"(codes)
+            : "f"(a), "f"(b), "f"(c), "f"(d), "f"(h1), "f"(h2), "f"(by), "f"(unit), "f"(4 * unit),
+              "f"(6 * unit), "f"(-10 * unit));
+    } else {
+        asm("{\n.reg .pred p, q;\n"
+            "setp.gt" MG_FTZ ".f32 p, %2, %1;\nsetp.gt" MG_FTZ ".f32 q, %4, %3;\n"
+            "@p add.f32 %0, %0, %5;\n@q add.f32 %0, %0, %6;\n}"
+            : "+f"(codes)
+            : "f"(a), "f"(b), "f"(c), "f"(d), "f"(unit), "f"(4 * unit));
+    }
+}
+
 // Packs what is kept of unit `v` of a step: halves h and group of sixteen columns u of this lane's rows g and
 // g + 8. Returns the codes, as quad_nibbles takes them; GIVEN: as it has them. `plain`: all of the unit is within
 // the pattern and live; else inside_of tells the bits of columns in both rows that are within it, and of those
@@ -85,7 +131,7 @@ __device__ __forceinline__ u32 pack_unit(u32 (&packed)[2][4], const float (&acc)
                     take4(a, b, c, d, scale, codes >> (16 * h + 4 * u), two);
                 } else {
                     if (kScale == 1) a *= scale, b *= scale, c *= scale, d *= scale;
-                    choose4_plain<kScale != 0>(a, b, c, d, scale, two, sum[h], float(1 << 4 * u));
+                    choose4_plain(a, b, c, d, scale, two, sum[h], float(1 << 4 * u));
                 }
                 packed[h][u] = pack2<operand_t>(two[0], two[1]);
                 if (!kGiven && h) spoil(nans, packed[0][u], packed[1][u]);

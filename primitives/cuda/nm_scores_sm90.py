@@ -165,7 +165,8 @@ def scores(
     groups, each = groups_of(inside, panels, nq), values.element_size()
     cut, units = CUTS[groups, panels], CUTS[groups, panels].units
     matrices = q.shape[0] * grid.reps
-    workers = facts(q.device.index).multiprocessors * cut.ctas
+    scaled = scaled_by(scale, q.dtype, cut.held and not given)
+    workers = facts(q.device.index).multiprocessors * (1 if scaled == 1 else cut.ctas)
     if inside:
         line, (rows, columns) = 32, (grid.blocks * 64, 64)
         meta_dims, meta_box = (128, grid.blocks, grid.reps), (128, 1, 1)
@@ -196,7 +197,6 @@ def scores(
         (line, 64, 1),
         line * each,
     )
-    scaled = scaled_by(scale, q.dtype, cut.held and not given)
     wanted = sm90_request(
         q.dtype, grid.code, inside, given, keep is not None, scaled, groups, panels
     )

@@ -160,6 +160,19 @@ def test_caches_are_bounded_and_cleared() -> None:
     assert len(eager._calls) == 0
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_wrappers_that_outlive_their_transform(place) -> None:
+    tensors = list(inputs())
+    expected = mg.attend(*tensors, P.causal(), impl="fused")
+    held = []
+    torch.func.jvp(
+        lambda t: (held.append(t), t * 2)[1], (tensors[place],), (torch.ones_like(tensors[place]),)
+    )
+    tensors[place] = held[0]
+    for _ in range(3):
+        assert torch.equal(mg.attend(*tensors, P.causal(), impl="fused"), expected)
+
+
 def test_tensors_that_are_not_what_they_look_like() -> None:
     q, k, v = inputs()
     sink = torch.zeros(H, device="cuda")
