@@ -1,8 +1,8 @@
 // spmm_block_sm90: out = scale · S x or scale · Sᵀ x, S in blocks of 64 or 128, on wgmma and TMA.
 //
 //   out     (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
-//   x       (F, E, inner, D)  by a 4-D tensor map, any strides
-//   values  (F, slots)        blocks of S × S elements, by a 3-D tensor map (S, items · S, F)
+//   x       (F, E, inner, D)  any strides, by a 5-D map (64, inner, D / 64, E, F) if BOX, else (D, inner, 1, E, F)
+//   values  (F, slots)        blocks of S × S elements, by a 4-D map (64, items · S, S / 64, F)
 //   table   (n) int4          blocks in the order of the lines: item, inner block, mask (−1 = full)
 //   masks   (M, S, S / 8)     bits of partial blocks
 //   any     (M, S / 8)        inner positions with a kept element in the mask
@@ -14,6 +14,8 @@
 //   floor  2 · nnz · D FLOP at 800 TFLOP/s; L2: (S + kAcross) · 128 B a tile's 64 positions, 8.9 TB/s
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows, no run-time mask
 //
+// One copy brings a stage: the thread that asks for them takes as long for a small one.
+//
 // Dead slots of partial blocks are zeroed in shared memory, whatever they held, and so are rows of x
 // that such a block has no use for: 0 · NaN is NaN.
 #include "types.cuh"
@@ -24,7 +26,7 @@
 
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kGroupsN = MG_GROUPS, kDepth = MG_DEPTH;
 constexpr int kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
-constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
+constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL, kBox = MG_BOX;
 static_assert(kSize == 64 || kSize == 128, "SIZE must be 64 or 128");
 static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
 static_assert(kDepth == 32 || kDepth == 64, "DEPTH must be 32 or 64");
@@ -93,20 +95,18 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
                     barrier_wait(empty_a + 8 * a, parity_a);
                     barrier_expect(full_a + 8 * a, kStageA);
                     // 64 inner positions: columns of the block, or its rows if transposed.
-#pragma unroll
-                    for (int p = 0; p < kGroups; ++p)
-                        tma_load(ring_a + a * kStageA + p * kPanelA, values_map, full_a + 8 * a,
-                                 kTransposed ? 64 * p : 64 * half,
-                                 n * kSize + (kTransposed ? 64 * half : 64 * p), matrix);
+                    tma_load(ring_a + a * kStageA, values_map, full_a + 8 * a, 0, n * kSize + (kTransposed ? 64 * half : 0),
+                             kTransposed ? 0 : half, matrix);
                     if (++a == kStagesA) a = 0, parity_a ^= 1;
 #pragma unroll
                     for (int sub = 0; sub < kSubs; ++sub) {
                         barrier_wait(empty_b + 8 * b, parity_b);
                         barrier_expect(full_b + 8 * b, kStageB);
+                        const int row = inner + 64 * half + kDepth * sub;
 #pragma unroll
-                        for (int p = 0; p < kPanels; ++p)
-                            tma_load(ring_b + b * kStageB + p * kPanelB, x_map, full_b + 8 * b,
-                                     column0 + 64 * p, inner + 64 * half + kDepth * sub, entry, matrix);
+                        for (int p = 0; p < (kBox ? 1 : kPanels); ++p)
+                            tma_load(ring_b + b * kStageB + p * kPanelB, x_map, full_b + 8 * b, kBox ? 0 : column0 + 64 * p,
+                                     row, kBox ? column0 / 64 : 0, entry, matrix);
                         if (++b == kStagesB) b = 0, parity_b ^= 1;
                     }
                 }

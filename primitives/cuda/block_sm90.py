@@ -54,6 +54,39 @@ def values_map(
     )
 
 
+def boxed(width: int) -> bool:
+    """Whether rows are whole panels of 64, which ``panels_map`` brings in one copy."""
+    return width % 64 == 0
+
+
+def panels_map(t: Tensor, rows: int, panels: int) -> np.ndarray:
+    """(F, E, N, D), any strides but the last, in boxes of panels of 64 columns × rows each.
+
+    Of rows that are no whole panels, boxes of one panel, whose columns are the innermost index.
+    """
+    free, entries, n, width = t.shape
+    size = t.element_size()
+    row, entry, batch = (t.stride(d) * size for d in (2, 1, 0))
+    strides = (row, 128, entry, batch)
+    if boxed(width):
+        dims, box = (64, n, width // 64, entries, free), (64, rows, panels, 1, 1)
+    else:
+        dims, box = (width, n, 1, entries, free), (64, rows, 1, 1, 1)
+    return descriptor(t.data_ptr(), t.dtype, dims, strides, box)
+
+
+def blocks_map(values: Tensor, shift: int, size: int, items: int, transposed: bool) -> np.ndarray:
+    """The slots of a block part in boxes of 64 columns of a block, or of 64 rows if transposed."""
+    each, panels = values.element_size(), size // 64
+    return descriptor(
+        values.data_ptr() + shift * each,
+        values.dtype,
+        (64, items * size, panels, values.shape[0]),
+        (size * each, 128, values.stride(0) * each),
+        (64, 64, panels, 1) if transposed else (64, size, 1, 1),
+    )
+
+
 def sddmm(
     values: Tensor,
     q: Tensor,
@@ -141,7 +174,8 @@ def spmm(
     device = x.device.index
     lines, across = records.shape[0], -(-width // cut.across)
     several = facts(device).multiprocessors if cut.alone else 0
-    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial), device)
+    whole = boxed(width)
+    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial, whole), device)
     shared = cut.shared(size)
     for start in range(0, free, step := max(1, TILES // (lines * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
@@ -150,8 +184,8 @@ def spmm(
             (tiles.shape[0],),
             cut.threads(size),
             (
-                values_map(weights, shift, size, items),
-                operand_map(right, cut.depth),
+                blocks_map(weights, shift, size, items, transposed),
+                panels_map(right, cut.depth, cut.across // 64),
                 table.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),
@@ -319,15 +353,16 @@ def sddmm_shared(size: int, panels: int, stages: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def spmm_request(
-    size: int, dtype: torch.dtype, cut: Cut, transposed: bool, partial: bool
+    size: int, dtype: torch.dtype, cut: Cut, transposed: bool, partial: bool, whole: bool = True
 ) -> Request:
-    """The spmm kernel; ``partial`` writes float32."""
+    """The spmm kernel; ``partial`` writes float32, ``whole``: x is ``boxed``."""
     constants = {
         "SIZE": size,
         "DTYPE": CODES[dtype],
         "WIDE": cut.wide,
         "GROUPS": cut.groups,
         "DEPTH": cut.depth,
+        "BOX": int(whole),
         "STAGES_A": cut.left,
         "STAGES_B": cut.right,
         "TRANSPOSED": int(transposed),

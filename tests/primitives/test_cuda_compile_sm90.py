@@ -38,7 +38,8 @@ def requests():
     flags = list(itertools.product((False, True), repeat=2))
     for size, width, (transposed, partial) in itertools.product((64, 128), (64, 128, 256), flags):
         dtype, cut = half(size // 64, transposed, partial), block_sm90.tile(size, width)
-        yield block_sm90.spmm_request(size, dtype, cut, transposed, partial)
+        for whole in (True, False):
+            yield block_sm90.spmm_request(size, dtype, cut, transposed, partial, whole)
     for size, wide, (transposed, partial) in itertools.product((16, 32), union_sm90.STAGES, flags):
         dtype = half(size // 16, transposed, partial)
         yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)

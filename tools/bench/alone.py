@@ -19,10 +19,11 @@ from mixgrain.cuda.device import facts
 from mixgrain.formats.block import BlockLayout
 from mixgrain.primitives.cuda.block_sm90 import (
     Cut,
-    operand_map,
+    blocks_map,
+    boxed,
+    panels_map,
     spmm_request,
     tile,
-    values_map,
     walks,
 )
 from mixgrain.primitives.plans import cuda_block
@@ -96,19 +97,19 @@ def moves_source() -> str:
     return text.partition(consumers)[0].replace(entry, "moves_alone(const") + CONSUMERS
 
 
-def compiled(size: int, dtype: torch.dtype, cut: Cut) -> tuple[bytes, str]:
+def compiled(size: int, dtype: torch.dtype, cut: Cut, whole: bool) -> tuple[bytes, str]:
     """Cubin and log of ``moves_alone``, compiled as the product is for these blocks and this x."""
-    wanted = spmm_request(size, dtype, cut, False, False)
+    wanted = spmm_request(size, dtype, cut, False, False, whole)
     flags = [*options(wanted, "90a"), f"-I{nvrtc.header_folder()}"]
     return nvrtc.compile_source(moves_source(), "moves_alone.cu", flags)
 
 
 @functools.cache
-def _moves(size: int, dtype: torch.dtype, cut: Cut) -> Any:
+def _moves(size: int, dtype: torch.dtype, cut: Cut, whole: bool) -> Any:
     """The kernel."""
     import cupy
 
-    image, _ = compiled(size, dtype, cut)
+    image, _ = compiled(size, dtype, cut, whole)
     # CuPy keeps modules by path.
     path = cache_folder() / f"moves_alone-{hashlib.sha256(image).hexdigest()[:32]}.cubin"
     path.write_bytes(image)
@@ -155,8 +156,8 @@ def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
 
     def call() -> Tensor:
         arguments = (
-            values_map(weight.values.view(1, -1), part.starts[0], size, len(table)),
-            operand_map(x[None, None], cut.depth),
+            blocks_map(weight.values.view(1, -1), part.starts[0], size, len(table), False),
+            panels_map(x[None, None], cut.depth, cut.across // 64),
             table.data_ptr(),
             tiles.data_ptr(),
             np.int32(tiles.shape[1]),
@@ -171,7 +172,7 @@ def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
             np.int32(width),
             np.int32(0),
         )
-        run = _moves(size, x.dtype, cut)
+        run = _moves(size, x.dtype, cut, boxed(width))
         launched(run, (tiles.shape[0],), cut.threads(size), arguments, cut.shared(size))
         return out
 
