@@ -27,7 +27,7 @@ from ..blank import nm_layout
 from ..dispatch import TABLE
 from ..plans import nm
 from ..plans.plan import Plan
-from . import launch_code
+from . import launch_code, pair_sm90
 from .calls import describe
 from .parts import MOST_MATRICES
 
@@ -132,6 +132,10 @@ def requests(
             if operand == value:
                 for name, arguments in (*_weight_calls(operand, masks), *_layer_calls(operand)):
                     found |= dict.fromkeys(_asked(name, arguments))
+                if arch == "90a" and operand != FLOAT:  # asked for by large products only
+                    found |= {
+                        pair_sm90.spmm_request(operand, t, False): None for t in (False, True)
+                    }
     return list(found)
 
 
