@@ -17,8 +17,8 @@ from .even import evened
 
 # Columns of a group, and groups of a tile at most; see spmm_pair_sm90.cu.
 WIDE, GROUPS = 128, 3
-# Tiles that are dealt one by one; more of them go round.
-DEALT = 1 << 14
+# Tiles that are dealt one by one; more of them go round. And tiles of a CTA that are evened out.
+DEALT, EVENED = 1 << 14, 16
 
 
 class Pairs(NamedTuple):
@@ -82,7 +82,7 @@ def matched(shared: NDArray[np.int64]) -> NDArray[np.int64]:
             free[a] = free[b] = False
             found.append((a, b))
     made = np.array(found, np.int64).reshape(-1, 2)
-    for _ in range(4 * count):
+    while len(made):
         a, b = made.T
         now = shared[a, b]
         before = now[:, None] + now
@@ -91,11 +91,18 @@ def matched(shared: NDArray[np.int64]) -> NDArray[np.int64]:
             shared[np.ix_(a, b)] + shared[np.ix_(b, a)] - before,
             shared[np.ix_(a, a)] + shared[np.ix_(b, b)] - before,
         ])  # fmt: skip
-        gains[:, np.arange(len(made)), np.arange(len(made))] = 0
-        way, p, q = np.unravel_index(gains.argmax(), gains.shape) if len(made) else (0, 0, 0)
-        if not len(made) or gains[way, p, q] <= 0:
+        gains[:, np.tri(len(made), dtype=bool)] = 0  # p < q
+        best = np.flatnonzero(gains > 0)
+        if not len(best):
             break
-        made[p, 1], made[q, way ^ 1] = made[q, way ^ 1], made[p, 1]
+        # As many as do not touch one another, those that gain most first.
+        touched = np.zeros(len(made), bool)
+        for at in best[np.argsort(-gains.flat[best], kind="stable")][: 8 * len(made)]:
+            way, p, q = np.unravel_index(at, gains.shape)
+            if not (touched[p] or touched[q]):
+                touched[p] = touched[q] = True
+                other = 1 if way == 0 else 0
+                made[p, 1], made[q, other] = made[q, other], made[p, 1]
     odd = np.flatnonzero(free)
     made = np.concatenate([np.sort(made, 1), np.stack([odd, np.full(len(odd), -1)], 1)])
     return made[np.argsort(made[:, 0])]
@@ -128,7 +135,7 @@ def tiles(found: Pairs, width: int, matrices: int, ctas: int) -> NDArray[np.int3
             break
     assert best is not None
     _, mine, cut = best
-    if sum(map(len, mine)) <= DEALT:
+    if sum(map(len, mine)) <= EVENED * len(mine):
         evened(mine, _every(_costs(found, cut), matrices).tolist())
     longest = max(map(len, mine))
     made = np.zeros((len(mine), longest, 2, 4), np.int32)
