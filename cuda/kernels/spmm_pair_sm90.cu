@@ -68,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     Tile tile;
 
     if (warp >= kConsumers / 32) {  // producer
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         if (threadIdx.x != kConsumers) return;
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         int a = 0, b = 0;

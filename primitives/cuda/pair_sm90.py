@@ -15,7 +15,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_pairs
-from .block_sm90 import CODES, laid_out, operand_map, values_map
+from .block_sm90 import CODES, TILES, laid_out, operand_map, values_map
 
 # Stages of S, of 64 inner positions of two lines, and of x; inner positions of the latter.
 LEFT, RIGHT, DEPTH = 4, 6, 32
@@ -71,41 +71,46 @@ def spmm(
     Blocks are whole, of 64, and one entry's. Results are those of single lines, to the bit.
     """
     free, entries, rows, width = out.shape
-    if entries > 1 or width <= cuda_pairs.WIDE or not free:
+    units, several = -(-width // cuda_pairs.WIDE), facts(x.device.index).multiprocessors
+    # Pairs have no more elements than there are blocks.
+    if entries > 1 or units < 2 or table.shape[0] * units * free < LEAST * several:
         return False
     lines = paired(table, records)
-    if lines is None:
-        return False
-    device = x.device.index
-    several = facts(device).multiprocessors
-    if len(lines.elements) * -(-width // cuda_pairs.WIDE) * free < LEAST * several:
+    if lines is None or len(lines.elements) * units * free < LEAST * several:
         return False
     x = laid_out(x)
-    tiles = derived(
-        records,
-        ("pair tiles", width, free, several),
-        lambda: torch.from_numpy(cuda_pairs.tiles(lines.found, width, free, several)).to(
-            records.device
-        ),
-    )
-    kernel(spmm_request(x.dtype, transposed, out.dtype == torch.float32), device)(
-        (tiles.shape[0],),
-        128 * cuda_pairs.GROUPS + 128,
-        (
-            values_map(values, shift, 64, items),
-            operand_map(x, DEPTH),
-            lines.elements.data_ptr(),
-            tiles.data_ptr(),
-            np.int32(tiles.shape[1]),
-            np.float32(scale),
-            out.data_ptr(),
-            np.int32(rows),
-            np.int32(width),
-            np.int32(add),
-        ),
-        SHARED,
-    )
+    run = kernel(spmm_request(x.dtype, transposed, out.dtype == torch.float32), x.device.index)
+    for start in range(0, free, step := max(1, TILES // (len(lines.found.lines) * units))):
+        to, weights, right = (t[start : start + step] for t in (out, values, x))
+        tiles = _tiles(lines, records, units, to.shape[0], several)
+        run(
+            (tiles.shape[0],),
+            128 * cuda_pairs.GROUPS + 128,
+            (
+                values_map(weights, shift, 64, items),
+                operand_map(right, DEPTH),
+                lines.elements.data_ptr(),
+                tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
+                np.float32(scale),
+                to.data_ptr(),
+                np.int32(rows),
+                np.int32(width),
+                np.int32(add),
+            ),
+            SHARED,
+        )
     return True
+
+
+def _tiles(lines: Paired, records: Tensor, units: int, matrices: int, several: int) -> Tensor:
+    """The tiles of each CTA, kept with the records."""
+
+    def make() -> Tensor:
+        made = cuda_pairs.tiles(lines.found, units, matrices, several)
+        return torch.from_numpy(made).to(records.device)
+
+    return derived(records, ("pair tiles", units, matrices, several), make)
 
 
 @functools.lru_cache(maxsize=64)

@@ -81,6 +81,8 @@ def matched(shared: NDArray[np.int64]) -> NDArray[np.int64]:
         if free[a] and free[b]:
             free[a] = free[b] = False
             found.append((a, b))
+            if len(found) == count // 2:
+                break
     made = np.array(found, np.int64).reshape(-1, 2)
     while len(made):
         a, b = made.T
@@ -108,19 +110,18 @@ def matched(shared: NDArray[np.int64]) -> NDArray[np.int64]:
     return made[np.argsort(made[:, 0])]
 
 
-def tiles(found: Pairs, width: int, matrices: int, ctas: int) -> NDArray[np.int32]:
+def tiles(found: Pairs, units: int, matrices: int, ctas: int) -> NDArray[np.int32]:
     """The tiles of each CTA of ``spmm_pair_sm90``, loads about equal.
 
     Args:
         found: the pairs.
-        width: columns of x.
+        units: groups of 128 columns of x.
         matrices: how many share the pairs.
         ctas: of the grid.
 
     Returns:
         int32 (ctas or fewer, most, 2, 4), −1 for elements after a CTA's last tile.
     """
-    units = -(-width // WIDE)
     best: tuple[float, list[list[int]], list[tuple[int, int]]] | None = None
     for narrow in range(min(units // 2, 3 * GROUPS) + 1):
         cut = _cut(units, narrow)

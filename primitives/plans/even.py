@@ -25,7 +25,7 @@ def evened(mine: list[list[int]], costs: Sequence[float]) -> None:
                     worst = loads[top] - min(moved, gap - moved)
                     if 0 < moved < gap and (best is None or worst < best[0]):
                         best = (worst, other, a, b)
-            if best is not None and best[0] <= loads[top] - gap / 2:
+            if best is not None and best[0] <= loads[top] - gap // 2:
                 break
         if best is None:
             return

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from test_cuda_block import adjoint, poisoned  # noqa: F401  # outputs hold NaN before
 
 from mixgrain import patterns as P
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives.cuda import pair_sm90
+from mixgrain.primitives.linear import linear
 from mixgrain.primitives.plans import cuda_pairs
 from mixgrain.primitives.spmm import spmm
 
@@ -70,17 +72,17 @@ def test_partners_have_much_in_common():
 
 
 @pytest.mark.parametrize("matrices", [1, 3])
-@pytest.mark.parametrize("width", [129, 384, 1000, 4096])
+@pytest.mark.parametrize("units", [1, 2, 3, 8, 32])
 @pytest.mark.parametrize("kept", CASES.values(), ids=CASES)
-def test_tiles_are_every_pair_and_column_once(kept, width, matrices):
+def test_tiles_are_every_pair_and_column_once(kept, units, matrices):
     found = cuda_pairs.pairs(*lines_of(kept))
-    made = cuda_pairs.tiles(found, width, matrices, 132)
+    made = cuda_pairs.tiles(found, units, matrices, 132)
     what, where = made[:, :, 0], made[:, :, 1]
     there = what[..., 3] >= 0
     assert there[:, 0].all()
     assert (there[:, :-1] >= there[:, 1:]).all()
     pair_of = {tuple(lines): n for n, lines in enumerate(found.lines.tolist())}
-    units, seen = -(-width // 128), np.zeros((matrices, len(found.lines), -(-width // 128)), int)
+    seen = np.zeros((matrices, len(found.lines), units), int)
     for (one, other, first, size), (matrix, column, groups, _) in zip(
         what[there].tolist(), where[there].tolist(), strict=True
     ):
@@ -91,63 +93,133 @@ def test_tiles_are_every_pair_and_column_once(kept, width, matrices):
         seen[matrix, pair, column // 128 : column // 128 + groups] += 1
         assert column // 128 + groups <= units
     assert (seen == 1).all()
-    if width == 4096 and matrices == 1 and len(kept) == 64:
+    if units == 32 and matrices == 1 and len(kept) == 64:
         load = (where[..., 2] * np.maximum(what[..., 3], 0)).sum(1)
         assert load.max() <= 1.15 * load.sum() / 132
 
 
 def test_many_tiles_go_round():
     found = cuda_pairs.pairs(*lines_of(CASES["a fifth"]))
-    made = cuda_pairs.tiles(found, 4096, 60, 132)
+    made = cuda_pairs.tiles(found, 32, 60, 132)
     there = made[:, :, 0, 3] >= 0
     assert there.sum() > cuda_pairs.DEALT
     load = (made[:, :, 1, 2] * np.maximum(made[:, :, 0, 3], 0)).sum(1)
     assert load.max() <= 1.05 * load.mean()
 
 
-@pytest.fixture(params=[1, 2], ids=["one matrix", "two"])
-def matrices(request):
-    return request.param
-
-
-def product(kept, width, dtype, matrices, transposed, single, monkeypatch):
-    clear_caches()
-    if single:
-        monkeypatch.setattr(pair_sm90, "spmm", lambda *_: False)
+def weights(kept, dtype, matrices=1):
     g = torch.Generator().manual_seed(0)
-    layout = P.blocks(torch.from_numpy(kept), 64).to_layout(
-        "block", 64 * kept.shape[0], 64 * kept.shape[1], size=64
-    )
-    layout = layout.to("cuda")
-    values = torch.randn(matrices, layout.slots, generator=g).to("cuda", dtype)
-    inner = 64 * kept.shape[0 if transposed else 1]
-    x = torch.randn(matrices, inner, width, generator=g).to("cuda", dtype)
-    s = SparseTensor(layout, values[0] if matrices == 1 else values)
-    made = spmm(s.T if transposed else s, x[0] if matrices == 1 else x)
-    dense = s.to_dense().double()
-    right = (dense.mT if transposed else dense) @ (x[0] if matrices == 1 else x).double()
-    monkeypatch.undo()
-    clear_caches()
-    return made, right
+    shape = tuple(64 * n for n in kept.shape)
+    layout = P.blocks(torch.from_numpy(kept), 64).to_layout("block", *shape, size=64).to("cuda")
+    lead = () if matrices == 1 else (matrices,)
+    return SparseTensor(layout, torch.randn(*lead, layout.slots, generator=g).to("cuda", dtype))
+
+
+def right_side(rows, width, dtype, matrices=1):
+    lead = () if matrices == 1 else (matrices,)
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(*lead, rows, width, generator=g).to("cuda", dtype)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Runs something by pairs, whatever that gains, and line by line; and what pairs were asked."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper")
+    monkeypatch.setattr(pair_sm90, "LEAST", 0)
+    monkeypatch.setattr(pair_sm90, "SHARE", 1.0)
+    run = pair_sm90.spmm
+    used = []
+
+    def watched(*arguments):
+        used.append((run(*arguments), arguments[7], arguments[0].dtype))
+        return used[-1][0]
+
+    def twice(work):
+        clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(pair_sm90, "spmm", watched)
+            ours = work()
+        clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(pair_sm90, "spmm", lambda *_: False)
+            theirs = work()
+        clear_caches()
+        assert used
+        assert all(taken for taken, *_ in used)
+        return ours, theirs, used
+
+    return twice
+
+
+GPU_CASES = ["a fifth", "odd", "all", "empty lines", "band"]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("matrices", [1, 2])
 @pytest.mark.parametrize("width", [136, 384, 1000, 2048])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["a fifth", "odd", "all", "empty lines", "band"])
-def test_the_bits_of_single_lines(name, dtype, width, transposed, matrices, monkeypatch):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("no Hopper")
-    used = []
-    run = pair_sm90.spmm
-    monkeypatch.setattr(pair_sm90, "LEAST", 0)
-    monkeypatch.setattr(pair_sm90, "SHARE", 1.0)
-    monkeypatch.setattr(pair_sm90, "spmm", lambda *a: used.append(run(*a)) or used[-1])
-    made, right = product(CASES[name], width, dtype, matrices, transposed, False, monkeypatch)
-    assert used == [True]
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_the_bits_of_single_lines(name, dtype, width, matrices, both):
+    s = weights(CASES[name], dtype, matrices)
+    x = right_side(s.shape[-1], width, dtype, matrices)
+    ours, theirs, _ = both(lambda: spmm(s, x))
+    right = s.to_dense().double() @ x.double()
     torch.testing.assert_close(
-        made.double(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max())
+        ours.double(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max())
     )
-    alone, _ = product(CASES[name], width, dtype, matrices, transposed, True, monkeypatch)
-    assert torch.equal(made, alone)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [384, 1000])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_the_transpose_too(name, width, both):
+    s = weights(CASES[name], torch.float16)
+    x = right_side(s.shape[0], width, torch.float16)
+    ours, theirs, used = both(lambda: adjoint(s, x))
+    assert any(transposed for _, transposed, _ in used)
+    right = s.to_dense().double().mT @ x.double()
+    torch.testing.assert_close(
+        ours.double(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max())
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_sums_that_are_kept_in_float32(both):
+    """A layer adds its bias before it rounds; a mixed layout adds one part to another."""
+    s = weights(CASES["a fifth"], torch.bfloat16)
+    x, bias = (
+        right_side(500, s.shape[1], torch.bfloat16),
+        right_side(1, s.shape[0], torch.bfloat16)[0],
+    )
+    ours, theirs, used = both(lambda: linear(x, s, bias))
+    assert {dtype for *_, dtype in used} == {torch.float32}
+    assert torch.equal(ours, theirs)
+    pattern = P.blocks(torch.from_numpy(CASES["a fifth"]), 64) | P.random(0.001, 0)
+    layout = pattern.to_layout("mixed", 4096, 4096).to("cuda")
+    assert [part.kind for part in layout.parts] == ["block", "row"]
+    values = right_side(1, layout.slots, torch.bfloat16)[0]
+    mixed, right = SparseTensor(layout, values), right_side(4096, 512, torch.bfloat16)
+    ours, theirs, _ = both(lambda: spmm(mixed, right))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_what_only_the_partner_reads_reaches_nothing(both):
+    kept = CASES["a fifth"]
+    s, x = weights(kept, torch.float16), right_side(4096, 512, torch.float16)
+    x[64 * 5 : 64 * 6] = torch.nan
+    ours, theirs, _ = both(lambda: spmm(s, x))
+    there = torch.from_numpy(kept[:, 5]).repeat_interleave(64).cuda()
+    assert ours[there].isnan().all()
+    assert ours[~there].isfinite().all()
+    assert torch.equal(ours[~there], theirs[~there])
+
+
+@pytest.mark.gpu
+def test_repeats_while_others_run(both):
+    s, x = weights(CASES["a fifth"], torch.float16), right_side(4096, 4096, torch.float16)
+    many, theirs, _ = both(lambda: torch.stack([spmm(s, x) for _ in range(25)]))
+    assert (many == theirs[0]).all()
