@@ -24,6 +24,13 @@ __device__ __forceinline__ u32 cluster_address(u32 address, u32 rank) {
 __device__ __forceinline__ void cluster_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// Unless it is 0; barriers of this CTA have addresses in the cluster's window too.
+__device__ __forceinline__ void cluster_arrive_if(u32 barrier) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n"
+        "@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n}\n" ::"r"(barrier)
+        : "memory");
+}
 __device__ __forceinline__ float cluster_load(u32 address) {
     float v;
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");

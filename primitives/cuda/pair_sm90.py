@@ -1,4 +1,4 @@
-"""Whole blocks of 64 on Hopper, two lines of them at a time: spmm_pair_sm90."""
+"""Whole blocks on Hopper, two lines of them at a time: spmm_pair_sm90."""
 
 from __future__ import annotations
 
@@ -17,22 +17,47 @@ from mixgrain.cuda.launch import kernel
 from ..plans import cuda_pairs
 from .block_sm90 import CODES, TILES, laid_out, operand_map, values_map
 
-# Stages of S, of 64 inner positions of two lines, and of x; inner positions of the latter.
-LEFT, RIGHT, DEPTH = 4, 6, 32
-SHARED = LEFT * 2 * 8192 + RIGHT * cuda_pairs.GROUPS * cuda_pairs.WIDE * DEPTH * 2 + 1024
+
+class Cut(NamedTuple):
+    """How a product is cut.
+
+    Attributes:
+        across: columns of x of a tile.
+        depth: inner positions of a stage of x.
+        left: stages of S, of 64 inner positions.
+        shared: stages of x that the two CTAs of a cluster fill for one another.
+        own: stages of x of a CTA alone.
+    """
+
+    across: int
+    depth: int
+    left: int
+    shared: int
+    own: int
+
+    def memory(self, size: int) -> int:
+        """Dynamic shared memory of a CTA, bytes."""
+        return (
+            self.left * size * 128 + (self.shared + self.own) * self.across * self.depth * 2 + 1024
+        )
+
+
+# By the side of a block.
+CUTS = {64: Cut(512, 16, 4, 5, 7), 128: Cut(256, 32, 4, 4, 5)}
+THREADS = 3 * 128
 # Lines that are paired: every line is compared with every other.
 MOST_LINES = 1024
 # Where pairs ask for more than this of what lines ask for alone, they gain nothing.
 SHARE = 0.9
-# Groups of 128 columns times elements of a pair that a multiprocessor has to have for it.
-LEAST = 16
+# Elements of pairs, by tile, that a cluster has to have for it.
+LEAST = 8
 
 
 class Paired(NamedTuple):
-    """Pairs of lines, and their elements on the device."""
+    """Pairs of lines, and their blocks on the device."""
 
     found: cuda_pairs.Pairs
-    elements: Tensor
+    table: Tensor
 
 
 def paired(table: Tensor, records: Tensor) -> Paired | None:
@@ -47,9 +72,9 @@ def paired(table: Tensor, records: Tensor) -> Paired | None:
         if not 1 < records.shape[0] <= MOST_LINES or not table.shape[0]:
             return None
         found = cuda_pairs.pairs(table.cpu().numpy(), records.cpu().numpy())
-        if len(found.elements) > SHARE * found.blocks:
+        if found.elements.sum() > SHARE * len(found.table):
             return None
-        return Paired(found, torch.from_numpy(found.elements).to(records.device))
+        return Paired(found, torch.from_numpy(found.table).to(records.device))
 
     return derived(records, "pairs", make)
 
@@ -59,6 +84,7 @@ def spmm(
     values: Tensor,
     x: Tensor,
     shift: int,
+    size: int,
     items: int,
     table: Tensor,
     records: Tensor,
@@ -68,59 +94,68 @@ def spmm(
 ) -> bool:
     """Whether scale · S x, or Sᵀ x, was written (or added) here; see ``block_sm90.spmm``.
 
-    Blocks are whole, of 64, and one entry's. Results are those of single lines, to the bit.
+    Blocks are whole, and one entry's. Results are those of single lines, to the bit.
     """
     free, entries, rows, width = out.shape
-    units, several = -(-width // cuda_pairs.WIDE), facts(x.device.index).multiprocessors
+    cut, clusters = CUTS[size], facts(x.device.index).multiprocessors // 2
+    across = -(-width // cut.across)
     # Pairs have no more elements than there are blocks.
-    if entries > 1 or units < 2 or table.shape[0] * units * free < LEAST * several:
+    if entries > 1 or width <= 128 or table.shape[0] * across * free < LEAST * clusters:
         return False
     lines = paired(table, records)
-    if lines is None or len(lines.elements) * units * free < LEAST * several:
+    if lines is None or int(lines.found.elements.sum()) * across * free < LEAST * clusters:
         return False
     x = laid_out(x)
-    run = kernel(spmm_request(x.dtype, transposed, out.dtype == torch.float32), x.device.index)
-    for start in range(0, free, step := max(1, TILES // (len(lines.found.lines) * units))):
+    wanted = spmm_request(size, x.dtype, transposed, out.dtype == torch.float32)
+    run = kernel(wanted, x.device.index)
+    for start in range(0, free, step := max(1, TILES // (len(lines.found.partners) * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
-        tiles = _tiles(lines, records, units, to.shape[0], several)
+        tiles = _tiles(lines, records, size, across, to.shape[0], clusters)
         run(
             (tiles.shape[0],),
-            128 * cuda_pairs.GROUPS + 128,
+            THREADS,
             (
-                values_map(weights, shift, 64, items),
-                operand_map(right, DEPTH),
-                lines.elements.data_ptr(),
+                values_map(weights, shift, size, items),
+                operand_map(right, cut.depth),
+                lines.table.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),
+                np.int32(across),
                 np.float32(scale),
                 to.data_ptr(),
                 np.int32(rows),
                 np.int32(width),
                 np.int32(add),
             ),
-            SHARED,
+            cut.memory(size),
         )
     return True
 
 
-def _tiles(lines: Paired, records: Tensor, units: int, matrices: int, several: int) -> Tensor:
+def _tiles(
+    lines: Paired, records: Tensor, size: int, across: int, matrices: int, clusters: int
+) -> Tensor:
     """The tiles of each CTA, kept with the records."""
 
     def make() -> Tensor:
-        made = cuda_pairs.tiles(lines.found, units, matrices, several)
+        wide = CUTS[size].across
+        made = cuda_pairs.tiles(lines.found, size, wide, across, matrices, clusters)
         return torch.from_numpy(made).to(records.device)
 
-    return derived(records, ("pair tiles", units, matrices, several), make)
+    return derived(records, ("pair tiles", size, across, matrices, clusters), make)
 
 
 @functools.lru_cache(maxsize=64)
-def spmm_request(dtype: torch.dtype, transposed: bool, partial: bool) -> Request:
+def spmm_request(size: int, dtype: torch.dtype, transposed: bool, partial: bool) -> Request:
     """The kernel; ``partial`` writes float32."""
+    cut = CUTS[size]
     constants = {
+        "SIZE": size,
         "DTYPE": CODES[dtype],
-        "STAGES_A": LEFT,
-        "STAGES_B": RIGHT,
-        "DEPTH": DEPTH,
+        "DEPTH": cut.depth,
+        "STAGES_A": cut.left,
+        "SHARED": cut.shared,
+        "OWN": cut.own,
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }

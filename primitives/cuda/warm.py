@@ -6,6 +6,7 @@ Tests compile them for every architecture, and ``mixgrain warm`` does so ahead o
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -133,9 +134,8 @@ def requests(
                 for name, arguments in (*_weight_calls(operand, masks), *_layer_calls(operand)):
                     found |= dict.fromkeys(_asked(name, arguments))
                 if arch == "90a" and operand != FLOAT:  # asked for by large products only
-                    found |= {
-                        pair_sm90.spmm_request(operand, t, False): None for t in (False, True)
-                    }
+                    for size, t in itertools.product(pair_sm90.CUTS, (False, True)):
+                        found[pair_sm90.spmm_request(size, operand, t, False)] = None
     return list(found)
 
 

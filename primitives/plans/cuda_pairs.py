@@ -1,8 +1,8 @@
-"""Lines of blocks two by two, so that what they ask of x comes in once for both.
+"""Lines of blocks two by two, so that what both ask of x comes in once for both.
 
 A line is a block row, or a block column where the product is with the transpose. Scattered blocks
-leave a choice of partners: in 64 lines of which each has a fifth of all blocks, the best pairing
-asks for a fifth less than single lines do.
+leave a choice of partners: of 64 lines that have a fifth of all blocks each, the best pairs ask
+for a fifth less than single lines do.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from .even import evened
 
-# Columns of a group, and groups of a tile at most; see spmm_pair_sm90.cu.
-WIDE, GROUPS = 128, 3
-# Tiles that are dealt one by one; more of them go round. And tiles of a CTA that are evened out.
+# Rounds of exchanges between pairs, each of as many as do not touch one another.
+ROUNDS = 32
+# Tiles that are dealt one by one; more of them go round. And tiles of a cluster that are evened
+# out.
 DEALT, EVENED = 1 << 14, 16
 
 
@@ -25,17 +26,17 @@ class Pairs(NamedTuple):
     """Pairs of lines and what they have.
 
     Attributes:
-        lines: int64 (P, 2), −1 where there is no other.
-        bounds: int64 (P + 1,) into elements.
-        elements: int32 (U, 4): inner block, item of the one line and of the other, −1 = none, 0; of
-            each pair by inner block.
-        blocks: items in all.
+        partners: int64 (P, 2), rows of the records, −1 where there is no other.
+        records: int32 (lines, 3) that they are rows of.
+        table: int32 (n, 4), the lines' blocks, with 1 in the last column where the partner has the
+            same inner block, else 0.
+        elements: int64 (P,), inner blocks that either of a pair has.
     """
 
-    lines: NDArray[np.int64]
-    bounds: NDArray[np.int64]
-    elements: NDArray[np.int32]
-    blocks: int
+    partners: NDArray[np.int64]
+    records: NDArray[np.int32]
+    table: NDArray[np.int32]
+    elements: NDArray[np.int64]
 
 
 def pairs(table: NDArray[np.int32], records: NDArray[np.int32]) -> Pairs:
@@ -46,152 +47,136 @@ def pairs(table: NDArray[np.int32], records: NDArray[np.int32]) -> Pairs:
         records: (lines, 3) of it: line, first in table, elements.
     """
     count = len(records)
-    inner = int(table[:, 1].max()) + 1 if len(table) else 1
     sizes = records[:, 2].astype(np.int64)
-    line = np.repeat(records[:, 0], sizes)
+    row = np.repeat(np.arange(count), sizes)
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     at = np.repeat(records[:, 1], sizes) + within
-    items = np.full((count + 1, inner), -1)  # the last line is none
-    items[line, table[at, 1]] = table[at, 0]
-    has = (items[:count] >= 0).astype(np.float32)
-    lines = matched((has @ has.T).astype(np.int64))
-    held = items[lines]  # P, 2, inner; −1 is the last line
-    pair, block = np.nonzero((held >= 0).any(1))
-    elements = np.zeros((len(pair), 4), np.int32)
-    elements[:, 0], elements[:, 1:3] = block, held[pair, :, block]
-    bounds = np.searchsorted(pair, np.arange(len(lines) + 1))
-    return Pairs(lines, bounds, elements, len(table))
+    # The last line is none.
+    has = np.zeros((count + 1, int(table[:, 1].max()) + 1 if len(table) else 1), bool)
+    has[row, table[at, 1]] = True
+    partners = paired(has[:count])
+    other = np.full(count + 1, -1)
+    for one, two in (partners.T, partners.T[::-1]):
+        other[one] = two
+    flagged = table.copy()
+    flagged[:, 2:] = 0
+    flagged[at, 3] = has[other[row], table[at, 1]]
+    return Pairs(partners, records, flagged, has[partners].any(1).sum(1))
 
 
-def matched(shared: NDArray[np.int64]) -> NDArray[np.int64]:
+def paired(has: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Pairs of lines with much in common: greedily, then by exchanges as long as they gain.
 
     Args:
-        shared: (lines, lines), symmetric: what two of them have in common.
+        has: (lines, inner), what each of them has.
 
     Returns:
         (pairs, 2), the lesser line first, −1 for the partner of an odd one; by their first lines.
     """
-    count = len(shared)
-    free = np.ones(count, bool)
-    first, second = np.triu_indices(count, 1)
-    found = []
-    for at in np.argsort(-shared[first, second], kind="stable"):
-        a, b = first[at], second[at]
-        if free[a] and free[b]:
-            free[a] = free[b] = False
-            found.append((a, b))
-            if len(found) == count // 2:
-                break
-    made = np.array(found, np.int64).reshape(-1, 2)
-    while len(made):
-        a, b = made.T
-        now = shared[a, b]
-        before = now[:, None] + now
-        # The pairs p and q exchange their second lines, or the second of p and the first of q.
-        gains = np.stack([
-            shared[np.ix_(a, b)] + shared[np.ix_(b, a)] - before,
-            shared[np.ix_(a, a)] + shared[np.ix_(b, b)] - before,
-        ])  # fmt: skip
-        gains[:, np.tri(len(made), dtype=bool)] = 0  # p < q
+    count = len(has)
+    made = _chosen(has)
+    # What an odd line has for a partner is a line that has nothing.
+    held = np.zeros((made.size, has.shape[1]), np.float32)
+    held[:count] = has
+    shared, pair = held @ held.T, np.arange(made.size) // 2
+    for _ in range(ROUNDS):
+        mine = made.flatten()
+        partner = made[:, ::-1].flatten()
+        now = shared[mine, partner]
+        # Two lines exchange their places.
+        moved = shared[np.ix_(partner, mine)]
+        gains = moved + moved.T - now[:, None] - now
+        gains[pair[:, None] >= pair] = 0
         best = np.flatnonzero(gains > 0)
         if not len(best):
             break
-        # As many as do not touch one another, those that gain most first.
         touched = np.zeros(len(made), bool)
-        for at in best[np.argsort(-gains.flat[best], kind="stable")][: 8 * len(made)]:
-            way, p, q = np.unravel_index(at, gains.shape)
-            if not (touched[p] or touched[q]):
-                touched[p] = touched[q] = True
-                other = 1 if way == 0 else 0
-                made[p, 1], made[q, other] = made[q, other], made[p, 1]
-    odd = np.flatnonzero(free)
-    made = np.concatenate([np.sort(made, 1), np.stack([odd, np.full(len(odd), -1)], 1)])
-    return made[np.argsort(made[:, 0])]
+        for at in best[np.argsort(-gains.flat[best], kind="stable")][: 8 * len(made)].tolist():
+            a, b = divmod(at, made.size)
+            if not (touched[pair[a]] or touched[pair[b]]):
+                touched[pair[a]] = touched[pair[b]] = True
+                made.flat[a], made.flat[b] = made.flat[b], made.flat[a]
+    made = np.sort(made, 1)
+    made = made[np.argsort(made[:, 0])]
+    return np.where(made < count, made, -1)
 
 
-def tiles(found: Pairs, units: int, matrices: int, ctas: int) -> NDArray[np.int32]:
+def _chosen(has: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The largest line that is free and the one with most in common with it, and so on."""
+    count = len(has)
+    sets, free = has.astype(np.float32), np.ones(count, bool)
+    sizes = sets.sum(1)
+    made = np.arange(count + count % 2).reshape(-1, 2)
+    for pair in made:
+        pair[0] = np.argmax(np.where(free, sizes, -1))
+        free[pair[0]] = False
+        if free.any():
+            # Of those with as much in common the smallest.
+            liking = sets @ sets[pair[0]] - sizes / (2 * has.shape[1])
+            pair[1] = np.argmax(np.where(free, liking, -np.inf))
+            free[pair[1]] = False
+        else:
+            pair[1] = count
+    return made
+
+
+def tiles(
+    found: Pairs, size: int, wide: int, across: int, matrices: int, clusters: int
+) -> NDArray[np.int32]:
     """The tiles of each CTA of ``spmm_pair_sm90``, loads about equal.
 
     Args:
         found: the pairs.
-        units: groups of 128 columns of x.
+        size: side of a block.
+        wide: columns of x of a tile.
+        across: tiles side by side.
         matrices: how many share the pairs.
-        ctas: of the grid.
+        clusters: of two CTAs, of the grid.
 
     Returns:
-        int32 (ctas or fewer, most, 2, 4), −1 for elements after a CTA's last tile.
+        int32 (CTAs, most, 4), those of a cluster one after the other: line (−1 = none), first in
+        the table, elements (−1 after the last tile), matrix · across + column tile.
     """
-    best: tuple[float, list[list[int]], list[tuple[int, int]]] | None = None
-    for narrow in range(min(units // 2, 3 * GROUPS) + 1):
-        cut = _cut(units, narrow)
-        if cut is None:
-            continue
-        costs = _costs(found, cut)
-        count = matrices * costs.size
-        mine, most = _dealt(costs, matrices, min(ctas, count))
-        if best is None or most < best[0]:
-            best = most, mine, cut
-        if count > DEALT:
-            break
-    assert best is not None
-    _, mine, cut = best
+    # What a tile brings in; its beginning and end cost about as much as an element.
+    blocks = np.where(found.partners >= 0, found.records[found.partners, 2], 0)
+    costs = (wide * found.elements + size * blocks.sum(1) + wide).astype(float)
+    repeats, lines = across * matrices, len(costs)
+    every = np.tile(costs, repeats)
+    mine = _dealt(every, min(clusters, len(every)))
     if sum(map(len, mine)) <= EVENED * len(mine):
-        evened(mine, _every(_costs(found, cut), matrices).tolist())
+        evened(mine, every.tolist())
     longest = max(map(len, mine))
-    made = np.zeros((len(mine), longest, 2, 4), np.int32)
-    made[:, :, 0, 3] = -1
-    first, size = found.bounds[:-1], np.diff(found.bounds)
-    for cta, own in enumerate(mine):
+    made = np.zeros((len(mine), 2, longest, 4), np.int32)
+    made[..., 2] = -1
+    for cluster, own in enumerate(mine):
         own.sort()  # the same columns at about the same time: L2 then holds what they share
+        ahead = 0  # elements that the first CTA has more than the second
         for place, at in enumerate(own):
-            repeat, pair = divmod(at, len(found.lines))
-            matrix, which = divmod(repeat, len(cut))
-            column, groups = cut[which]
-            made[cta, place, 0] = *found.lines[pair], first[pair], size[pair]
-            made[cta, place, 1, :3] = matrix, column * WIDE, groups
-    return made
+            repeat, pair = divmod(at, lines)
+            more = blocks[pair, 0] - blocks[pair, 1]
+            swap = ahead * more > 0
+            ahead += -more if swap else more
+            for cta, partner in enumerate(found.partners[pair][:: -1 if swap else 1]):
+                made[cluster, cta, place] = -1, 0, 0, repeat
+                if partner >= 0:
+                    made[cluster, cta, place, :3] = found.records[partner]
+    return made.reshape(-1, longest, 4)
 
 
-def _cut(units: int, narrow: int) -> list[tuple[int, int]] | None:
-    """Groups of columns as tiles, (first, groups): ``narrow`` of two, the others of three."""
-    rest = units - 2 * narrow
-    if rest % GROUPS and units > 1:
-        return None
-    sizes = [GROUPS] * (rest // GROUPS) + [2] * narrow or [1]
-    return [(sum(sizes[:n]), size) for n, size in enumerate(sizes)]
-
-
-def _costs(found: Pairs, cut: list[tuple[int, int]]) -> NDArray[np.float64]:
-    """KiB that a tile brings in, its beginning and end as such: (pairs, tiles of a pair)."""
-    size = np.diff(found.bounds)
-    ends = np.cumsum(np.concatenate([[0], (found.elements[:, 1:3] >= 0).sum(1)]))
-    blocks = ends[found.bounds[1:]] - ends[found.bounds[:-1]]
-    groups = np.array([groups for _, groups in cut])
-    made: NDArray[np.float64] = groups * (16.0 * size[:, None] + 24) + 8 * blocks[:, None] + 30
-    return made
-
-
-def _every(costs: NDArray[np.float64], matrices: int) -> NDArray[np.float64]:
-    """Costs of all tiles, (matrix · tiles of a pair + which) · pairs + pair."""
-    return np.tile(costs.T, (matrices, 1)).flatten()
-
-
-def _dealt(costs: NDArray[np.float64], matrices: int, ctas: int) -> tuple[list[list[int]], float]:
-    """Tiles of each CTA, numbered as ``_every`` has them, and the largest load."""
-    every = _every(costs, matrices)
-    order = np.argsort(-every, kind="stable")
+def _dealt(costs: NDArray[np.float64], clusters: int) -> list[list[int]]:
+    """Tiles of each cluster."""
+    order = np.argsort(-costs, kind="stable")
     if len(order) > DEALT:  # in turn, every other turn backwards
-        turns = -(-len(order) // ctas)
-        dealt = np.full(turns * ctas, -1)
+        turns = -(-len(order) // clusters)
+        dealt = np.full(turns * clusters, -1)
         dealt[: len(order)] = order
-        rounds = dealt.reshape(turns, ctas)
+        rounds = dealt.reshape(turns, clusters)
         rounds[1::2] = rounds[1::2, ::-1]
-        mine = [[at for at in own if at >= 0] for own in rounds.T.tolist()]
-    else:
-        mine, heap = [[] for _ in range(ctas)], [(0.0, cta) for cta in range(ctas)]
-        for at in order.tolist():
-            load, cta = heap[0]
-            heapq.heapreplace(heap, (load + every[at], cta))
-            mine[cta].append(at)
-    return mine, max(float(every[own].sum()) for own in mine)
+        return [[at for at in own if at >= 0] for own in rounds.T.tolist()]
+    mine: list[list[int]] = [[] for _ in range(clusters)]
+    heap = [(0.0, cluster) for cluster in range(clusters)]
+    for at in order.tolist():
+        load, cluster = heap[0]
+        heapq.heapreplace(heap, (load + costs[at], cluster))
+        mine[cluster].append(at)
+    return mine
