@@ -15,6 +15,11 @@ __device__ __forceinline__ void cluster_sync() {
 // Its halves, where nothing that was written before is read after.
 __device__ __forceinline__ void cluster_here() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// The last that a thread of a cluster does, converged with others of its warp or not: what other CTAs still send
+// to this one, and say, arrives before it ends.
+__device__ __forceinline__ void cluster_end() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
 // The address in the cluster's window of what lies at `address` in the CTA of this rank.
 __device__ __forceinline__ u32 cluster_address(u32 address, u32 rank) {
     u32 r;
@@ -23,6 +28,13 @@ __device__ __forceinline__ u32 cluster_address(u32 address, u32 rank) {
 }
 __device__ __forceinline__ void cluster_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Unless it is 0; barriers of this CTA have addresses in the cluster's window too.
+__device__ __forceinline__ void cluster_arrive_if(u32 barrier) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n"
+        "@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n}\n" ::"r"(barrier)
+        : "memory");
 }
 __device__ __forceinline__ float cluster_load(u32 address) {
     float v;
@@ -40,5 +52,13 @@ __device__ __forceinline__ void tma_multicast(u32 to, const TensorMap &map, u32 
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         " [%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(to), "l"(&map), "r"(barrier), "h"(mask), "r"(c0),
         "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+__device__ __forceinline__ void tma_multicast(u32 to, const TensorMap &map, u32 barrier, u16 mask, int c0, int c1,
+                                              int c2, int c3, int c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(to), "l"(&map), "r"(barrier), "h"(mask), "r"(c0),
+        "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from mixgrain.cuda.device import facts
 
 from ..plans.plan import PartPlan
-from . import block_sm90, union_sm90
+from . import block_sm90, pair_sm90, union_sm90
 from .parts import THREADS, dense, mask, mask_side, runs, tf32, wide_of
 from .tiles import sddmm_kernel, spmm_kernel
 
@@ -126,6 +126,10 @@ def spmm(
         table, records = part.tensors[12:14] if transposed else part.tensors[10:12]
         if size >= 64:
             tables = (items.shape[0], table, records, masks, used)
+            if not masks.shape[0]:
+                alike = (items.shape[0], table, records, transposed, scale, add)
+                if pair_sm90.spmm(out, values, x, part.starts[0], size, *alike):
+                    return
             block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
         else:
             blocks = part.tensors[16 if transposed else 15]

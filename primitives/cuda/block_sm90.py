@@ -16,6 +16,8 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
 
+from ..plans.even import evened
+
 CODES = {torch.float16: 0, torch.bfloat16: 1}
 # TMA stages of sddmm by panels of 64 columns of D.
 SDDMM_STAGES = {1: 3, 2: 3, 3: 2, 4: 2}
@@ -298,37 +300,10 @@ def _dealt(counts: list[int], repeats: int, ctas: int) -> Tensor:
             load, cta = free[0]
             heapq.heapreplace(free, (load + count + 1, cta))
             mine[cta].append(repeat * len(counts) + rank)
-    _evened(mine, [count + 1 for count in counts])
+    evened(mine, [count + 1 for count in counts] * repeats)
     # Tiles of the same columns at about the same time: L2 then holds what they share.
     most = max(map(len, mine))
     return torch.tensor([sorted(own) + [-1] * (most - len(own)) for own in mine])
-
-
-def _evened(mine: list[list[int]], costs: list[int]) -> None:
-    """Exchange tiles between the CTA with the most and another, as long as the most falls."""
-    lines = len(costs)
-    loads = [sum(costs[tile % lines] for tile in own) for own in mine]
-    for _ in range(4 * len(mine)):
-        top = max(range(len(mine)), key=loads.__getitem__)
-        best: tuple[int, int, int, int] | None = None
-        for other in sorted(range(len(mine)), key=loads.__getitem__)[: len(mine) // 2]:
-            gap = loads[top] - loads[other]
-            for a, given in enumerate(mine[top]):
-                for b, taken in enumerate(mine[other]):
-                    moved = costs[given % lines] - costs[taken % lines]
-                    # The larger of the two sums afterwards.
-                    worst = loads[top] - min(moved, gap - moved)
-                    if 0 < moved < gap and (best is None or worst < best[0]):
-                        best = (worst, other, a, b)
-            if best is not None and best[0] <= loads[top] - gap // 2:
-                break
-        if best is None:
-            return
-        _, other, a, b = best
-        moved = costs[mine[top][a] % lines] - costs[mine[other][b] % lines]
-        mine[top][a], mine[other][b] = mine[other][b], mine[top][a]
-        loads[top] -= moved
-        loads[other] += moved
 
 
 def _strided(lines: int, repeats: int, ctas: int) -> Tensor:

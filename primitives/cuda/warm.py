@@ -6,6 +6,7 @@ Tests compile them for every architecture, and ``mixgrain warm`` does so ahead o
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..blank import nm_layout
 from ..dispatch import TABLE
 from ..plans import nm
 from ..plans.plan import Plan
-from . import launch_code
+from . import launch_code, pair_sm90
 from .calls import describe
 from .parts import MOST_MATRICES
 
@@ -132,6 +133,9 @@ def requests(
             if operand == value:
                 for name, arguments in (*_weight_calls(operand, masks), *_layer_calls(operand)):
                     found |= dict.fromkeys(_asked(name, arguments))
+                if arch == "90a" and operand != FLOAT:  # asked for by large products only
+                    for size, t in itertools.product(pair_sm90.CUTS, (False, True)):
+                        found[pair_sm90.spmm_request(size, operand, t, False)] = None
     return list(found)
 
 

@@ -13,6 +13,7 @@ from mixgrain.primitives.cuda import (
     expand_sm90,
     nm_scores_sm90,
     nm_sm90,
+    pair_sm90,
     tile_thin,
     union_sm90,
 )
@@ -40,6 +41,9 @@ def requests():
         dtype, cut = half(size // 64, transposed, partial), block_sm90.tile(size, width)
         for whole in (True, False):
             yield block_sm90.spmm_request(size, dtype, cut, transposed, partial, whole)
+    for size, (transposed, partial) in itertools.product(pair_sm90.CUTS, flags):
+        dtype = half(size // 64, transposed, partial)
+        yield pair_sm90.spmm_request(size, dtype, transposed, partial)
     for size, wide, (transposed, partial) in itertools.product((16, 32), union_sm90.STAGES, flags):
         dtype = half(size // 16, transposed, partial)
         yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
@@ -95,6 +99,7 @@ def test_no_spills_and_nothing_serialised(wanted, tmp_path, monkeypatch):
 def test_shared_memory_fits_a_multiprocessor(size, width):
     cut = block_sm90.tile(size, width)
     assert cut.shared(size) <= 232_448 - 1024  # the static barriers besides
+    assert pair_sm90.CUTS[size].memory(size) <= 232_448 - 1024
     assert union_sm90.spmm_shared(union_sm90.wide_of(width)) <= 232_448 - 1024
     # Its static memory: barriers, and 8 bytes of every entry under way.
     assert expand_sm90.shared(128, expand_sm90.wide_of(width)) <= 232_448 - 1024 - 4 * 512 * 8

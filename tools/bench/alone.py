@@ -132,7 +132,9 @@ def copy(count: int) -> Alone:
 
 
 def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
-    """Reads and writes all that ``spmm`` of a block weight and x does, and multiplies nothing.
+    """Reads and writes all that a product of a block weight and x does, and multiplies nothing.
+
+    Line by line: large products of blocks of 64 move less, since they take lines by pairs.
 
     The same copies by the same CTAs in the same order, mostly from L2; for sm_90a.
 

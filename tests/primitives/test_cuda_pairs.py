@@ -1,0 +1,248 @@
+"""Block lines two by two: how they are paired and dealt, and the same bits as line by line."""
+
+import numpy as np
+import pytest
+import torch
+from test_cuda_block import adjoint, poisoned  # noqa: F401  # outputs hold NaN before
+
+from mixgrain import patterns as P
+from mixgrain.formats.cache import clear_caches
+from mixgrain.formats.sparse import SparseTensor
+from mixgrain.primitives.cuda import pair_sm90
+from mixgrain.primitives.linear import linear
+from mixgrain.primitives.plans import cuda_pairs
+from mixgrain.primitives.spmm import spmm
+
+
+def lines_of(kept):
+    """Table and records of a boolean matrix of blocks, as ``plans.cuda_block`` has them."""
+    line, inner = np.nonzero(kept)
+    item = np.arange(len(line))
+    table = np.stack([item, inner, 0 * item - 1, 0 * item], 1).astype(np.int32)
+    counts = np.bincount(line, minlength=len(kept))
+    order = np.argsort(-counts, kind="stable")
+    records = np.stack([order, (np.cumsum(counts) - counts)[order], counts[order]], 1)
+    return table, records.astype(np.int32)
+
+
+def random(lines, inner, density, seed=0):
+    return np.random.default_rng(seed).random((lines, inner)) < density
+
+
+CASES = {
+    "a fifth": random(64, 64, 0.2),
+    "few": random(64, 64, 0.05),
+    "odd": random(63, 40, 0.3),
+    "all": np.ones((8, 9), bool),
+    "empty lines": random(20, 16, 0.05) & (np.arange(20) % 3 > 0)[:, None],
+    "nothing": np.zeros((4, 4), bool),
+    "one line": np.ones((1, 5), bool),
+    "band": abs(np.arange(30)[:, None] - np.arange(30)) <= 1,
+}
+
+
+@pytest.mark.parametrize("kept", CASES.values(), ids=CASES)
+def test_pairs_have_what_their_lines_have(kept):
+    table, records = lines_of(kept)
+    found = cuda_pairs.pairs(table, records)
+    assert sorted(found.partners[found.partners >= 0].tolist()) == list(range(len(kept)))
+    assert (found.partners < 0).sum() == len(kept) % 2
+    item = np.full(kept.shape, -1)
+    item[kept] = np.arange(kept.sum())
+    for pair, first, last in zip(found.partners, found.bounds, found.bounds[1:], strict=False):
+        elements = found.elements[first:last]
+        assert (np.diff(elements[:, 0]) > 0).all()
+        assert (elements[:, 1:3] >= 0).any(1).all()
+        for partner, column in zip(pair, (1, 2), strict=True):
+            mine = elements[elements[:, column] >= 0]
+            if partner < 0:
+                assert not len(mine)
+                continue
+            line = int(records[partner, 0])
+            assert mine[:, 0].tolist() == np.flatnonzero(kept[line]).tolist()
+            assert mine[:, column].tolist() == item[line, kept[line]].tolist()
+
+
+def test_partners_have_much_in_common():
+    kept = CASES["a fifth"]
+    found = cuda_pairs.pairs(*lines_of(kept))
+    assert len(found.elements) < 0.82 * kept.sum()  # at random .9
+    twins = np.repeat(random(32, 64, 0.2), 2, 0)[np.random.default_rng(1).permutation(64)]
+    assert len(cuda_pairs.pairs(*lines_of(twins)).elements) == twins.sum() // 2
+
+
+def test_exchanges_gain():
+    """A greedy choice leaves partners that have little in common."""
+    kept = random(256, 128, 0.1)
+    greedy = sum(kept[pair].any(0).sum() for pair in cuda_pairs._chosen(kept))
+    assert len(cuda_pairs.pairs(*lines_of(kept)).elements) < greedy
+
+
+@pytest.mark.parametrize("matrices", [1, 3])
+@pytest.mark.parametrize("across", [1, 2, 8])
+@pytest.mark.parametrize("kept", CASES.values(), ids=CASES)
+def test_tiles_are_every_line_and_column_once(kept, across, matrices):
+    found = cuda_pairs.pairs(*lines_of(kept))
+    made = cuda_pairs.tiles(found, 64, 512, across, matrices, 66)
+    assert made.shape[0] % 2 == 0
+    there = made[..., 2] >= 0
+    assert there[:, 0].all()
+    assert (there[:, :-1] >= there[:, 1:]).all()
+    # Both CTAs of a cluster are at the same columns, with partners.
+    ones, others = (made[n::2][there[n::2]] for n in (0, 1))
+    assert (there[::2] == there[1::2]).all()
+    assert (ones[:, 1] // 2 == others[:, 1] // 2).all()
+    assert (ones[:, 2:] == others[:, 2:]).all()
+    assert (ones[:, 1] % 2 + others[:, 1] % 2 == 1).all()
+    numbers = np.concatenate([found.records[:, 0], [-1]])
+    seen = np.zeros((len(kept), across * matrices), int)
+    for line, where, count, repeat in np.concatenate([ones, others]).tolist():
+        if line >= 0:
+            seen[line, repeat] += 1
+        first = where // 2
+        begins = np.flatnonzero((found.bounds[:-1] == first) & (np.diff(found.bounds) == count))
+        assert line in numbers[found.partners[begins, where % 2]]
+    assert (seen == 1).all()
+
+
+def loads(made):
+    return np.maximum(made[::2, :, 2], 0).sum(1)
+
+
+def test_loads_are_even():
+    found = cuda_pairs.pairs(*lines_of(CASES["a fifth"]))
+    made = cuda_pairs.tiles(found, 64, 512, 8, 1, 66)
+    assert loads(made).max() <= 1.1 * loads(made).mean()
+    # And so are those of a cluster's CTAs: blocks of the lines that they have.
+    blocks = dict(zip(found.records[:, 0].tolist(), found.records[:, 2].tolist(), strict=True))
+    mine = np.vectorize(lambda line: blocks.get(line, 0))(made[..., 0]).sum(1).reshape(-1, 2)
+    assert np.ptp(mine, 1).mean() <= 0.2 * mine.mean()
+
+
+def test_many_tiles_go_round():
+    found = cuda_pairs.pairs(*lines_of(CASES["a fifth"]))
+    made = cuda_pairs.tiles(found, 64, 512, 8, 80, 66)
+    assert (made[::2, :, 2] >= 0).sum() > cuda_pairs.DEALT
+    assert loads(made).max() <= 1.05 * loads(made).mean()
+
+
+def weights(kept, dtype, matrices=1, size=64):
+    g = torch.Generator().manual_seed(0)
+    shape = tuple(size * n for n in kept.shape)
+    layout = P.blocks(torch.from_numpy(kept), size).to_layout("block", *shape, size=size).to("cuda")
+    lead = () if matrices == 1 else (matrices,)
+    return SparseTensor(layout, torch.randn(*lead, layout.slots, generator=g).to("cuda", dtype))
+
+
+def right_side(rows, width, dtype, matrices=1):
+    lead = () if matrices == 1 else (matrices,)
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(*lead, rows, width, generator=g).to("cuda", dtype)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Runs something by pairs, whatever that gains, and line by line; and what pairs were asked."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper")
+    monkeypatch.setattr(pair_sm90, "LEAST", 0)
+    monkeypatch.setattr(pair_sm90, "SHARE", 1.0)
+    run = pair_sm90.spmm
+    used = []
+
+    def watched(*arguments):
+        used.append((run(*arguments), arguments[8], arguments[0].dtype))
+        return used[-1][0]
+
+    def twice(work):
+        clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(pair_sm90, "spmm", watched)
+            ours = work()
+        clear_caches()
+        with monkeypatch.context() as patch:
+            patch.setattr(pair_sm90, "spmm", lambda *_: False)
+            theirs = work()
+        clear_caches()
+        assert used
+        assert all(taken for taken, *_ in used)
+        return ours, theirs, used
+
+    return twice
+
+
+GPU_CASES = ["a fifth", "odd", "all", "empty lines", "band"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("matrices", [1, 2])
+@pytest.mark.parametrize("width", [192, 576, 1024, 2048])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_bits_of_single_lines(size, name, dtype, width, matrices, both):
+    s = weights(CASES[name], dtype, matrices, size)
+    x = right_side(s.shape[-1], width, dtype, matrices)
+    ours, theirs, _ = both(lambda: spmm(s, x))
+    right = s.to_dense().double() @ x.double()
+    torch.testing.assert_close(
+        ours.double(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max())
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [384, 960])
+@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_transpose_too(size, name, width, both):
+    s = weights(CASES[name], torch.float16, size=size)
+    x = right_side(s.shape[0], width, torch.float16)
+    ours, theirs, used = both(lambda: adjoint(s, x))
+    assert any(transposed for _, transposed, _ in used)
+    right = s.to_dense().double().mT @ x.double()
+    torch.testing.assert_close(
+        ours.double(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max())
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_sums_that_are_kept_in_float32(both):
+    """A layer adds its bias before it rounds; a mixed layout adds one part to another."""
+    s = weights(CASES["a fifth"], torch.bfloat16)
+    x, bias = (
+        right_side(512, s.shape[1], torch.bfloat16),
+        right_side(1, s.shape[0], torch.bfloat16)[0],
+    )
+    ours, theirs, used = both(lambda: linear(x, s, bias))
+    assert {dtype for *_, dtype in used} == {torch.float32}
+    assert torch.equal(ours, theirs)
+    pattern = P.blocks(torch.from_numpy(CASES["a fifth"]), 64) | P.random(0.001, 0)
+    layout = pattern.to_layout("mixed", 4096, 4096).to("cuda")
+    assert [part.kind for part in layout.parts] == ["block", "row"]
+    values = right_side(1, layout.slots, torch.bfloat16)[0]
+    mixed, right = SparseTensor(layout, values), right_side(4096, 512, torch.bfloat16)
+    ours, theirs, _ = both(lambda: spmm(mixed, right))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_what_only_the_partner_reads_reaches_nothing(both):
+    kept = CASES["a fifth"]
+    s, x = weights(kept, torch.float16), right_side(4096, 512, torch.float16)
+    x[64 * 5 : 64 * 6] = torch.nan
+    ours, theirs, _ = both(lambda: spmm(s, x))
+    there = torch.from_numpy(kept[:, 5]).repeat_interleave(64).cuda()
+    assert ours[there].isnan().all()
+    assert ours[~there].isfinite().all()
+    assert torch.equal(ours[~there], theirs[~there])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+def test_repeats_while_others_run(size, both):
+    s = weights(CASES["a fifth"], torch.float16, size=size)
+    x = right_side(s.shape[1], 4096, torch.float16)
+    many, theirs, _ = both(lambda: torch.stack([spmm(s, x) for _ in range(25)]))
+    assert (many == theirs[0]).all()
