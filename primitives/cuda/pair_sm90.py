@@ -93,7 +93,7 @@ def spmm(
     Blocks are whole, and one entry's. Results are those of single lines, to the bit.
     """
     free, entries, rows, width = out.shape
-    cut, clusters = CUTS[size], facts(x.device.index).multiprocessors // 2
+    cut, clusters = CUTS[size], max(1, facts(x.device.index).multiprocessors // 2)
     across = -(-width // cut.across)
     # Pairs have no more elements than there are blocks.
     if entries > 1 or width <= 128 or not boxed(width):
