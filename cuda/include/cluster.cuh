@@ -15,11 +15,6 @@ __device__ __forceinline__ void cluster_sync() {
 // Its halves, where nothing that was written before is read after.
 __device__ __forceinline__ void cluster_here() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-// The last that a thread of a cluster does, converged with others of its warp or not: what other CTAs still send
-// to this one, and say, arrives before it ends.
-__device__ __forceinline__ void cluster_end() {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
-}
 // The address in the cluster's window of what lies at `address` in the CTA of this rank.
 __device__ __forceinline__ u32 cluster_address(u32 address, u32 rank) {
     u32 r;

@@ -1,7 +1,7 @@
 // spmm_block_sm90: out = scale · S x or scale · Sᵀ x, S in blocks of 64 or 128, on wgmma and TMA.
 //
 //   out     (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
-//   x       (F, E, inner, D)  any strides, by a 5-D map (64, inner, D / 64, E, F) if BOX, else (D, inner, 1, E, F)
+//   x       (F, E, inner, D)  any strides, by a 5-D map (64, inner, D / 64, E, F) if boxed, else (D, inner, 1, E, F)
 //   values  (F, slots)        blocks of S × S elements, by a 4-D map (64, items · S, S / 64, F)
 //   table   (n) int4          blocks in the order of the lines: item, inner block, mask (−1 = full)
 //   masks   (M, S, S / 8)     bits of partial blocks
@@ -26,7 +26,7 @@
 
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kGroupsN = MG_GROUPS, kDepth = MG_DEPTH;
 constexpr int kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
-constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL, kBox = MG_BOX;
+constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kSize == 64 || kSize == 128, "SIZE must be 64 or 128");
 static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
 static_assert(kDepth == 32 || kDepth == 64, "DEPTH must be 32 or 64");
@@ -58,7 +58,7 @@ __device__ __forceinline__ void keep8(u32 address, u32 bits) {
 extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     spmm_block_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ table, const int4 *__restrict__ tiles, int each, const u8 *__restrict__ masks,
-                    const u8 *__restrict__ any, int lines, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
+                    const u8 *__restrict__ any, int lines, int entries, int across, int boxed, float scale, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
     __shared__ alignas(8) u64 barriers[2 * (kStagesA + kStagesB)];
@@ -103,10 +103,14 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
                         barrier_wait(empty_b + 8 * b, parity_b);
                         barrier_expect(full_b + 8 * b, kStageB);
                         const int row = inner + 64 * half + kDepth * sub;
+                        const u32 to = ring_b + b * kStageB;
+                        if (boxed) {
+                            tma_load(to, x_map, full_b + 8 * b, 0, row, column0 / 64, entry, matrix);
+                        } else {
 #pragma unroll
-                        for (int p = 0; p < (kBox ? 1 : kPanels); ++p)
-                            tma_load(ring_b + b * kStageB + p * kPanelB, x_map, full_b + 8 * b, kBox ? 0 : column0 + 64 * p,
-                                     row, kBox ? column0 / 64 : 0, entry, matrix);
+                            for (int p = 0; p < kPanels; ++p)
+                                tma_load(to + p * kPanelB, x_map, full_b + 8 * b, column0 + 64 * p, row, 0, entry, matrix);
+                        }
                         if (++b == kStagesB) b = 0, parity_b ^= 1;
                     }
                 }

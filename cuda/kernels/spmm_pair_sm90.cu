@@ -28,7 +28,7 @@
 constexpr int kSize = MG_SIZE, kDepth = MG_DEPTH, kWide = 256, kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kSize == 64 || kSize == 128, "SIZE must be 64 or 128");
-static_assert(kDepth == 16 || kDepth == 32 || kDepth == 64, "DEPTH must be 16, 32 or 64");
+static_assert(kDepth == 32 || kDepth == 64, "DEPTH must be 32 or 64");
 constexpr int kGroups = kSize / 64, kGroupsN = 2 / kGroups, kConsumers = 2 * 128;
 constexpr int kAcross = kWide * kGroupsN, kPanels = kAcross / 64, kHalves = kSize / 64, kSubs = 64 / kDepth;
 constexpr u32 kPanelA = 64 * 128, kPanelB = kDepth * 128, kStageA = kGroups * kPanelA, kStageB = kPanels * kPanelB;
@@ -66,12 +66,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
 
     if (warp >= kConsumers / 32) {  // producer
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (threadIdx.x != kConsumers) return;
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         Ring<kStagesA> a{0, 1};
         Ring<kStagesB> b{0, 1};
         Walk walk(tiles, each);
         int4 tile;
-        while (threadIdx.x == kConsumers && walk.next(tile)) {
+        while (walk.next(tile)) {
             const int panel = tile.w % across * kPanels, matrix = tile.w / across;
             const int4 *element = table + tile.y / 2;
             const bool second = tile.y % 2;
@@ -97,18 +98,23 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
                         barrier_wait(empty_b + 8 * b.stage, b.parity);
                         if (mine < 0) {
                             barrier_arrive(full);  // so that its parity goes on with the ring's
-                        } else if (barrier_expect(full, kStageB); partners >= 0) {
-                            const u32 from = rank * (kPanels / 2);
-                            tma_multicast(to + from * kPanelB, x_map, full, 3, 0, row, panel + from, 0, matrix);
                         } else {
-                            tma_load(to, x_map, full, 0, row, panel, 0, matrix);
-                            tma_load(to + kStageB / 2, x_map, full, 0, row, panel + kPanels / 2, 0, matrix);
+                            barrier_expect(full, kStageB);
+                            if (partners >= 0) {
+                                const u32 from = rank * (kPanels / 2);
+                                tma_multicast(to + from * kPanelB, x_map, full, 3, 0, row, panel + from, 0, matrix);
+                            } else {
+                                tma_load(to, x_map, full, 0, row, panel, 0, matrix);
+                                tma_load(to + kStageB / 2, x_map, full, 0, row, panel + kPanels / 2, 0, matrix);
+                            }
                         }
                         b.next();
                     }
                 }
             }
         }
+        // All that the other CTA says to this one has been said, and what it sends has been waited for: it may end.
+        for (int s = 0; s < kStagesB; ++s, b.next()) barrier_wait(empty_b + 8 * b.stage, b.parity);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         const int group = warp / 4 % kGroups, group_n = warp / 4 / kGroups;
@@ -181,5 +187,4 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
             store_result<kWide, kPartial>(acc, scale, to, row, rows, tile.w % across * kAcross + group_n * kWide, width, add);
         }
     }
-    cluster_end();
 }

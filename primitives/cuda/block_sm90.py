@@ -176,8 +176,7 @@ def spmm(
     device = x.device.index
     lines, across = records.shape[0], -(-width // cut.across)
     several = facts(device).multiprocessors if cut.alone else 0
-    whole = boxed(width)
-    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial, whole), device)
+    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial), device)
     shared = cut.shared(size)
     for start in range(0, free, step := max(1, TILES // (lines * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
@@ -196,6 +195,7 @@ def spmm(
                 np.int32(lines // entries),
                 np.int32(entries),
                 np.int32(across),
+                np.int32(boxed(width)),
                 np.float32(scale),
                 to.data_ptr(),
                 np.int32(rows),
@@ -328,16 +328,15 @@ def sddmm_shared(size: int, panels: int, stages: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def spmm_request(
-    size: int, dtype: torch.dtype, cut: Cut, transposed: bool, partial: bool, whole: bool = True
+    size: int, dtype: torch.dtype, cut: Cut, transposed: bool, partial: bool
 ) -> Request:
-    """The spmm kernel; ``partial`` writes float32, ``whole``: x is ``boxed``."""
+    """The spmm kernel; ``partial`` writes float32."""
     constants = {
         "SIZE": size,
         "DTYPE": CODES[dtype],
         "WIDE": cut.wide,
         "GROUPS": cut.groups,
         "DEPTH": cut.depth,
-        "BOX": int(whole),
         "STAGES_A": cut.left,
         "STAGES_B": cut.right,
         "TRANSPOSED": int(transposed),

@@ -15,7 +15,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_pairs
-from .block_sm90 import CODES, TILES, blocks_map, boxed, laid_out, panels_map
+from .block_sm90 import CODES, blocks_map, boxed, laid_out, panels_map
 
 
 class Cut(NamedTuple):
@@ -42,9 +42,11 @@ class Cut(NamedTuple):
 CUTS = {64: Cut(512, 32, 4, 6), 128: Cut(256, 32, 4, 10)}
 THREADS = 3 * 128
 # Lines that are paired: every line is compared with every other.
-MOST_LINES = 1024
+MOST_LINES = 512
 # Where pairs ask for more than this of what lines ask for alone, they gain nothing.
 SHARE = 0.9
+# Tiles of pairs of one launch, whose lists take 32 bytes each.
+TILES = 1 << 18
 # Elements of pairs, by tile, that a cluster has to have for it.
 LEAST = 8
 
@@ -114,7 +116,7 @@ def spmm(
             THREADS,
             (
                 blocks_map(weights, shift, size, items, transposed),
-                panels_map(right, cut.depth, cut.across // 128),
+                panels_map(right, cut.depth, cut.across // 128),  # half a stage a copy
                 lines.elements.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),

@@ -134,8 +134,9 @@ def requests(
                 for name, arguments in (*_weight_calls(operand, masks), *_layer_calls(operand)):
                     found |= dict.fromkeys(_asked(name, arguments))
                 if arch == "90a" and operand != FLOAT:  # asked for by large products only
-                    for size, t in itertools.product(pair_sm90.CUTS, (False, True)):
-                        found[pair_sm90.spmm_request(size, operand, t, False)] = None
+                    flags = itertools.product(pair_sm90.CUTS, (False, True), (False, True))
+                    for size, transposed, partial in flags:
+                        found[pair_sm90.spmm_request(size, operand, transposed, partial)] = None
     return list(found)
 
 

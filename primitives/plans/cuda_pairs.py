@@ -148,22 +148,22 @@ def tiles(
     if sum(map(len, mine)) <= EVENED * len(mine):
         evened(mine, every.tolist())
     longest = max(map(len, mine))
-    made = np.zeros((len(mine), 2, longest, 4), np.int32)
-    made[..., 2] = -1
-    for cluster, own in enumerate(mine):
-        own.sort()  # the same columns at about the same time: L2 then holds what they share
-        ahead = 0  # elements that the first CTA has more than the second
-        for place, at in enumerate(own):
-            repeat, pair = divmod(at, lines)
-            more = blocks[pair, 0] - blocks[pair, 1]
-            swap = ahead * more > 0
-            ahead += -more if swap else more
-            for cta in range(2):
-                other = cta ^ swap
-                partner = found.partners[pair, other]
-                line = found.records[partner, 0] if partner >= 0 else -1
-                start = 2 * first[pair] + other
-                made[cluster, cta, place] = line, start, elements[pair], repeat
+    # The same columns at about the same time: L2 then holds what they share.
+    at = np.array([sorted(own) + [-1] * (longest - len(own)) for own in mine])
+    repeat, pair = np.divmod(at, lines)
+    # The larger line goes to the CTA of a cluster that has had less so far.
+    more = np.where(at < 0, 0, blocks[pair, 0] - blocks[pair, 1])
+    swap, ahead = np.zeros_like(at), np.zeros(len(at), np.int64)
+    for place in range(longest):
+        swap[:, place] = ahead * more[:, place] > 0
+        ahead += np.where(swap[:, place], -more[:, place], more[:, place])
+    other = np.stack([swap, 1 - swap], 1)  # clusters, 2, most
+    partner = found.partners[pair[:, None], other]
+    made = np.zeros((*other.shape, 4), np.int32)
+    made[..., 0] = np.where(partner >= 0, found.records[partner, 0], -1)
+    made[..., 1] = 2 * first[pair][:, None] + other
+    made[..., 2] = np.where(at < 0, -1, elements[pair])[:, None]
+    made[..., 3] = repeat[:, None]
     return made.reshape(-1, longest, 4)
 
 

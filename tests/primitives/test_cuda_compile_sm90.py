@@ -39,8 +39,7 @@ def requests():
     flags = list(itertools.product((False, True), repeat=2))
     for size, width, (transposed, partial) in itertools.product((64, 128), (64, 128, 256), flags):
         dtype, cut = half(size // 64, transposed, partial), block_sm90.tile(size, width)
-        for whole in (True, False):
-            yield block_sm90.spmm_request(size, dtype, cut, transposed, partial, whole)
+        yield block_sm90.spmm_request(size, dtype, cut, transposed, partial)
     for size, (transposed, partial) in itertools.product(pair_sm90.CUTS, flags):
         dtype = half(size // 64, transposed, partial)
         yield pair_sm90.spmm_request(size, dtype, transposed, partial)

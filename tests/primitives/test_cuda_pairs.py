@@ -6,12 +6,16 @@ import torch
 from test_cuda_block import adjoint, poisoned  # noqa: F401  # outputs hold NaN before
 
 from mixgrain import patterns as P
+from mixgrain.cuda.device import pretending
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.sparse import SparseTensor
-from mixgrain.primitives.cuda import pair_sm90
+from mixgrain.primitives.cuda import block_sm90, pair_sm90, warm
+from mixgrain.primitives.dispatch import TABLE
 from mixgrain.primitives.linear import linear
-from mixgrain.primitives.plans import cuda_pairs
+from mixgrain.primitives.plans import cuda_block, cuda_pairs
 from mixgrain.primitives.spmm import spmm
+
+HALF = torch.float16
 
 
 def lines_of(kept):
@@ -126,6 +130,44 @@ def test_many_tiles_go_round():
     assert loads(made).max() <= 1.05 * loads(made).mean()
 
 
+def asked(layout, width, free=1, mask=0, name="spmm"):
+    """Names of the kernels that a product asks for on Hopper, and how often."""
+    with pretending("90a"):
+        plan = TABLE["spmm"][type(layout)]["cuda"](layout)
+        x = torch.empty(free, layout.entries, layout.shape[1], width, dtype=HALF, device="meta")
+        values = torch.empty(free, layout.slots, dtype=HALF, device="meta")
+        keep = warm._keep(layout, mask)
+        given = (values, x, *keep, *plan, 1.0, HALF)
+        return [wanted.name for wanted in warm._asked(name, given)]
+
+
+def test_what_goes_by_pairs(monkeypatch):
+    monkeypatch.setattr(pair_sm90, "LEAST", 0)
+    monkeypatch.setattr(pair_sm90, "SHARE", 1.0)
+    monkeypatch.setattr(pair_sm90, "TILES", 40)  # of which a matrix has 32
+    pattern = P.blocks(torch.from_numpy(CASES["a fifth"][:32, :32]), 64)
+
+    def layout(n=2048, kept=pattern, size=64):
+        return kept.to_layout("block", n, n, size=size)
+
+    pairs, single = ["spmm_pair_sm90"], ["spmm_block_sm90"]
+    assert asked(layout(), 1024, name="spmm") == pairs
+    assert asked(layout(), 1024, name="spmm_t") == pairs
+    assert asked(layout(), 1024, free=3) == 3 * pairs
+    assert asked(layout(), 1024, mask=1) != pairs
+    assert asked(layout(), 1000) == asked(layout(), 128) == single
+    assert asked(layout(2000), 1024) == single  # blocks that hang over the edge
+    assert asked(layout(kept=pattern & P.causal()), 1024) == single  # that are not whole
+    heads = P.per_head([pattern, P.blocks(torch.from_numpy(CASES["a fifth"][32:, 32:]), 64)])
+    assert asked(layout(kept=heads), 1024) == single
+    monkeypatch.setattr(pair_sm90, "LEAST", 10**6)
+    assert asked(layout(), 1024) == single  # too small
+    monkeypatch.setattr(pair_sm90, "LEAST", 0)
+    monkeypatch.setattr(pair_sm90, "SHARE", 0.5)
+    clear_caches()
+    assert asked(layout(), 1024) == single  # with too little in common
+
+
 def weights(kept, dtype, matrices=1, size=64):
     g = torch.Generator().manual_seed(0)
     shape = tuple(size * n for n in kept.shape)
@@ -155,6 +197,7 @@ def both(monkeypatch):
         return used[-1][0]
 
     def twice(work):
+        used.clear()
         clear_caches()
         with monkeypatch.context() as patch:
             patch.setattr(pair_sm90, "spmm", watched)
@@ -225,6 +268,31 @@ def test_sums_that_are_kept_in_float32(both):
     mixed, right = SparseTensor(layout, values), right_side(4096, 512, torch.bfloat16)
     ours, theirs, _ = both(lambda: spmm(mixed, right))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 128])
+def test_sums_are_added_to_what_is_there(size, both):
+    s = weights(CASES["odd"], torch.float16, size=size)
+    x = right_side(s.shape[1], 576, torch.float16)
+    part = cuda_block.part(s.layout)
+    table, records = part.tensors[10:12]
+    alike = (size, part.tensors[0].shape[0], table, records)
+
+    def added(add):
+        out = torch.ones(1, 1, s.shape[0], 576, device="cuda")
+        values = s.values[None]
+        more = (*alike, False, 2.0, add)
+        if not pair_sm90.spmm(out, values, x[None, None], part.starts[0], *more):
+            masks = part.tensors[6:8]
+            rest = (table, records, *masks, False, 2.0, add)
+            block_sm90.spmm(out, values, x[None, None], part.starts[0], *alike[:2], *rest)
+        return out
+
+    ours, theirs, _ = both(lambda: added(True))
+    assert torch.equal(ours, theirs)
+    alone, _, _ = both(lambda: added(False))
+    assert torch.equal(ours, alone + 1)
 
 
 @pytest.mark.gpu

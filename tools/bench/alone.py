@@ -97,19 +97,19 @@ def moves_source() -> str:
     return text.partition(consumers)[0].replace(entry, "moves_alone(const") + CONSUMERS
 
 
-def compiled(size: int, dtype: torch.dtype, cut: Cut, whole: bool) -> tuple[bytes, str]:
+def compiled(size: int, dtype: torch.dtype, cut: Cut) -> tuple[bytes, str]:
     """Cubin and log of ``moves_alone``, compiled as the product is for these blocks and this x."""
-    wanted = spmm_request(size, dtype, cut, False, False, whole)
+    wanted = spmm_request(size, dtype, cut, False, False)
     flags = [*options(wanted, "90a"), f"-I{nvrtc.header_folder()}"]
     return nvrtc.compile_source(moves_source(), "moves_alone.cu", flags)
 
 
 @functools.cache
-def _moves(size: int, dtype: torch.dtype, cut: Cut, whole: bool) -> Any:
+def _moves(size: int, dtype: torch.dtype, cut: Cut) -> Any:
     """The kernel."""
     import cupy
 
-    image, _ = compiled(size, dtype, cut, whole)
+    image, _ = compiled(size, dtype, cut)
     # CuPy keeps modules by path.
     path = cache_folder() / f"moves_alone-{hashlib.sha256(image).hexdigest()[:32]}.cubin"
     path.write_bytes(image)
@@ -134,7 +134,7 @@ def copy(count: int) -> Alone:
 def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
     """Reads and writes all that a product of a block weight and x does, and multiplies nothing.
 
-    Line by line: large products of blocks of 64 move less, since they take lines by pairs.
+    Line by line: large products move less, since they take lines by pairs.
 
     The same copies by the same CTAs in the same order, mostly from L2; for sm_90a.
 
@@ -168,13 +168,14 @@ def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
             np.int32(len(records)),
             np.int32(1),
             np.int32(across),
+            np.int32(boxed(width)),
             np.float32(1),
             out.data_ptr(),
             np.int32(rows),
             np.int32(width),
             np.int32(0),
         )
-        run = _moves(size, x.dtype, cut, boxed(width))
+        run = _moves(size, x.dtype, cut)
         launched(run, (tiles.shape[0],), cut.threads(size), arguments, cut.shared(size))
         return out
 

@@ -44,8 +44,8 @@ def spmm_block(size: int, density: float, n: int = 4096) -> Work:
     peers = {"cuBLAS dense": lambda: dense @ x, "torch BSR": lambda: bsr @ x}
     oracles: dict[str, Callable[[], Tensor]] = {}
     if size >= 64 and hopper(x.device):
-        # Blocks of 64 are multiplied by pairs of lines, which move less than single ones.
-        name = "moves alone" if size > 64 else "moves of single lines"
+        # Large products are by pairs of lines, which move less than single ones.
+        name = "moves of single lines"
         peers[name], oracles[name] = alone.moves(weight, x)
     return Work(
         id=f"spmm-block{size}-d{round(density * 100):02d}",
