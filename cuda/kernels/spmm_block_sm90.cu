@@ -1,8 +1,8 @@
 // spmm_block_sm90: out = scale · S x or scale · Sᵀ x, S in blocks of 64 or 128, on wgmma and TMA.
 //
 //   out     (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
-//   x       (F, E, inner, D)  any strides, by a 5-D map (64, inner, D / 64, E, F) if boxed, else (D, inner, 1, E, F)
-//   values  (F, slots)        blocks of S × S elements, by a 4-D map (64, items · S, S / 64, F)
+//   x       (F, E, inner, D)  by a 4-D tensor map, any strides
+//   values  (F, slots)        blocks of S × S elements, by a 3-D tensor map (S, items · S, F)
 //   table   (n) int4          blocks in the order of the lines: item, inner block, mask (−1 = full)
 //   masks   (M, S, S / 8)     bits of partial blocks
 //   any     (M, S / 8)        inner positions with a kept element in the mask
@@ -13,8 +13,6 @@
 //   smem   two rings: kStagesA of 64 inner positions of S, kStagesB of kDepth of x
 //   floor  2 · nnz · D FLOP at 800 TFLOP/s; L2: (S + kAcross) · 128 B a tile's 64 positions, 8.9 TB/s
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows, no run-time mask
-//
-// One copy brings a stage: the thread that asks for them takes as long for a small one.
 //
 // Dead slots of partial blocks are zeroed in shared memory, whatever they held, and so are rows of x
 // that such a block has no use for: 0 · NaN is NaN.
@@ -58,7 +56,7 @@ __device__ __forceinline__ void keep8(u32 address, u32 bits) {
 extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     spmm_block_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ table, const int4 *__restrict__ tiles, int each, const u8 *__restrict__ masks,
-                    const u8 *__restrict__ any, int lines, int entries, int across, int boxed, float scale, void *__restrict__ out, int rows, int width, int add) {
+                    const u8 *__restrict__ any, int lines, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
     __shared__ alignas(8) u64 barriers[2 * (kStagesA + kStagesB)];
@@ -95,22 +93,20 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
                     barrier_wait(empty_a + 8 * a, parity_a);
                     barrier_expect(full_a + 8 * a, kStageA);
                     // 64 inner positions: columns of the block, or its rows if transposed.
-                    tma_load(ring_a + a * kStageA, values_map, full_a + 8 * a, 0, n * kSize + (kTransposed ? 64 * half : 0),
-                             kTransposed ? 0 : half, matrix);
+#pragma unroll
+                    for (int p = 0; p < kGroups; ++p)
+                        tma_load(ring_a + a * kStageA + p * kPanelA, values_map, full_a + 8 * a,
+                                 kTransposed ? 64 * p : 64 * half,
+                                 n * kSize + (kTransposed ? 64 * half : 64 * p), matrix);
                     if (++a == kStagesA) a = 0, parity_a ^= 1;
 #pragma unroll
                     for (int sub = 0; sub < kSubs; ++sub) {
                         barrier_wait(empty_b + 8 * b, parity_b);
                         barrier_expect(full_b + 8 * b, kStageB);
-                        const int row = inner + 64 * half + kDepth * sub;
-                        const u32 to = ring_b + b * kStageB;
-                        if (boxed) {
-                            tma_load(to, x_map, full_b + 8 * b, 0, row, column0 / 64, entry, matrix);
-                        } else {
 #pragma unroll
-                            for (int p = 0; p < kPanels; ++p)
-                                tma_load(to + p * kPanelB, x_map, full_b + 8 * b, column0 + 64 * p, row, 0, entry, matrix);
-                        }
+                        for (int p = 0; p < kPanels; ++p)
+                            tma_load(ring_b + b * kStageB + p * kPanelB, x_map, full_b + 8 * b,
+                                     column0 + 64 * p, inner + 64 * half + kDepth * sub, entry, matrix);
                         if (++b == kStagesB) b = 0, parity_b ^= 1;
                     }
                 }
@@ -197,6 +193,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         const i64 plane = (static_cast<i64>(tile.w / across) * entries + tile.x / lines) * rows * width;
         void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
                             : static_cast<void *>(static_cast<operand_t *>(out) + plane);
-        store_result<kWide, kPartial>(acc, scale, to, row, rows, tile.w % across * kAcross + group_n * kWide, width, add);
+        store_result<kWide, kPartial, kSize == 64>(acc, scale, to, row, rows, tile.w % across * kAcross + group_n * kWide, width, add);
     }
 }

@@ -1,8 +1,9 @@
-// spmm_pair_sm90: out = scale · S x or scale · Sᵀ x, S in whole blocks of 64 or 128, two lines of them at a time.
+// spmm_pair_sm90: out = scale · S x or scale · Sᵀ x, S in whole blocks of 64, two lines of them at a time.
 //
 //   out     (F, rows, D)      F matrices that share the positions; rows = nq, or nk when transposed; contiguous
-//   x       (F, inner, D)     any strides, by a 5-D tensor map (64, inner, D / 64, 1, F)
-//   values  (F, slots)        blocks of S × S elements, by a 4-D map (64, items · S, S / 64, F)
+//   x       (F, inner, D)     any strides, by 4-D tensor maps (64, inner, D / 64, F) in boxes of kDepth rows: of all
+//                             panels of a tile, and of half of them
+//   values  (F, slots)        blocks of 64 × 64 elements, by a 3-D map (64, items · 64, F)
 //   table   (n) int4          what either line of a pair has, by inner block: inner block, item of the one, of the
 //                             other (−1 = none), 0
 //   tiles   (CTAs, each) int4   see walk.cuh; those of a cluster's two CTAs are of two partners: line (−1 = none),
@@ -10,10 +11,10 @@
 //                             matrix · across + column tile
 //
 //   grid   clusters of two CTAs that walk their tiles of two lines × kAcross columns
-//   block  2 warpgroups of consumers + one that produces
-//   smem   two rings: kStagesA of 64 inner positions of S, a CTA's own; kStagesB of kDepth of x, in step with the
-//          other CTA's: a stage that both need comes in once for both, half of it asked for by each
-//   floor  2 · nnz · D FLOP at 800 TFLOP/s; L2: S · 128 B a tile's 64 positions, kAcross · 128 B a pair's
+//   block  2 warpgroups of consumers, of 256 columns each, and one that produces: a thread x, another S
+//   smem   two rings: kStagesA of blocks of S, a CTA's own; kStagesB of kDepth of x, in step with the other CTA's:
+//          a stage that both need comes in once for both, half of it asked for by each
+//   floor  2 · nnz · D FLOP at 800 TFLOP/s; L2: 8 KiB a tile's block, 64 KiB a pair's inner block, 8.6 TB/s
 //   needs  sm_90a, D % 64 == 0, 16-byte aligned rows, no masks
 //
 // What a GPC takes in from L2 bounds products of scattered blocks: lines are paired so that most of what they
@@ -25,13 +26,11 @@
 #include "result.cuh"
 #include "walk.cuh"
 
-constexpr int kSize = MG_SIZE, kDepth = MG_DEPTH, kWide = 256, kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
+constexpr int kSize = 64, kDepth = MG_DEPTH, kWide = 256, kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
-static_assert(kSize == 64 || kSize == 128, "SIZE must be 64 or 128");
 static_assert(kDepth == 32 || kDepth == 64, "DEPTH must be 32 or 64");
-constexpr int kGroups = kSize / 64, kGroupsN = 2 / kGroups, kConsumers = 2 * 128;
-constexpr int kAcross = kWide * kGroupsN, kPanels = kAcross / 64, kHalves = kSize / 64, kSubs = 64 / kDepth;
-constexpr u32 kPanelA = 64 * 128, kPanelB = kDepth * 128, kStageA = kGroups * kPanelA, kStageB = kPanels * kPanelB;
+constexpr int kConsumers = 2 * 128, kAcross = 2 * kWide, kPanels = kAcross / 64, kSubs = kSize / kDepth;
+constexpr u32 kPanelB = kDepth * 128, kStageA = kSize * 128, kStageB = kPanels * kPanelB;
 
 // A stage of a ring, and the parity of its round.
 template <int kCount>
@@ -45,8 +44,9 @@ struct Ring {
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumers + 128, 1)
     spmm_pair_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
-                   const int4 *__restrict__ table, const int4 *__restrict__ tiles, int each, int across, float scale,
-                   void *__restrict__ out, int rows, int width, int add) {
+                   const __grid_constant__ TensorMap half_map, const int4 *__restrict__ table,
+                   const int4 *__restrict__ tiles, int each, int across, float scale, void *__restrict__ out, int rows,
+                   int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
     __shared__ alignas(8) u64 barriers[2 * (kStagesA + kStagesB)];
@@ -55,85 +55,97 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const u32 rank = cluster_rank();
 
-    if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map);
+    // The first tile, and what it is made of, are asked for while the barriers are made.
+    Walk walk(tiles, each);
+    if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map), tma_prefetch(half_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStagesA; ++s) barrier_init(full_a + 8 * s, 1), barrier_init(empty_a + 8 * s, kConsumers / 32);
         // A stage of x is free when both CTAs have passed it, whether they read it or not.
         for (int s = 0; s < kStagesB; ++s) barrier_init(full_b + 8 * s, 1), barrier_init(empty_b + 8 * s, 2 * kConsumers / 32);
         barrier_init_fence();
     }
-    cluster_sync();
+    __syncwarp();
+    cluster_here();
+    int4 tile;
+    bool more = walk.next(tile);
+    int4 first = more && tile.z > 0 ? __ldg(table + tile.y / 2) : make_int4(0, -1, -1, 0);
+    cluster_wait();
 
-    if (warp >= kConsumers / 32) {  // producer
+    if (warp >= kConsumers / 32) {  // producers
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        if (threadIdx.x != kConsumers) return;
+        if (lane != 0) return;
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
-        Ring<kStagesA> a{0, 1};
-        Ring<kStagesB> b{0, 1};
-        Walk walk(tiles, each);
-        int4 tile;
-        while (walk.next(tile)) {
-            const int panel = tile.w % across * kPanels, matrix = tile.w / across;
-            const int4 *element = table + tile.y / 2;
-            const bool second = tile.y % 2;
-            int4 soon = tile.z > 0 ? __ldg(element) : make_int4(0, -1, -1, 0);
-            for (int i = 0; i < tile.z; ++i) {
-                const int inner = soon.x * kSize, mine = second ? soon.z : soon.y, partners = second ? soon.y : soon.z;
-                if (i + 1 < tile.z) soon = __ldg(++element);
-#pragma unroll 1
-                for (int half = 0; half < kHalves; ++half) {
-                    if (mine >= 0) {
-                        const u32 full = full_a + 8 * a.stage;
-                        barrier_wait(empty_a + 8 * a.stage, a.parity);
-                        barrier_expect(full, kStageA);
-                        // 64 inner positions: columns of the block, or its rows if transposed.
-                        tma_load(ring_a + a.stage * kStageA, values_map, full, 0, mine * kSize + (kTransposed ? 64 * half : 0),
-                                 kTransposed ? 0 : half, matrix);
-                        a.next();
-                    }
+        if (warp == kConsumers / 32) {  // of x
+            Ring<kStagesB> b{0, 1};
+            while (more) {
+                const int panel = tile.w % across * kPanels, matrix = tile.w / across;
+                const int4 *element = table + tile.y / 2;
+                const bool second = tile.y % 2;
+                int4 soon = first;
+                for (int i = 0; i < tile.z; ++i) {
+                    const int inner = soon.x * kSize;
+                    const bool mine = (second ? soon.z : soon.y) >= 0, partners = (second ? soon.y : soon.z) >= 0;
+                    if (i + 1 < tile.z) soon = __ldg(++element);
 #pragma unroll 1
                     for (int sub = 0; sub < kSubs; ++sub) {
                         const u32 full = full_b + 8 * b.stage, to = ring_b + b.stage * kStageB;
-                        const int row = inner + 64 * half + kDepth * sub;
+                        const int row = inner + kDepth * sub;
                         barrier_wait(empty_b + 8 * b.stage, b.parity);
-                        if (mine < 0) {
+                        if (!mine) {
                             barrier_arrive(full);  // so that its parity goes on with the ring's
                         } else {
                             barrier_expect(full, kStageB);
-                            if (partners >= 0) {
+                            if (partners) {
                                 const u32 from = rank * (kPanels / 2);
-                                tma_multicast(to + from * kPanelB, x_map, full, 3, 0, row, panel + from, 0, matrix);
+                                tma_multicast(to + from * kPanelB, half_map, full, 3, 0, row, panel + from, matrix);
                             } else {
-                                tma_load(to, x_map, full, 0, row, panel, 0, matrix);
-                                tma_load(to + kStageB / 2, x_map, full, 0, row, panel + kPanels / 2, 0, matrix);
+                                tma_load(to, x_map, full, 0, row, panel, matrix);
                             }
                         }
                         b.next();
                     }
                 }
+                more = walk.next(tile);
+                if (more && tile.z > 0) first = __ldg(table + tile.y / 2);
+            }
+            // All that the other CTA says to this one has been said, and what it sends has been waited for: it may end.
+            for (int s = 0; s < kStagesB; ++s, b.next()) barrier_wait(empty_b + 8 * b.stage, b.parity);
+        } else if (warp == kConsumers / 32 + 1) {  // of S
+            Ring<kStagesA> a{0, 1};
+            while (more) {
+                const int4 *element = table + tile.y / 2;
+                const bool second = tile.y % 2;
+                int4 soon = first;
+                for (int i = 0; i < tile.z; ++i) {
+                    const int mine = second ? soon.z : soon.y;
+                    if (i + 1 < tile.z) soon = __ldg(++element);
+                    if (mine < 0) continue;
+                    const u32 full = full_a + 8 * a.stage;
+                    barrier_wait(empty_a + 8 * a.stage, a.parity);
+                    barrier_expect(full, kStageA);
+                    tma_load(ring_a + a.stage * kStageA, values_map, full, 0, mine * kSize, tile.w / across);
+                    a.next();
+                }
+                more = walk.next(tile);
+                if (more && tile.z > 0) first = __ldg(table + tile.y / 2);
             }
         }
-        // All that the other CTA says to this one has been said, and what it sends has been waited for: it may end.
-        for (int s = 0; s < kStagesB; ++s, b.next()) barrier_wait(empty_b + 8 * b.stage, b.parity);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-        const int group = warp / 4 % kGroups, group_n = warp / 4 / kGroups;
-        const int row16 = (warp % 4) * 16;  // of this warp within its group's 64
+        const int group = warp / 4, row16 = (warp % 4) * 16;  // of this warp within the line
         Ring<kStagesA> a{0, 0};
         Ring<kStagesB> b{0, 0};
-        Walk walk(tiles, each);
-        int4 tile;
-        const u64 left_desc = wgmma_descriptor(ring_a + group * kPanelA, kPanelA);
-        const u64 right_desc = wgmma_descriptor(ring_b + group_n * (kWide / 64) * kPanelB, kPanelB);
+        const u64 left_desc = wgmma_descriptor(ring_a, kStageA);
+        const u64 right_desc = wgmma_descriptor(ring_b + group * (kWide / 64) * kPanelB, kPanelB);
         // A lane's barriers: of x here, of x in the other CTA, of S.
         const u32 empties = lane == 0 ? empty_b : lane == 1 ? cluster_address(empty_b, rank ^ 1) : 0;
         u32 held = 0;  // those that the product in flight has to give back
-        while (walk.next(tile)) {
+        while (more) {
             float acc[kWide / 2];
 #pragma unroll
             for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
             const int *item = &table[tile.y / 2].y + tile.y % 2;
-            bool has = tile.z > 0 && __ldg(item) >= 0;
+            bool has = (tile.y % 2 ? first.z : first.y) >= 0;
 #pragma unroll 1
             for (int i = 0; i < tile.z; ++i) {
                 const bool now = has;
@@ -144,47 +156,46 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
                     cluster_arrive_if(held);
                     held = 0;
 #pragma unroll 1
-                    for (int stage = 0; stage < kHalves * kSubs; ++stage) {
+                    for (int sub = 0; sub < kSubs; ++sub) {
                         barrier_wait(full_b + 8 * b.stage, b.parity);
                         cluster_arrive_if(empties ? empties + 8 * b.stage : 0);
                         b.next();
                     }
                     continue;
                 }
-#pragma unroll 1
-                for (int half = 0; half < kHalves; ++half) {
-                    barrier_wait(full_a + 8 * a.stage, a.parity);
+                barrier_wait(full_a + 8 * a.stage, a.parity);
 #pragma unroll
-                    for (int sub = 0; sub < kSubs; ++sub) {
-                        barrier_wait(full_b + 8 * b.stage, b.parity);
-                        wgmma_fence();
+                for (int sub = 0; sub < kSubs; ++sub) {
+                    barrier_wait(full_b + 8 * b.stage, b.parity);
+                    wgmma_fence();
 #pragma unroll
-                        for (int kk = 0; kk < kDepth / 16; ++kk)
-                            Wgmma<kWide>::template ss<kTransposed, 1>(
-                                acc, left_desc + ((a.stage * kStageA + (sub * kDepth / 16 + kk) * (kTransposed ? 2048 : 32)) >> 4),
-                                right_desc + ((b.stage * kStageB + kk * 2048) >> 4), 1);
-                        wgmma_commit();
-                        // The product before this one is done, and what it read is free.
-                        wgmma_wait<1>();
-                        cluster_arrive_if(held);
-                        held = empties                              ? empties + 8 * b.stage
-                               : lane == 2 && sub == kSubs - 1 ? empty_a + 8 * a.stage
-                                                                    : 0;
-                        b.next();
-                    }
-                    a.next();
+                    for (int kk = 0; kk < kDepth / 16; ++kk)
+                        Wgmma<kWide>::template ss<kTransposed, 1>(
+                            acc, left_desc + ((a.stage * kStageA + (sub * kDepth / 16 + kk) * (kTransposed ? 2048 : 32)) >> 4),
+                            right_desc + ((b.stage * kStageB + kk * 2048) >> 4), 1);
+                    wgmma_commit();
+                    // The product before this one is done, and what it read is free.
+                    wgmma_wait<1>();
+                    cluster_arrive_if(held);
+                    held = empties                              ? empties + 8 * b.stage
+                           : lane == 2 && sub == kSubs - 1 ? empty_a + 8 * a.stage
+                                                                : 0;
+                    b.next();
                 }
+                a.next();
             }
             wgmma_wait<0>();
             cluster_arrive_if(held);
             held = 0;
-            if (tile.x < 0) continue;
-
-            const int row = tile.x * kSize + 64 * group + row16 + lane / 4;
-            const i64 plane = static_cast<i64>(tile.w / across) * rows * width;
-            void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
-                                : static_cast<void *>(static_cast<operand_t *>(out) + plane);
-            store_result<kWide, kPartial>(acc, scale, to, row, rows, tile.w % across * kAcross + group_n * kWide, width, add);
+            if (tile.x >= 0) {
+                const int row = tile.x * kSize + row16 + lane / 4, column = tile.w % across * kAcross + group * kWide;
+                const i64 plane = static_cast<i64>(tile.w / across) * rows * width;
+                void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
+                                    : static_cast<void *>(static_cast<operand_t *>(out) + plane);
+                store_result<kWide, kPartial>(acc, scale, to, row, rows, column, width, add);
+            }
+            more = walk.next(tile);
+            if (more && tile.z > 0) first = __ldg(table + tile.y / 2);
         }
     }
 }

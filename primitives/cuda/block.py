@@ -126,9 +126,9 @@ def spmm(
         table, records = part.tensors[12:14] if transposed else part.tensors[10:12]
         if size >= 64:
             tables = (items.shape[0], table, records, masks, used)
-            if not masks.shape[0]:
+            if size == pair_sm90.SIZE and not masks.shape[0]:
                 alike = (items.shape[0], table, records, transposed, scale, add)
-                if pair_sm90.spmm(out, values, x, part.starts[0], size, *alike):
+                if pair_sm90.spmm(out, values, x, part.starts[0], *alike):
                     return
             block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
         else:

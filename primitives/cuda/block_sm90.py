@@ -56,39 +56,6 @@ def values_map(
     )
 
 
-def boxed(width: int) -> bool:
-    """Whether rows are whole panels of 64, which ``panels_map`` brings in one copy."""
-    return width % 64 == 0
-
-
-def panels_map(t: Tensor, rows: int, panels: int) -> np.ndarray:
-    """(F, E, N, D), any strides but the last, in boxes of panels of 64 columns × rows each.
-
-    Of rows that are no whole panels, boxes of one panel, whose columns are the innermost index.
-    """
-    free, entries, n, width = t.shape
-    size = t.element_size()
-    row, entry, batch = (t.stride(d) * size for d in (2, 1, 0))
-    strides = (row, 128, entry, batch)
-    if boxed(width):
-        dims, box = (64, n, width // 64, entries, free), (64, rows, panels, 1, 1)
-    else:
-        dims, box = (width, n, 1, entries, free), (64, rows, 1, 1, 1)
-    return descriptor(t.data_ptr(), t.dtype, dims, strides, box)
-
-
-def blocks_map(values: Tensor, shift: int, size: int, items: int, transposed: bool) -> np.ndarray:
-    """The slots of a block part in boxes of 64 columns of a block, or of 64 rows if transposed."""
-    each, panels = values.element_size(), size // 64
-    return descriptor(
-        values.data_ptr() + shift * each,
-        values.dtype,
-        (64, items * size, panels, values.shape[0]),
-        (size * each, 128, values.stride(0) * each),
-        (64, 64, panels, 1) if transposed else (64, size, 1, 1),
-    )
-
-
 def sddmm(
     values: Tensor,
     q: Tensor,
@@ -185,8 +152,8 @@ def spmm(
             (tiles.shape[0],),
             cut.threads(size),
             (
-                blocks_map(weights, shift, size, items, transposed),
-                panels_map(right, cut.depth, cut.across // 64),
+                values_map(weights, shift, size, items),
+                operand_map(right, cut.depth),
                 table.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),
@@ -195,7 +162,6 @@ def spmm(
                 np.int32(lines // entries),
                 np.int32(entries),
                 np.int32(across),
-                np.int32(boxed(width)),
                 np.float32(scale),
                 to.data_ptr(),
                 np.int32(rows),

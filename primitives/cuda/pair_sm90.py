@@ -1,4 +1,4 @@
-"""Whole blocks on Hopper, two lines of them at a time: spmm_pair_sm90."""
+"""Whole blocks of 64 on Hopper, two lines of them at a time: spmm_pair_sm90."""
 
 from __future__ import annotations
 
@@ -13,33 +13,17 @@ from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.tma import descriptor
 
 from ..plans import cuda_pairs
-from .block_sm90 import CODES, blocks_map, boxed, laid_out, panels_map
+from .block_sm90 import CODES, laid_out, values_map
 
-
-class Cut(NamedTuple):
-    """How a product is cut.
-
-    Attributes:
-        across: columns of x of a tile.
-        depth: inner positions of a stage of x.
-        left: stages of S, of 64 inner positions.
-        right: stages of x.
-    """
-
-    across: int
-    depth: int
-    left: int
-    right: int
-
-    def memory(self, size: int) -> int:
-        """Dynamic shared memory of a CTA, bytes."""
-        return self.left * size * 128 + self.right * self.across * self.depth * 2 + 1024
-
-
-# By the side of a block.
-CUTS = {64: Cut(512, 32, 4, 6), 128: Cut(256, 32, 4, 10)}
+# Side of a block, columns of x of a tile.
+SIZE, ACROSS = 64, 512
+# Inner positions of a stage of x; stages of blocks, and of x.
+DEPTH, LEFT, RIGHT = 32, 4, 6
+# Dynamic shared memory of a CTA, bytes.
+MEMORY = LEFT * SIZE * 128 + RIGHT * ACROSS * DEPTH * 2 + 1024
 THREADS = 3 * 128
 # Lines that are paired: every line is compared with every other.
 MOST_LINES = 512
@@ -82,7 +66,6 @@ def spmm(
     values: Tensor,
     x: Tensor,
     shift: int,
-    size: int,
     items: int,
     table: Tensor,
     records: Tensor,
@@ -92,13 +75,12 @@ def spmm(
 ) -> bool:
     """Whether scale · S x, or Sᵀ x, was written (or added) here; see ``block_sm90.spmm``.
 
-    Blocks are whole, and one entry's. Results are those of single lines, to the bit.
+    Blocks are whole and of 64, and one entry's. Results are those of single lines, to the bit.
     """
     free, entries, rows, width = out.shape
-    cut, clusters = CUTS[size], max(1, facts(x.device.index).multiprocessors // 2)
-    across = -(-width // cut.across)
+    clusters, across = max(1, facts(x.device.index).multiprocessors // 2), -(-width // ACROSS)
     # Pairs have no more elements than there are blocks.
-    if entries > 1 or width <= 128 or not boxed(width):
+    if entries > 1 or width <= 128 or width % 64:
         return False
     if table.shape[0] * across * free < LEAST * clusters:
         return False
@@ -106,17 +88,18 @@ def spmm(
     if lines is None or len(lines.elements) * across * free < LEAST * clusters:
         return False
     x = laid_out(x)
-    wanted = spmm_request(size, x.dtype, transposed, out.dtype == torch.float32)
+    wanted = spmm_request(x.dtype, transposed, out.dtype == torch.float32)
     run = kernel(wanted, x.device.index)
     for start in range(0, free, step := max(1, TILES // (len(lines.found.partners) * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
-        tiles = _tiles(lines, records, size, across, to.shape[0], clusters)
+        tiles = _tiles(lines, records, across, to.shape[0], clusters)
         run(
             (tiles.shape[0],),
             THREADS,
             (
-                blocks_map(weights, shift, size, items, transposed),
-                panels_map(right, cut.depth, cut.across // 128),  # half a stage a copy
+                values_map(weights, shift, SIZE, items),
+                _panels_map(right, ACROSS // 64),
+                _panels_map(right, ACROSS // 128),
                 lines.elements.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),
@@ -127,34 +110,37 @@ def spmm(
                 np.int32(width),
                 np.int32(add),
             ),
-            cut.memory(size),
+            MEMORY,
         )
     return True
 
 
-def _tiles(
-    lines: Paired, records: Tensor, size: int, across: int, matrices: int, clusters: int
-) -> Tensor:
+def _panels_map(t: Tensor, panels: int) -> np.ndarray:
+    """(F, 1, N, D), any strides but the last, in boxes of panels of 64 columns × a stage's rows."""
+    free, _, n, width = t.shape
+    batch, row = (t.stride(d) * t.element_size() for d in (0, 2))
+    dims, box = (64, n, width // 64, free), (64, DEPTH, panels, 1)
+    return descriptor(t.data_ptr(), t.dtype, dims, (row, 128, batch), box)
+
+
+def _tiles(lines: Paired, records: Tensor, across: int, matrices: int, clusters: int) -> Tensor:
     """The tiles of each CTA, kept with the records."""
 
     def make() -> Tensor:
-        wide = CUTS[size].across
-        made = cuda_pairs.tiles(lines.found, size, wide, across, matrices, clusters)
+        made = cuda_pairs.tiles(lines.found, SIZE, ACROSS, across, matrices, clusters)
         return torch.from_numpy(made).to(records.device)
 
-    return derived(records, ("pair tiles", size, across, matrices, clusters), make)
+    return derived(records, ("pair tiles", across, matrices, clusters), make)
 
 
 @functools.lru_cache(maxsize=64)
-def spmm_request(size: int, dtype: torch.dtype, transposed: bool, partial: bool) -> Request:
+def spmm_request(dtype: torch.dtype, transposed: bool, partial: bool) -> Request:
     """The kernel; ``partial`` writes float32."""
-    cut = CUTS[size]
     constants = {
-        "SIZE": size,
         "DTYPE": CODES[dtype],
-        "DEPTH": cut.depth,
-        "STAGES_A": cut.left,
-        "STAGES_B": cut.right,
+        "DEPTH": DEPTH,
+        "STAGES_A": LEFT,
+        "STAGES_B": RIGHT,
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }

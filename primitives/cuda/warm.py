@@ -134,9 +134,8 @@ def requests(
                 for name, arguments in (*_weight_calls(operand, masks), *_layer_calls(operand)):
                     found |= dict.fromkeys(_asked(name, arguments))
                 if arch == "90a" and operand != FLOAT:  # asked for by large products only
-                    flags = itertools.product(pair_sm90.CUTS, (False, True), (False, True))
-                    for size, transposed, partial in flags:
-                        found[pair_sm90.spmm_request(size, operand, transposed, partial)] = None
+                    for flags in itertools.product((False, True), repeat=2):
+                        found[pair_sm90.spmm_request(operand, *flags)] = None
     return list(found)
 
 

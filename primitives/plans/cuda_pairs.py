@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from .even import evened
 
-# Rounds of exchanges between pairs, each of as many as do not touch one another.
-ROUNDS = 32
+# Rounds of assignments, after which little is gained.
+ROUNDS = 64
 # Tiles that are dealt one by one; more of them go round. And tiles of a cluster that are evened
 # out.
 DEALT, EVENED = 1 << 14, 16
@@ -65,7 +65,10 @@ def pairs(table: NDArray[np.int32], records: NDArray[np.int32]) -> Pairs:
 
 
 def paired(has: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Pairs of lines with much in common: greedily, then by exchanges as long as they gain.
+    """Pairs of lines with as much in common as can be found.
+
+    Each round splits all pairs, puts their lines on two sides at random, and takes the best
+    assignment of one side to the other; which is no worse than the pairs were.
 
     Args:
         has: (lines, inner), what each of them has.
@@ -73,51 +76,22 @@ def paired(has: NDArray[np.bool_]) -> NDArray[np.int64]:
     Returns:
         (pairs, 2), the lesser line first, −1 for the partner of an odd one; by their first lines.
     """
+    from scipy.optimize import linear_sum_assignment  # here: import mixgrain loads no scipy
+
     count = len(has)
-    made = _chosen(has)
+    made = np.arange(count + count % 2).reshape(-1, 2)
     # What an odd line has for a partner is a line that has nothing.
-    held = np.zeros((made.size, has.shape[1]), np.float32)
-    held[:count] = has
-    shared, pair = held @ held.T, np.arange(made.size) // 2
+    sets = np.zeros((made.size, has.shape[1]), np.float32)
+    sets[:count] = has
+    shared = sets @ sets.T
+    sides = np.random.default_rng(0)
     for _ in range(ROUNDS):
-        mine = made.flatten()
-        partner = made[:, ::-1].flatten()
-        now = shared[mine, partner]
-        # Two lines exchange their places.
-        moved = shared[np.ix_(partner, mine)]
-        gains = moved + moved.T - now[:, None] - now
-        gains[pair[:, None] >= pair] = 0
-        best = np.flatnonzero(gains > 0)
-        if not len(best):
-            break
-        touched = np.zeros(len(made), bool)
-        for at in best[np.argsort(-gains.flat[best], kind="stable")][: 8 * len(made)].tolist():
-            a, b = divmod(at, made.size)
-            if not (touched[pair[a]] or touched[pair[b]]):
-                touched[pair[a]] = touched[pair[b]] = True
-                made.flat[a], made.flat[b] = made.flat[b], made.flat[a]
+        one, other = sides.permuted(made, axis=1).T
+        ones, others = linear_sum_assignment(shared[np.ix_(one, other)], maximize=True)
+        made = np.stack([one[ones], other[others]], 1)
     made = np.sort(made, 1)
     made = made[np.argsort(made[:, 0])]
     return np.where(made < count, made, -1)
-
-
-def _chosen(has: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The largest line that is free and the one with most in common with it, and so on."""
-    count = len(has)
-    sets, free = has.astype(np.float32), np.ones(count, bool)
-    sizes = sets.sum(1)
-    made = np.arange(count + count % 2).reshape(-1, 2)
-    for pair in made:
-        pair[0] = np.argmax(np.where(free, sizes, -1))
-        free[pair[0]] = False
-        if free.any():
-            # Of those with as much in common the smallest.
-            liking = sets @ sets[pair[0]] - sizes / (2 * has.shape[1])
-            pair[1] = np.argmax(np.where(free, liking, -np.inf))
-            free[pair[1]] = False
-        else:
-            pair[1] = count
-    return made
 
 
 def tiles(
@@ -154,9 +128,11 @@ def tiles(
     # The larger line goes to the CTA of a cluster that has had less so far.
     more = np.where(at < 0, 0, blocks[pair, 0] - blocks[pair, 1])
     swap, ahead = np.zeros_like(at), np.zeros(len(at), np.int64)
-    for place in range(longest):
-        swap[:, place] = ahead * more[:, place] > 0
-        ahead += np.where(swap[:, place], -more[:, place], more[:, place])
+    every = np.arange(len(at))
+    for place in np.argsort(-np.abs(more), axis=1, kind="stable").T:
+        by = more[every, place]
+        swap[every, place] = ahead * by > 0
+        ahead += np.where(ahead * by > 0, -by, by)
     other = np.stack([swap, 1 - swap], 1)  # clusters, 2, most
     partner = found.partners[pair[:, None], other]
     made = np.zeros((*other.shape, 4), np.int32)

@@ -40,9 +40,8 @@ def requests():
     for size, width, (transposed, partial) in itertools.product((64, 128), (64, 128, 256), flags):
         dtype, cut = half(size // 64, transposed, partial), block_sm90.tile(size, width)
         yield block_sm90.spmm_request(size, dtype, cut, transposed, partial)
-    for size, (transposed, partial) in itertools.product(pair_sm90.CUTS, flags):
-        dtype = half(size // 64, transposed, partial)
-        yield pair_sm90.spmm_request(size, dtype, transposed, partial)
+    for transposed, partial in flags:
+        yield pair_sm90.spmm_request(half(transposed, partial), transposed, partial)
     for size, wide, (transposed, partial) in itertools.product((16, 32), union_sm90.STAGES, flags):
         dtype = half(size // 16, transposed, partial)
         yield union_sm90.spmm_request(size, dtype, wide, transposed, partial)
@@ -98,7 +97,7 @@ def test_no_spills_and_nothing_serialised(wanted, tmp_path, monkeypatch):
 def test_shared_memory_fits_a_multiprocessor(size, width):
     cut = block_sm90.tile(size, width)
     assert cut.shared(size) <= 232_448 - 1024  # the static barriers besides
-    assert pair_sm90.CUTS[size].memory(size) <= 232_448 - 1024
+    assert pair_sm90.MEMORY <= 232_448 - 1024
     assert union_sm90.spmm_shared(union_sm90.wide_of(width)) <= 232_448 - 1024
     # Its static memory: barriers, and 8 bytes of every entry under way.
     assert expand_sm90.shared(128, expand_sm90.wide_of(width)) <= 232_448 - 1024 - 4 * 512 * 8

@@ -19,11 +19,10 @@ from mixgrain.cuda.device import facts
 from mixgrain.formats.block import BlockLayout
 from mixgrain.primitives.cuda.block_sm90 import (
     Cut,
-    blocks_map,
-    boxed,
-    panels_map,
+    operand_map,
     spmm_request,
     tile,
+    values_map,
     walks,
 )
 from mixgrain.primitives.plans import cuda_block
@@ -132,9 +131,7 @@ def copy(count: int) -> Alone:
 
 
 def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
-    """Reads and writes all that a product of a block weight and x does, and multiplies nothing.
-
-    Line by line: large products move less, since they take lines by pairs.
+    """Reads and writes all that ``spmm`` of a block weight and x does, and multiplies nothing.
 
     The same copies by the same CTAs in the same order, mostly from L2; for sm_90a.
 
@@ -158,8 +155,8 @@ def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
 
     def call() -> Tensor:
         arguments = (
-            blocks_map(weight.values.view(1, -1), part.starts[0], size, len(table), False),
-            panels_map(x[None, None], cut.depth, cut.across // 64),
+            values_map(weight.values.view(1, -1), part.starts[0], size, len(table)),
+            operand_map(x[None, None], cut.depth),
             table.data_ptr(),
             tiles.data_ptr(),
             np.int32(tiles.shape[1]),
@@ -168,7 +165,6 @@ def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
             np.int32(len(records)),
             np.int32(1),
             np.int32(across),
-            np.int32(boxed(width)),
             np.float32(1),
             out.data_ptr(),
             np.int32(rows),
