@@ -6,8 +6,7 @@
 // Writes 64 × kWide accumulators times scale; kFloat: as float32, added to what is there if `add`.
 //   out     of the matrix: rows × width, rows at 16-byte multiples, width % 8 == 0
 //   row     this lane's first row: its warp's first plus lane / 4; column: the tile's first
-//   kStream out is first in line to leave L2
-template <int kWide, bool kFloat, bool kStream = true>
+template <int kWide, bool kFloat>
 __device__ __forceinline__ void store_result(const float (&acc)[kWide / 2], float scale, void *out, int row,
                                              int rows, int column, int width, bool add) {
     const int pair = threadIdx.x % 4;
@@ -40,12 +39,9 @@ __device__ __forceinline__ void store_result(const float (&acc)[kWide / 2], floa
                     v[i] = pack2<operand_t>(acc[4 * (j + i) + 2 * h] * scale, acc[4 * (j + i) + 2 * h + 1] * scale);
                 quad_transpose(v, pair);
                 const int at = column + 8 * (j + pair);
-                if (row + 8 * h < rows && at < width) {
-                    uint4 *to = reinterpret_cast<uint4 *>(static_cast<operand_t *>(out) + static_cast<i64>(row + 8 * h) * width + at);
-                    const uint4 four = make_uint4(v[0], v[1], v[2], v[3]);
-                    if constexpr (kStream) __stcs(to, four);
-                    else *to = four;
-                }
+                if (row + 8 * h < rows && at < width)
+                    __stcs(reinterpret_cast<uint4 *>(static_cast<operand_t *>(out) + static_cast<i64>(row + 8 * h) * width + at),
+                           make_uint4(v[0], v[1], v[2], v[3]));
             }
     }
 }

@@ -20,6 +20,7 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 #include "result.cuh"
+#include "staged.cuh"
 #include "walk.cuh"
 
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kGroupsN = MG_GROUPS, kDepth = MG_DEPTH;
@@ -189,10 +190,15 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
             if (held_a) barrier_arrive(held_a);
         }
 
-        const int row = (tile.x % lines) * kSize + 64 * group + row16 + lane / 4;
+        const int row = (tile.x % lines) * kSize + 64 * group + row16, column = tile.w % across * kAcross + group_n * kWide;
         const i64 plane = (static_cast<i64>(tile.w / across) * entries + tile.x / lines) * rows * width;
-        void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
-                            : static_cast<void *>(static_cast<operand_t *>(out) + plane);
-        store_result<kWide, kPartial, kSize == 64>(acc, scale, to, row, rows, tile.w % across * kAcross + group_n * kWide, width, add);
+        if constexpr (kUneven && !kPartial) {
+            const u32 staging = ring_b + kStagesB * kStageB + warp * kStaging;
+            store_staged<kWide>(acc, scale, staging, static_cast<operand_t *>(out) + plane, row, rows, column, width);
+        } else {
+            void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
+                                : static_cast<void *>(static_cast<operand_t *>(out) + plane);
+            store_result<kWide, kPartial>(acc, scale, to, row + lane / 4, rows, column, width, add);
+        }
     }
 }

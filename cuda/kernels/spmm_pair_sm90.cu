@@ -4,16 +4,16 @@
 //   x       (F, inner, D)     any strides, by 4-D tensor maps (64, inner, D / 64, F) in boxes of kDepth rows: of all
 //                             panels of a tile, and of half of them
 //   values  (F, slots)        blocks of 64 × 64 elements, by a 3-D map (64, items · 64, F)
-//   table   (n) int4          what either line of a pair has, by inner block: inner block, item of the one, of the
-//                             other (−1 = none), 0
+//   table   (n) int4          steps of the pairs: inner block of the one line, of the other (the same: both read it),
+//                             item of the one, of the other (−1 = it has none, nor an inner block)
 //   tiles   (CTAs, each) int4   see walk.cuh; those of a cluster's two CTAs are of two partners: line (−1 = none),
-//                             first element of the pair · 2 + whether the line is the other, elements of the pair,
+//                             first step of the pair · 2 + whether the line is the other, steps of the pair,
 //                             matrix · across + column tile
 //
 //   grid   clusters of two CTAs that walk their tiles of two lines × kAcross columns
 //   block  2 warpgroups of consumers, of 256 columns each, and one that produces: a thread x, another S
 //   smem   two rings: kStagesA of blocks of S, a CTA's own; kStagesB of kDepth of x, in step with the other CTA's:
-//          a stage that both need comes in once for both, half of it asked for by each
+//          a stage that both need comes in once for both, half of it asked for by each; kStaging bytes a warp
 //   floor  2 · nnz · D FLOP at 800 TFLOP/s; L2: 8 KiB a tile's block, 64 KiB a pair's inner block, 8.6 TB/s
 //   needs  sm_90a, D % 64 == 0, 16-byte aligned rows, no masks
 //
@@ -24,6 +24,7 @@
 #include "cluster.cuh"
 #include "wgmma.cuh"
 #include "result.cuh"
+#include "staged.cuh"
 #include "walk.cuh"
 
 constexpr int kSize = 64, kDepth = MG_DEPTH, kWide = 256, kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
@@ -49,14 +50,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
                    int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
+    const u32 staging = ring_b + kStagesB * kStageB;
     __shared__ alignas(8) u64 barriers[2 * (kStagesA + kStagesB)];
     const u32 full_a = shared_address(barriers), empty_a = full_a + 8 * kStagesA;
     const u32 full_b = empty_a + 8 * kStagesA, empty_b = full_b + 8 * kStagesB;
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const u32 rank = cluster_rank();
 
-    // The first tile, and what it is made of, are asked for while the barriers are made.
-    Walk walk(tiles, each);
     if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map), tma_prefetch(half_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStagesA; ++s) barrier_init(full_a + 8 * s, 1), barrier_init(empty_a + 8 * s, kConsumers / 32);
@@ -64,12 +64,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
         for (int s = 0; s < kStagesB; ++s) barrier_init(full_b + 8 * s, 1), barrier_init(empty_b + 8 * s, 2 * kConsumers / 32);
         barrier_init_fence();
     }
-    __syncwarp();
-    cluster_here();
+    cluster_sync();
+
+    Walk walk(tiles, each);
     int4 tile;
-    bool more = walk.next(tile);
-    int4 first = more && tile.z > 0 ? __ldg(table + tile.y / 2) : make_int4(0, -1, -1, 0);
-    cluster_wait();
 
     if (warp >= kConsumers / 32) {  // producers
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
@@ -77,25 +75,26 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         if (warp == kConsumers / 32) {  // of x
             Ring<kStagesB> b{0, 1};
-            while (more) {
+            while (walk.next(tile)) {
                 const int panel = tile.w % across * kPanels, matrix = tile.w / across;
                 const int4 *element = table + tile.y / 2;
                 const bool second = tile.y % 2;
-                int4 soon = first;
+                int4 soon = tile.z > 0 ? __ldg(element) : make_int4(-1, -1, -1, -1);
+#pragma unroll 1
                 for (int i = 0; i < tile.z; ++i) {
-                    const int inner = soon.x * kSize;
-                    const bool mine = (second ? soon.z : soon.y) >= 0, partners = (second ? soon.y : soon.z) >= 0;
+                    const int inner = second ? soon.y : soon.x;
+                    const bool both = soon.x == soon.y;
                     if (i + 1 < tile.z) soon = __ldg(++element);
 #pragma unroll 1
                     for (int sub = 0; sub < kSubs; ++sub) {
                         const u32 full = full_b + 8 * b.stage, to = ring_b + b.stage * kStageB;
-                        const int row = inner + kDepth * sub;
+                        const int row = inner * kSize + kDepth * sub;
                         barrier_wait(empty_b + 8 * b.stage, b.parity);
-                        if (!mine) {
+                        if (inner < 0) {
                             barrier_arrive(full);  // so that its parity goes on with the ring's
                         } else {
                             barrier_expect(full, kStageB);
-                            if (partners) {
+                            if (both) {
                                 const u32 from = rank * (kPanels / 2);
                                 tma_multicast(to + from * kPanelB, half_map, full, 3, 0, row, panel + from, matrix);
                             } else {
@@ -105,19 +104,18 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
                         b.next();
                     }
                 }
-                more = walk.next(tile);
-                if (more && tile.z > 0) first = __ldg(table + tile.y / 2);
             }
             // All that the other CTA says to this one has been said, and what it sends has been waited for: it may end.
             for (int s = 0; s < kStagesB; ++s, b.next()) barrier_wait(empty_b + 8 * b.stage, b.parity);
         } else if (warp == kConsumers / 32 + 1) {  // of S
             Ring<kStagesA> a{0, 1};
-            while (more) {
+            while (walk.next(tile)) {
                 const int4 *element = table + tile.y / 2;
                 const bool second = tile.y % 2;
-                int4 soon = first;
+                int4 soon = tile.z > 0 ? __ldg(element) : make_int4(-1, -1, -1, -1);
+#pragma unroll 1
                 for (int i = 0; i < tile.z; ++i) {
-                    const int mine = second ? soon.z : soon.y;
+                    const int mine = second ? soon.w : soon.z;
                     if (i + 1 < tile.z) soon = __ldg(++element);
                     if (mine < 0) continue;
                     const u32 full = full_a + 8 * a.stage;
@@ -126,8 +124,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
                     tma_load(ring_a + a.stage * kStageA, values_map, full, 0, mine * kSize, tile.w / across);
                     a.next();
                 }
-                more = walk.next(tile);
-                if (more && tile.z > 0) first = __ldg(table + tile.y / 2);
             }
         }
     } else {
@@ -140,12 +136,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
         // A lane's barriers: of x here, of x in the other CTA, of S.
         const u32 empties = lane == 0 ? empty_b : lane == 1 ? cluster_address(empty_b, rank ^ 1) : 0;
         u32 held = 0;  // those that the product in flight has to give back
-        while (more) {
+        while (walk.next(tile)) {
             float acc[kWide / 2];
 #pragma unroll
             for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
-            const int *item = &table[tile.y / 2].y + tile.y % 2;
-            bool has = (tile.y % 2 ? first.z : first.y) >= 0;
+            const int *item = &table[tile.y / 2].z + tile.y % 2;
+            bool has = tile.z > 0 && __ldg(item) >= 0;
 #pragma unroll 1
             for (int i = 0; i < tile.z; ++i) {
                 const bool now = has;
@@ -188,14 +184,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
             cluster_arrive_if(held);
             held = 0;
             if (tile.x >= 0) {
-                const int row = tile.x * kSize + row16 + lane / 4, column = tile.w % across * kAcross + group * kWide;
+                const int row = tile.x * kSize + row16, column = tile.w % across * kAcross + group * kWide;
                 const i64 plane = static_cast<i64>(tile.w / across) * rows * width;
-                void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
-                                    : static_cast<void *>(static_cast<operand_t *>(out) + plane);
-                store_result<kWide, kPartial>(acc, scale, to, row, rows, column, width, add);
+                if constexpr (kPartial)
+                    store_result<kWide, true>(acc, scale, static_cast<float *>(out) + plane, row + lane / 4, rows, column,
+                                              width, add);
+                else
+                    store_staged<kWide>(acc, scale, staging + warp * kStaging, static_cast<operand_t *>(out) + plane, row,
+                                        rows, column, width);
             }
-            more = walk.next(tile);
-            if (more && tile.z > 0) first = __ldg(table + tile.y / 2);
         }
     }
 }

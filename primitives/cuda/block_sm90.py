@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
 
-from ..plans.even import evened
+from ..plans.even import dealt
 
 CODES = {torch.float16: 0, torch.bfloat16: 1}
 # TMA stages of sddmm by panels of 64 columns of D.
@@ -203,7 +202,9 @@ class Cut(NamedTuple):
 
     def shared(self, size: int) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        return self.left * size * 128 + self.right * self.across * self.depth * 2 + 1024
+        rings = self.left * size * 128 + self.right * self.across * self.depth * 2
+        # What large results leave through, and room to align.
+        return rings + (8 * 1024 if self.alone else 0) + 1024
 
 
 def tile(size: int, width: int) -> Cut:
@@ -216,7 +217,7 @@ def tile(size: int, width: int) -> Cut:
         return Cut(64, 1, 64, 4, 4, False)
     if width <= 128:
         return Cut(128, 1, 64, 4, 4, False) if size == 64 else Cut(128, 1, 64, 3, 3, False)
-    return Cut(256, 1, 32, 4, 9, True) if size == 128 else Cut(256, 2, 32, 4, 6, True)
+    return Cut(256, 1, 32, 4, 9, True) if size == 128 else Cut(256, 2, 32, 3, 6, True)
 
 
 # Beyond this many tiles a CTA, a walk by strides is even enough.
@@ -236,15 +237,18 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
 
     Returns:
         int32 (ctas, most, 4): line, first element in its table, elements, matrix * across + column
-        tile; elements are −1 after a CTA's last tile. Few tiles are dealt out by their length
-        (which reads the records back from the device), many by strides that turn round.
+        tile; elements are −1 after a CTA's last tile. Few tiles are dealt out by their length,
+        neighbours in rounds (which reads the records back from the device), many by strides that
+        turn round.
     """
 
     def make() -> Tensor:
         lines, repeats = records.shape[0], across * matrices
         ctas = min(several, lines * repeats) or lines * repeats
         if ctas < lines * repeats <= SCHEDULED * ctas:
-            order = _dealt(records[:, 2].tolist(), repeats, ctas)
+            # A tile costs about as much as an element besides its elements.
+            costs = np.tile(records[:, 2].cpu().numpy() + 1.0, repeats)
+            order = torch.from_numpy(dealt(costs, ctas))
         else:
             order = _strided(lines, repeats, ctas)
         order = order.to(records.device)
@@ -254,22 +258,6 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
         return tiles.contiguous()
 
     return derived(records, ("walks", across, matrices, several), make)
-
-
-def _dealt(counts: list[int], repeats: int, ctas: int) -> Tensor:
-    """Tiles repeat * lines + rank of each CTA, −1 after the last, so that sums are about equal."""
-    # A tile costs about as much as an element besides its elements.
-    free = [(0, cta) for cta in range(ctas)]
-    mine: list[list[int]] = [[] for _ in range(ctas)]
-    for rank, count in enumerate(counts):  # longest first, to the CTA with the least
-        for repeat in range(repeats):
-            load, cta = free[0]
-            heapq.heapreplace(free, (load + count + 1, cta))
-            mine[cta].append(repeat * len(counts) + rank)
-    evened(mine, [count + 1 for count in counts] * repeats)
-    # Tiles of the same columns at about the same time: L2 then holds what they share.
-    most = max(map(len, mine))
-    return torch.tensor([sorted(own) + [-1] * (most - len(own)) for own in mine])
 
 
 def _strided(lines: int, repeats: int, ctas: int) -> Tensor:

@@ -21,9 +21,9 @@ from .block_sm90 import CODES, laid_out, values_map
 # Side of a block, columns of x of a tile.
 SIZE, ACROSS = 64, 512
 # Inner positions of a stage of x; stages of blocks, and of x.
-DEPTH, LEFT, RIGHT = 32, 4, 6
-# Dynamic shared memory of a CTA, bytes.
-MEMORY = LEFT * SIZE * 128 + RIGHT * ACROSS * DEPTH * 2 + 1024
+DEPTH, LEFT, RIGHT = 32, 3, 6
+# Dynamic shared memory of a CTA, bytes: the rings, what results leave through, and room to align.
+MEMORY = LEFT * SIZE * 128 + RIGHT * ACROSS * DEPTH * 2 + 8 * 1024 + 1024
 THREADS = 3 * 128
 # Lines that are paired: every line is compared with every other.
 MOST_LINES = 512
@@ -31,15 +31,15 @@ MOST_LINES = 512
 SHARE = 0.9
 # Tiles of pairs of one launch, whose lists take 32 bytes each.
 TILES = 1 << 18
-# Elements of pairs, by tile, that a cluster has to have for it.
-LEAST = 8
+# Blocks that a line has to have, on average.
+LEAST = 6
 
 
 class Paired(NamedTuple):
-    """Pairs of lines, and their elements on the device."""
+    """Pairs of lines, and their steps on the device."""
 
     found: cuda_pairs.Pairs
-    elements: Tensor
+    steps: Tensor
 
 
 def paired(table: Tensor, records: Tensor) -> Paired | None:
@@ -54,9 +54,9 @@ def paired(table: Tensor, records: Tensor) -> Paired | None:
         if not 1 < records.shape[0] <= MOST_LINES or not table.shape[0]:
             return None
         found = cuda_pairs.pairs(table.cpu().numpy(), records.cpu().numpy())
-        if len(found.elements) > SHARE * found.blocks:
+        if found.reads.sum() > SHARE * found.blocks:
             return None
-        return Paired(found, torch.from_numpy(found.elements).to(records.device))
+        return Paired(found, torch.from_numpy(found.steps).to(records.device))
 
     return derived(records, "pairs", make)
 
@@ -79,13 +79,12 @@ def spmm(
     """
     free, entries, rows, width = out.shape
     clusters, across = max(1, facts(x.device.index).multiprocessors // 2), -(-width // ACROSS)
-    # Pairs have no more elements than there are blocks.
     if entries > 1 or width <= 128 or width % 64:
         return False
-    if table.shape[0] * across * free < LEAST * clusters:
+    if table.shape[0] < LEAST * records.shape[0]:
         return False
     lines = paired(table, records)
-    if lines is None or len(lines.elements) * across * free < LEAST * clusters:
+    if lines is None:
         return False
     x = laid_out(x)
     wanted = spmm_request(x.dtype, transposed, out.dtype == torch.float32)
@@ -100,7 +99,7 @@ def spmm(
                 values_map(weights, shift, SIZE, items),
                 _panels_map(right, ACROSS // 64),
                 _panels_map(right, ACROSS // 128),
-                lines.elements.data_ptr(),
+                lines.steps.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),
                 np.int32(across),

@@ -7,19 +7,15 @@ for a fifth less than single lines do.
 
 from __future__ import annotations
 
-import heapq
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .even import evened
+from .even import dealt
 
-# Rounds of assignments, after which little is gained.
-ROUNDS = 64
-# Tiles that are dealt one by one; more of them go round. And tiles of a cluster that are evened
-# out.
-DEALT, EVENED = 1 << 14, 16
+# Rounds of assignments; more find less than a hundredth.
+ROUNDS = 16
 
 
 class Pairs(NamedTuple):
@@ -28,16 +24,18 @@ class Pairs(NamedTuple):
     Attributes:
         partners: int64 (P, 2), rows of the records, −1 where there is no other.
         records: int32 (lines, 3) that they are rows of.
-        bounds: int64 (P + 1,) into elements.
-        elements: int32 (U, 4), of each pair by inner block: inner block, item of the one line and
-            of the other, −1 = none, 0.
+        bounds: int64 (P + 1,) into steps.
+        steps: int32 (U, 4), of each pair: inner block of the one line, of the other, item of the
+            one, of the other; −1 = it has nothing to do. The same inner block: both read it.
+        reads: int64 (P,), inner blocks that either line of a pair has.
         blocks: items in all.
     """
 
     partners: NDArray[np.int64]
     records: NDArray[np.int32]
     bounds: NDArray[np.int64]
-    elements: NDArray[np.int32]
+    steps: NDArray[np.int32]
+    reads: NDArray[np.int64]
     blocks: int
 
 
@@ -58,10 +56,24 @@ def pairs(table: NDArray[np.int32], records: NDArray[np.int32]) -> Pairs:
     partners = paired(items[:-1] >= 0)
     held = items[partners]  # P, 2, inner
     pair, inner = np.nonzero((held >= 0).any(1))
-    elements = np.zeros((len(pair), 4), np.int32)
-    elements[:, 0], elements[:, 1:3] = inner, held[pair, :, inner]
-    bounds = np.searchsorted(pair, np.arange(len(partners) + 1))
-    return Pairs(partners, records, bounds, elements, len(table))
+    has = held[pair, :, inner] >= 0
+    # Between two inner blocks that both read they go on side by side, each in order of its own.
+    shared = has.all(1)
+    begins = shared | (np.diff(pair, prepend=-1) > 0)
+    stretch = np.cumsum(begins) - 1
+    before: NDArray[np.int64] = np.cumsum(has, 0) - has
+    place: NDArray[np.int64] = before - before[begins][stretch]
+    keys = stretch[:, None] * items.shape[1] + place
+    kept = np.unique(keys[has])
+    steps = np.full((len(kept), 4), -1, np.int32)
+    for line in range(2):
+        own = has[:, line]
+        step = np.searchsorted(kept, keys[own, line])
+        steps[step, line], steps[step, 2 + line] = inner[own], held[pair[own], line, inner[own]]
+    of = pair[begins][kept // items.shape[1]]
+    bounds = np.searchsorted(of, np.arange(len(partners) + 1))
+    reads = np.bincount(pair, minlength=len(partners))
+    return Pairs(partners, records, bounds, steps, reads, len(table))
 
 
 def paired(has: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -109,21 +121,15 @@ def tiles(
 
     Returns:
         int32 (CTAs, most, 4), those of a cluster one after the other: line (−1 = none), the pair's
-        first element · 2 + whether the line is the other, its elements (−1 after the last tile),
+        first step · 2 + whether the line is the other, its steps (−1 after the last tile),
         matrix · across + column tile.
     """
     # What a tile brings in; its beginning and end cost about as much as an element.
     blocks = np.where(found.partners >= 0, found.records[found.partners, 2], 0)
-    first, elements = found.bounds[:-1], np.diff(found.bounds)
-    costs = (wide * elements + size * blocks.sum(1) + wide).astype(float)
+    first, steps = found.bounds[:-1], np.diff(found.bounds)
+    costs = (wide * found.reads + size * blocks.sum(1) + wide).astype(float)
     repeats, lines = across * matrices, len(costs)
-    every = np.tile(costs, repeats)
-    mine = _dealt(every, min(clusters, len(every)))
-    if sum(map(len, mine)) <= EVENED * len(mine):
-        evened(mine, every.tolist())
-    longest = max(map(len, mine))
-    # The same columns at about the same time: L2 then holds what they share.
-    at = np.array([sorted(own) + [-1] * (longest - len(own)) for own in mine])
+    at = dealt(np.tile(costs, repeats), min(clusters, lines * repeats))
     repeat, pair = np.divmod(at, lines)
     # The larger line goes to the CTA of a cluster that has had less so far.
     more = np.where(at < 0, 0, blocks[pair, 0] - blocks[pair, 1])
@@ -138,25 +144,6 @@ def tiles(
     made = np.zeros((*other.shape, 4), np.int32)
     made[..., 0] = np.where(partner >= 0, found.records[partner, 0], -1)
     made[..., 1] = 2 * first[pair][:, None] + other
-    made[..., 2] = np.where(at < 0, -1, elements[pair])[:, None]
+    made[..., 2] = np.where(at < 0, -1, steps[pair])[:, None]
     made[..., 3] = repeat[:, None]
-    return made.reshape(-1, longest, 4)
-
-
-def _dealt(costs: NDArray[np.float64], clusters: int) -> list[list[int]]:
-    """Tiles of each cluster."""
-    order = np.argsort(-costs, kind="stable")
-    if len(order) > DEALT:  # in turn, every other turn backwards
-        turns = -(-len(order) // clusters)
-        dealt = np.full(turns * clusters, -1)
-        dealt[: len(order)] = order
-        rounds = dealt.reshape(turns, clusters)
-        rounds[1::2] = rounds[1::2, ::-1]
-        return [[at for at in own if at >= 0] for own in rounds.T.tolist()]
-    mine: list[list[int]] = [[] for _ in range(clusters)]
-    heap = [(0.0, cluster) for cluster in range(clusters)]
-    for at in order.tolist():
-        load, cluster = heap[0]
-        heapq.heapreplace(heap, (load + costs[at], cluster))
-        mine[cluster].append(at)
-    return mine
+    return made.reshape(-1, at.shape[1], 4)
