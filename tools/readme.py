@@ -133,9 +133,9 @@ def speed_section(measured: dict[str, Any] | None) -> str:
         "rested and then run the call itself for a while; of `launch` and `plan`, host time of "
         f"repeated calls; {measured['device']}, "
         f"torch {measured['torch']}, CUDA {measured['cuda']}, CuPy {measured['cupy']}, mixgrain "
-        f"{measured['mixgrain']}. `moves of single lines`, copies and fills of as many bytes move what "
-        "a work has to move and compute nothing; large products of 64-blocks take lines by pairs, "
-        "which move less. The floors and errors stand in "
+        f"{measured['mixgrain']}. `moves of single lines`, copies and fills of as many bytes move "
+        "what a work has to move and compute nothing; large products of 64-blocks take lines by "
+        "pairs, which move less. The floors and errors stand in "
         "[benchmarks/h200.json](benchmarks/h200.json).",
     ]
     return "\n".join(lines)
