@@ -10,6 +10,8 @@
 //     PHASE 0   both steps at once, values read once: every row lies in this part alone
 //     PHASE 1   rows: statistics of this part; rowwise_merge joins those of all parts
 //     PHASE 2   slots, given the joint numbers of the rows
+//     PHASE 3   both steps at once where other parts have left their statistics: the joint numbers go to memory too,
+//               for the slots of those parts
 //
 // Dead slots and those that a run-time mask drops count as absent and get exact zeros.
 #include "packed.cuh"
@@ -163,6 +165,18 @@ __device__ __forceinline__ Factors read_row(const float *rows, i64 at) {
     if (kOp != kSoftmax) return {__ldg(rows + at), 0.0f};
     const float2 both = __ldg(reinterpret_cast<const float2 *>(rows) + at);
     return {both.x, both.y};
+}
+
+// Joins what a part has left in memory.
+__device__ __forceinline__ void join_found(Statistic &s, const float *found, i64 at) {
+    if (kOp != kSoftmax) {
+        s.sum += found[at];
+        return;
+    }
+    const float2 one = reinterpret_cast<const float2 *>(found)[at];
+    const float top = max_nan(s.top, one.x), shift = shift_of(top);
+    s.sum = s.sum * power(s.top, shift) + one.y * power(one.x, shift);
+    s.top = top;
 }
 
 // Writes the results of piece h.

@@ -3,7 +3,8 @@
 //     rowwise.cuh has the formulas (OP) and the steps (PHASE)
 //
 //   tensors   values, grad, out (F, slots); numbers (F, E · rows) of rows: float2 for softmax, else
-//             float; lse, grad_lse (F, E · rows) float32 or null
+//             float; in PHASE 3 (F, OTHERS · E · rows), what the other parts found, and joint
+//             (F, E · rows), written; lse, grad_lse (F, E · rows) float32 or null
 //             items, row_ptr, row_order, masks: plans/cuda_block.py
 //   grid      (ceil(lines · SIZE / rows of a warp / teams of a CTA), F)
 //   block     TEAM 1: 128 threads, four warps with rows of their own; else 32 · TEAM threads, a team
@@ -19,6 +20,7 @@
 #include "rowwise.cuh"
 
 constexpr int kSize = MG_SIZE;
+constexpr int kOthers = MG_OTHERS;  // parts besides
 constexpr int kArea = kSize * kSize;
 constexpr int kPerRow = kSize / kPiece;             // lanes that share a row of a block
 constexpr int kRows = 32 / kPerRow;                 // rows of a warp
@@ -43,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtas)
                   out_t *__restrict__ out, i64 out_free,                //
                   float *__restrict__ numbers, i64 numbers_free,        //
                   float *__restrict__ lse, const float *__restrict__ grad_lse, i64 vector_free,
-                  const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry,
+                  float *__restrict__ joint, const u8 *__restrict__ keep, i64 keep_free, i64 keep_entry,
                   const int4 *__restrict__ items, const int *__restrict__ row_ptr,
                   const int *__restrict__ row_order, const u8 *__restrict__ masks, int lines,
                   int rows, int block_rows) {
@@ -117,10 +119,17 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps, kCtas)
                 write_row(numbers, f * numbers_free + at, two ? found.top : found.sum, found.sum);
             return;
         }
+        if (kPhase == 3 && exists) {
+#pragma unroll
+            for (int part = 0; part < kOthers; ++part)
+                join_found(found, numbers, f * numbers_free + i64(part) * vector_free + at);
+        }
         row_numbers = factors_of(found);
         if (kOp == kSoftmax && lse && writes) lse[f * vector_free + at] = lse_of(found);
         if (kOp == kBackward && grad_lse && exists)
             row_numbers.shift -= grad_lse[f * vector_free + at];
+        if (kPhase == 3 && writes)
+            write_row(joint, f * vector_free + at, row_numbers.shift, row_numbers.inverse);
     } else if (exists) {
         row_numbers = read_row(numbers, f * numbers_free + at);
     }

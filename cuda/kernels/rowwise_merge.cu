@@ -28,19 +28,9 @@ extern "C" __global__ void __launch_bounds__(128, 8)
     const int end = piece_ptr ? piece_ptr[line + 1] : 0;
 
     Statistic all;
-    const auto join = [&](i64 place) {
-        if (kOp != kSoftmax) {
-            all.sum += found[base + place];
-            return;
-        }
-        const float2 one = reinterpret_cast<const float2 *>(found)[base + place];
-        const float top = max_nan(all.top, one.x), shift = shift_of(top);
-        all.sum = all.sum * power(all.top, shift) + one.y * power(one.x, shift);
-        all.top = top;
-    };
 #pragma unroll
-    for (int part = 0; part < kDense; ++part) join(i64(part) * lines + line);
-    for (int n = begin; n < end; ++n) join(i64(kDense) * lines + piece_list[n]);
+    for (int part = 0; part < kDense; ++part) join_found(all, found, base + i64(part) * lines + line);
+    for (int n = begin; n < end; ++n) join_found(all, found, base + i64(kDense) * lines + piece_list[n]);
 
     Factors numbers = factors_of(all);
     if (kOp == kSoftmax && lse) lse[at] = lse_of(all);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from . import nm_rows
 from .parts import CODES, MOST_MATRICES, aligned_values, at_once, gaps, mask_side, together
 
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
-ONCE, ROWS, SLOTS = range(3)  # PHASE
+ONCE, ROWS, SLOTS, LAST = range(4)  # PHASE
 WARPS, TEAM = 4, 8
 # Pieces that a lane holds: registers for 16 of one tensor, or 8 of two; four hide the latency of
 # memory where nothing is kept between two looks.
@@ -38,6 +39,7 @@ class Vectors(NamedTuple):
 
     numbers: Tensor | None = None  # (F, places), float32; pairs of them for softmax
     at: int = 0  # first place of a part
+    joint: Tensor | None = None  # (F, E · nq) float32, pairs for softmax, that LAST writes
     lse: Tensor | None = None  # (F, E, nq) float32
     grad_lse: Tensor | None = None  # (F, E, nq) float32
 
@@ -171,18 +173,20 @@ class Call:
             if stop == first:
                 continue
             hold = STREAM
-            if phase == ONCE:
+            if phase in (ONCE, LAST):
                 holds = HOLDS[self.op]
                 fits = [h for h in holds if h >= longest] if team == 1 else []
                 hold = fits[0] if fits else holds[-1]
             constants = self.constants(phase, piece, hold, team, masks.shape[0] > 0)
+            others = len(self.parts) - 1 if phase == LAST else 0
             units = (stop - first) * runs
-            _kernel(self.device, "block", (*constants, ("SIZE", size)))(
+            _kernel(self.device, "block", (*constants, ("SIZE", size), ("OTHERS", others)))(
                 (units if team > 1 else -(-units // WARPS), many),
                 32 * (team if team > 1 else WARPS),
                 (
                     *self.slots(part, start, phase),
                     *self.vectors(v, start, dense=True),
+                    _pointer(v.joint, start),
                     *self.mask(start),
                     items.data_ptr(),
                     row_ptr.data_ptr(),
@@ -300,6 +304,39 @@ class Call:
                     ),
                 )
         return made
+
+    @property
+    def last(self) -> PartPlan | None:
+        """The part of blocks that may take one look after all others; None: there is none such.
+
+        Its rows must lie in one piece, and so must those of the others.
+        """
+        if any(part.kind not in ("cblock", "crow") for part in self.parts):
+            return None
+        blocks = [part for part in self.parts if part.kind == "cblock"]
+        return max(blocks, key=lambda part: part.starts[-1] - part.starts[0], default=None)
+
+    def jointly(self, lse: Tensor | None = None, grad_lse: Tensor | None = None) -> None:
+        """Write the slots of every part, rows taken over all parts."""
+        last = self.last
+        if last is None:
+            self.everywhere(self.joined(lse, grad_lse))
+            return
+        others = [part for part in self.parts if part is not last]
+        found, made = self.numbers(len(others) * self.lines), self.numbers(self.lines)
+        starts = {id(part): n * self.lines for n, part in enumerate(others)}
+
+        def besides(phase: int, v: Callable[[PartPlan], Vectors]) -> None:
+            at_once(
+                self.parts,
+                lambda part: None if part is last else self.run(phase, part, v(part)),
+                self.free,
+            )
+
+        besides(ROWS, lambda part: Vectors(found, starts[id(part)]))
+        with together():
+            self.run(LAST, last, Vectors(found, 0, made, lse, grad_lse))
+        besides(SLOTS, lambda _: Vectors(made))
 
     def everywhere(self, numbers: Tensor) -> None:
         """Write the slots of every part, given the numbers of the rows."""

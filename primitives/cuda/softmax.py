@@ -1,8 +1,9 @@
 """The operators along rows on CUDA: softmax, softmax_backward, row_sum and row_expand.
 
-A layout whose rows lie in one part, of blocks or of entries, takes one look at its values. Else
-every part leaves the statistics of its rows, one kernel joins them, every part writes its slots;
-rowwise.cuh has the formulas.
+A layout whose rows lie in one part, of blocks or of entries, takes one look at its values. Blocks
+beside entries do so too, once the entries have left the statistics of their rows, whose slots come
+last. Else every part leaves the statistics of its rows, one kernel joins them, every part writes
+its slots; rowwise.cuh has the formulas.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def softmax(
     elif call.once:
         call.run(ONCE, call.parts[0], Vectors(lse=lse))
     else:
-        call.everywhere(call.joined(lse=lse))
+        call.jointly(lse=lse)
     return call.out, values.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -66,7 +67,7 @@ def softmax_backward(
     if call.once:
         call.run(ONCE, call.parts[0], Vectors(grad_lse=grad_lse))
     elif call.parts:
-        call.everywhere(call.joined(grad_lse=grad_lse))
+        call.jointly(grad_lse=grad_lse)
     return call.out
 
 

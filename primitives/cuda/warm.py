@@ -64,7 +64,10 @@ def _layouts() -> tuple[Layout, ...]:
     mixed = (band | some | patterns.random(0.004, 0)).to_layout("mixed", n, n)
     kinds = [part.kind for part in mixed.parts]
     assert kinds == ["block", "panel", "row"], kinds
-    made += [mixed, mixed.parts[1]]
+    # Blocks and entries alone, which softmax takes otherwise.
+    two = (patterns.window(250) | patterns.random(0.004, 0)).to_layout("mixed", n, n)
+    assert [part.kind for part in two.parts] == ["block", "row"]
+    made += [mixed, mixed.parts[1], two]
     # Tiles of few lines, and of many.
     made += [TileLayout.from_tile_mask(torch.eye(i, 8) > 0, (16 * i, 128)) for i in (8, 300)]
     return (*made, *_nm_layouts(n))
