@@ -10,8 +10,8 @@
 //     PHASE 0   both steps at once, values read once: every row lies in this part alone
 //     PHASE 1   rows: statistics of this part; rowwise_merge joins those of all parts
 //     PHASE 2   slots, given the joint numbers of the rows
-//     PHASE 3   both steps at once where other parts have left their statistics: the joint numbers go to memory too,
-//               for the slots of those parts
+//     PHASE 3   both steps at once where other parts have left their statistics: the joint numbers
+//               go to memory too, for the slots of those parts
 //
 // Dead slots and those that a run-time mask drops count as absent and get exact zeros.
 #include "packed.cuh"
@@ -54,11 +54,36 @@ struct Bundle {
     __device__ __forceinline__ bool is_live(int h, int i) const {
         return !kMasked || (live[(h * kPiece + i) / 32] >> ((h * kPiece + i) % 32) & 1u);
     }
+    // Whether every slot of piece h is live: mostly so, and then none needs a look of its own.
+    __device__ __forceinline__ bool is_whole(int h) const {
+        return !kMasked || (kPiece > 1 && (live[h * kPiece / 32] >> (h * kPiece % 32) & kWhole) == kWhole);
+    }
     __device__ __forceinline__ void load(int h, const value_t *values, const operand_t *grad) {
         if (kOp != kExpand) x[h].load(values);
         if (kOp == kBackward) g[h].load(grad);
     }
 };
+
+// The largest element, NaN if there is one: two at a time where two fill a word.
+template <typename T, int kCount>
+__device__ __forceinline__ float top_of(const Pack<T, kCount> &x) {
+    if constexpr (sizeof(T) == 2 && kCount > 1) {
+        u32 both = x.word[0];
+#pragma unroll
+        for (int i = 1; i < kCount / 2; ++i) {
+            if constexpr (kValues == 0)
+                asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(both) : "r"(x.word[i]));
+            else
+                asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(both) : "r"(x.word[i]));
+        }
+        return max_nan(Packed<T>::get(&both, 0), Packed<T>::get(&both, 1));
+    } else {
+        float most = x[0];
+#pragma unroll
+        for (int i = 1; i < kCount; ++i) most = max_nan(most, x[i]);
+        return most;
+    }
+}
 
 // exp(x − shift); shift is finite or the row is NaN anyway.
 __device__ __forceinline__ float power(float x, float shift) {
@@ -83,12 +108,17 @@ __device__ __forceinline__ void absorb(Statistic &s, const Bundle &b, int presen
 #pragma unroll
         for (int h = 0; h < kHold; ++h)
             if (h < present) {
+                const auto add = [&](int i) {
+                    s.sum = fmaf(b.x[h][i], kOp == kBackward ? b.g[h][i] : 1.0f, s.sum);
+                };
+                if (b.is_whole(h)) {
 #pragma unroll
-                for (int i = 0; i < kPiece; ++i) {
-                    const float x = b.x[h][i];
-                    const float y = kOp == kBackward ? b.g[h][i] : 1.0f;
-                    if (b.is_live(h, i)) s.sum = fmaf(x, y, s.sum);
+                    for (int i = 0; i < kPiece; ++i) add(i);
+                    continue;
                 }
+#pragma unroll
+                for (int i = 0; i < kPiece; ++i)
+                    if (b.is_live(h, i)) add(i);
             }
         return;
     }
@@ -96,6 +126,10 @@ __device__ __forceinline__ void absorb(Statistic &s, const Bundle &b, int presen
 #pragma unroll
     for (int h = 0; h < kHold; ++h)
         if (h < present) {
+            if (b.is_whole(h)) {
+                top = max_nan(top, top_of(b.x[h]));
+                continue;
+            }
 #pragma unroll
             for (int i = 0; i < kPiece; ++i)
                 top = max_nan(top, b.is_live(h, i) ? b.x[h][i] : -kInfinity);
@@ -106,6 +140,11 @@ __device__ __forceinline__ void absorb(Statistic &s, const Bundle &b, int presen
 #pragma unroll
     for (int h = 0; h < kHold; ++h)
         if (h < present) {
+            if (b.is_whole(h)) {
+#pragma unroll
+                for (int i = 0; i < kPiece; ++i) s.sum += power(b.x[h][i], shift);
+                continue;
+            }
 #pragma unroll
             for (int i = 0; i < kPiece; ++i)
                 s.sum += power(b.is_live(h, i) ? b.x[h][i] : -kInfinity, shift);
@@ -184,10 +223,14 @@ __device__ __forceinline__ void emit(out_t *to, const Bundle &b, int h, const Fa
     float made[kPiece];
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
-        float y = row.shift;
-        if (kOp == kSoftmax) y = power(b.x[h][i], row.shift) * row.inverse;
-        if (kOp == kBackward) y = b.x[h][i] * (b.g[h][i] - row.shift);
-        made[i] = b.is_live(h, i) ? y : 0.0f;
+        made[i] = row.shift;
+        if (kOp == kSoftmax) made[i] = power(b.x[h][i], row.shift) * row.inverse;
+        if (kOp == kBackward) made[i] = b.x[h][i] * (b.g[h][i] - row.shift);
+    }
+    if (!b.is_whole(h)) {
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i)
+            if (!b.is_live(h, i)) made[i] = 0.0f;
     }
     Pack<out_t, kPiece>::store(to, made);
 }

@@ -12,7 +12,7 @@
 //             512 contiguous bytes (half precision) of every block; the team's warps take turns
 //   smem      8 · TEAM · kRows bytes static
 //   registers values held: HOLD pieces; ptxas 13.0, sm_90a, SIZE 64, half precision: softmax
-//             56, 72, 114 at HOLD 4, 8, 16; backward 78, 114 at HOLD 4, 8
+//             48, 64 at HOLD 4, 8, masked 40 at HOLD 2; backward 71, 106, 54
 //   needs     sm_80; values, grad, out 16-byte aligned, slots · size of a value % 16 == 0
 //
 // Values are read once if HOLD · TEAM blocks cover a row, else twice. The team depends on the number

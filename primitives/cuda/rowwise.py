@@ -20,9 +20,13 @@ from .parts import CODES, MOST_MATRICES, aligned_values, at_once, gaps, mask_sid
 SOFTMAX, BACKWARD, SUM, EXPAND = range(4)  # rowwise.cuh: OP
 ONCE, ROWS, SLOTS, LAST = range(4)  # PHASE
 WARPS, TEAM = 4, 8
-# Pieces that a lane holds: registers for 16 of one tensor, or 8 of two; four hide the latency of
-# memory where nothing is kept between two looks.
-HOLDS, STREAM = {SOFTMAX: (4, 8, 16), BACKWARD: (4, 8)}, 4
+# Pieces that a lane holds where it looks at a row once or twice, and where it looks once and keeps
+# nothing; where no slot may be dead, and where some may. There a warp waits for item, mask and
+# values one after the other: many warps that hold little, and find the row in L1 again, are ahead
+# of few that hold all of it.
+HOLDS = {SOFTMAX: {False: (4, 8), True: (2,)}, BACKWARD: {False: (4, 8), True: (2,)}}
+STREAM = {False: 4, True: 1}
+PANEL_STREAM = 4
 # Entries per lane of a row part.
 ROW_HOLDS = {SOFTMAX: 16, BACKWARD: 8, SUM: 16, EXPAND: 16}
 
@@ -167,17 +171,18 @@ class Call:
     def _block(self, phase: int, part: PartPlan, v: Vectors, start: int, many: int) -> None:
         items, row_ptr, row_order, masks = part.tensors
         size, long, longest = part.scalars
-        piece = self.piece()
+        piece, masked = self.piece(), masks.shape[0] > 0
+        dead = masked or self.side > 0
         runs = size * size // (32 * piece)  # warps that share a block row
         for first, stop, team in ((0, long, TEAM), (long, row_order.shape[0], 1)):
             if stop == first:
                 continue
-            hold = STREAM
+            hold = STREAM[dead]
             if phase in (ONCE, LAST):
-                holds = HOLDS[self.op]
+                holds = HOLDS[self.op][dead]
                 fits = [h for h in holds if h >= longest] if team == 1 else []
                 hold = fits[0] if fits else holds[-1]
-            constants = self.constants(phase, piece, hold, team, masks.shape[0] > 0)
+            constants = self.constants(phase, piece, hold, team, masked)
             others = len(self.parts) - 1 if phase == LAST else 0
             units = (stop - first) * runs
             _kernel(self.device, "block", (*constants, ("SIZE", size), ("OTHERS", others)))(
@@ -236,7 +241,7 @@ class Call:
         items, row_list, col_list, mask_bits = part.tensors[:4]
         if not items.shape[0]:
             return
-        constants = self.constants(phase, self.piece(), STREAM, 1, True)
+        constants = self.constants(phase, self.piece(), PANEL_STREAM, 1, True)
         # Items hold slots of the whole layout.
         origin = part._replace(starts=[0])
         _kernel(self.device, "panel", constants)(

@@ -22,7 +22,7 @@ from .cuda_row import expand_offsets, gap
 from .plan import PartPlan, Plan, cached, join
 
 # Rows of at most this many blocks, or entries, are a warp's; longer ones a team's of warps.
-SHORT_BLOCKS, SHORT_ENTRIES = 16, 512
+SHORT_BLOCKS, SHORT_ENTRIES = 32, 512
 # Slots of one item of a panel: wide enough to stream, short enough to balance.
 ITEM = 2048
 

@@ -160,9 +160,10 @@ def sddmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
     )
 
 
-def _attention_blocks(size: int) -> tuple[Layout, Tensor, Tensor]:
+def _attention_blocks(size: int, window: bool = False) -> tuple[Layout, Tensor, Tensor]:
     kept = torch.rand(4096 // size, 4096 // size, generator=torch.Generator().manual_seed(0)) < 0.15
-    layout = P.blocks(kept, size).to_layout("block", 4096, 4096, size=size).to("cuda")
+    pattern = P.window(256) if window else P.blocks(kept, size)
+    layout = pattern.to_layout("block", 4096, 4096, size=size).to("cuda")
     q, k = (random(4, 16, 4096, 128, dtype=torch.bfloat16, seed=s) for s in (1, 2))
     return layout, q, k
 
@@ -187,9 +188,9 @@ def sddmm_block(size: int) -> Work:
     )
 
 
-def softmax_block(backward: bool) -> Work:
-    """Softmax over the scores of `sddmm-block64`, or its backward."""
-    layout, q, k = _attention_blocks(64)
+def softmax_block(backward: bool, window: bool = False) -> Work:
+    """Softmax over the scores of `sddmm-block64`, or of ±256, whose blocks have masks; or backward."""
+    layout, q, k = _attention_blocks(64, window)
     scores = mg.sddmm(q, k, layout, scale=1 / math.sqrt(128))
     p = mg.softmax(scores)
     grad = p.with_values(torch.randn_like(p.values))
@@ -208,7 +209,7 @@ def softmax_block(backward: bool) -> Work:
     values = scores.values.numel() * 2
     passes = 3 if backward else 2
     return Work(
-        id="softmax-bwd" if backward else "softmax-fwd",
+        id=f"softmax{'-window' * window}-{'bwd' if backward else 'fwd'}",
         ours=(lambda: softmax_backward(p, grad).values)
         if backward
         else (lambda: mg.softmax(scores).values),
@@ -216,7 +217,7 @@ def softmax_block(backward: bool) -> Work:
         oracle=oracle,
         floor_ms=passes * values / COPY_BYTES * 1e3,
         floor=f"{passes} × value bytes / 4.24 TB/s",
-        shape="B4 H16 N4096, 15 % of 64-blocks, bfloat16",
+        shape=f"B4 H16 N4096, {'±256 in' if window else '15 % of'} 64-blocks, bfloat16",
         tolerance=1e-2,
     )
 
@@ -291,6 +292,8 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "sddmm-block64": lambda: sddmm_block(64),
     "softmax-fwd": lambda: softmax_block(False),
     "softmax-bwd": lambda: softmax_block(True),
+    "softmax-window-fwd": lambda: softmax_block(False, window=True),
+    "softmax-window-bwd": lambda: softmax_block(True, window=True),
     "composed-longformer": composed_longformer,
     "composed-streams": launching.composed_streams,
     "launch": launching.launch,
