@@ -189,7 +189,7 @@ def sddmm_block(size: int) -> Work:
 
 
 def softmax_block(backward: bool, window: bool = False) -> Work:
-    """Softmax over the scores of `sddmm-block64`, or of ±256 (blocks with masks); or its backward."""
+    """Softmax over the scores of `sddmm-block64`, or of ±256, with masks; or its backward."""
     layout, q, k = _attention_blocks(64, window)
     scores = mg.sddmm(q, k, layout, scale=1 / math.sqrt(128))
     p = mg.softmax(scores)
