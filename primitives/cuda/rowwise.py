@@ -26,7 +26,6 @@ WARPS, TEAM = 4, 8
 # of few that hold all of it.
 HOLDS = {SOFTMAX: {False: (4, 8), True: (2,)}, BACKWARD: {False: (4, 8), True: (2,)}}
 STREAM = {False: 4, True: 1}
-PANEL_STREAM = 4
 # Entries per lane of a row part.
 ROW_HOLDS = {SOFTMAX: 16, BACKWARD: 8, SUM: 16, EXPAND: 16}
 
@@ -241,7 +240,7 @@ class Call:
         items, row_list, col_list, mask_bits = part.tensors[:4]
         if not items.shape[0]:
             return
-        constants = self.constants(phase, self.piece(), PANEL_STREAM, 1, True)
+        constants = self.constants(phase, self.piece(), STREAM[True], 1, True)
         # Items hold slots of the whole layout.
         origin = part._replace(starts=[0])
         _kernel(self.device, "panel", constants)(
