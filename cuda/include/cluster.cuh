@@ -31,13 +31,16 @@ __device__ __forceinline__ void cluster_arrive_if(u32 barrier) {
         "@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n}\n" ::"r"(barrier)
         : "memory");
 }
-__device__ __forceinline__ float cluster_load(u32 address) {
-    float v;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-    return v;
+// Bytes that a barrier of the CTA they go to counts: whoever waits for it sees them, and nobody fences what else was
+// ever written.
+__device__ __forceinline__ void cluster_send(u32 address, u32 barrier, float v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(v),
+                 "r"(barrier)
+                 : "memory");
 }
-__device__ __forceinline__ void cluster_store(u32 address, const float4 &v) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+__device__ __forceinline__ void cluster_send(u32 address, u32 barrier, const float4 &v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                  : "memory");
 }
 // A box to the same place of every CTA in `mask`, completing on the barrier at the same place there.

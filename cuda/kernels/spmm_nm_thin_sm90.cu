@@ -24,7 +24,7 @@
 constexpr int kGroups = MG_GROUPS, kWide = MG_WIDE, kStages = MG_STAGES, kSplit = MG_SPLIT;
 static_assert(kWide == 8 || kWide == 16 || kWide == 32 || kWide == 64 || kWide == 128, "WIDE must be 8, 16, 32, 64 or 128");
 static_assert(kSplit == 1 || kSplit == 2 || kSplit == 4, "SPLIT must be 1, 2 or 4");
-constexpr int kRows = 64 * kGroups, kConsumers = 128 * kGroups, kSums = kWide / 2;
+constexpr int kRows = 64 * kGroups, kConsumers = 128 * kGroups, kSums = kWide / 2, kShare = kSums / kSplit;
 constexpr u32 kSpan = kWide * 128, kRight = kDepth * kSpan, kValueBytes = kRows * 64 * kDepth;
 constexpr u32 kWords = kRows * 8 * kDepth, kStage = (kRight + kValueBytes + kWords + 1023) / 1024 * 1024;
 static_assert(kSums * kConsumers * 4 <= kStages * kStage, "STAGES: the sums take the ring's place");
@@ -40,8 +40,8 @@ __launch_bounds__(kConsumers + 32)
                       int pitch, int inner, int width, float scale) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
-    __shared__ alignas(8) u64 barriers[2 * kStages];
-    const u32 full = shared_address(barriers), empty = full + 8 * kStages;
+    __shared__ alignas(8) u64 barriers[2 * kStages + 1];
+    const u32 full = shared_address(barriers), empty = full + 8 * kStages, sent = empty + 8 * kStages;
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const int rank = blockIdx.x % kSplit, row = blockIdx.x / kSplit * kRows;
     const int matrix = blockIdx.y / across, column = blockIdx.y % across * kWide;
@@ -51,7 +51,9 @@ __launch_bounds__(kConsumers + 32)
     if (threadIdx.x == kConsumers) tma_prefetch(values_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kConsumers / 32);
+        if (kSplit > 1) barrier_init(sent, 1);
         barrier_init_fence();
+        if (kSplit > 1) barrier_expect(sent, 4 * kSums * kConsumers);
     }
     __syncthreads();
 
@@ -104,31 +106,31 @@ __launch_bounds__(kConsumers + 32)
     }
 
     if constexpr (kSplit > 1) {
-        float *sums = reinterpret_cast<float *>(raw + (ring - shared_address(raw)));
-        __syncthreads();  // nobody reads the ring any more
-        if (warp < kConsumers / 32)
+        // Each CTA adds its share of the registers of all; what they send takes the ring's place.
+        cluster_here();
+        cluster_wait();  // nobody reads a ring any more
+        if (warp < kConsumers / 32) {
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) sums[i * kConsumers + threadIdx.x] = acc[i];
-        cluster_sync();
-        // Each CTA adds its share of the registers of all.
-        if (warp < kConsumers / 32)
+            for (int i = 0; i < kSums; ++i)
+                cluster_send(cluster_address(ring + 4 * ((rank * kShare + i % kShare) * kConsumers + threadIdx.x), i / kShare),
+                             cluster_address(sent, i / kShare), acc[i]);
+            barrier_wait(sent, 0);
+            const float *sums = reinterpret_cast<const float *>(raw + (ring - shared_address(raw))) + threadIdx.x;
 #pragma unroll
             for (int i = 0; i < kSums; ++i) {
-                if (i * kSplit / kSums != rank) continue;
-                float sum = 0.f;
+                if (i / kShare != rank) continue;
+                acc[i] = 0.f;
 #pragma unroll
-                for (int r = 0; r < kSplit; ++r)
-                    sum += cluster_load(cluster_address(ring + 4 * (i * kConsumers + threadIdx.x), r));
-                acc[i] = sum;
+                for (int r = 0; r < kSplit; ++r) acc[i] += sums[(r * kShare + i % kShare) * kConsumers];
             }
-        cluster_sync();
+        }
     }
     if (warp == kConsumers / 32) return;
     operand_t *to = out + static_cast<i64>(matrix) * pitch * width;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
         const int token = column + i / 4 * 8 + lane % 4 * 2 + i % 2, r = row + 16 * warp + lane / 4 + i / 2 % 2 * 8;
-        if (i * kSplit / kSums == rank && token < width && r < rows)
+        if (i / kShare == rank && token < width && r < rows)
             to[static_cast<i64>(token) * pitch + r] =
                 from_float<operand_t>(activated(fmaf(acc[i], scale, bias ? to_float(bias[r]) : 0.f)));
     }

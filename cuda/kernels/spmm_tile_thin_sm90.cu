@@ -33,7 +33,7 @@
 constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS, kGroup = MG_GROUP, kSplit = MG_SPLIT;
 constexpr bool kTransposed = MG_TRANSPOSED, kWide = MG_WIDE;
 constexpr int kThreads = 32 * kWarps, kPairs = (kBlocks + 1) / 2, kMostLines = 128;
-constexpr int kTable = (kMostLines + 2) * 8;
+constexpr int kTable = (kMostLines + 4) * 8;
 constexpr int kPitch = 20;  // floats of a segment's column of 16: lanes write to all banks
 constexpr int kOfLine = 4 * kColumns, kAtOnce = kThreads / kOfLine;  // threads that add up a line; lines at a time
 static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2 or 4");
@@ -89,6 +89,7 @@ __launch_bounds__(kThreads)
     int2 *lines = reinterpret_cast<int2 *>(dynamic);  // segments before each line, and which it is
     u8 *raw = dynamic + kTable;
     const u32 arrived = shared_address(dynamic + kTable - 8);  // where the engine says that x is there
+    const u32 sent = arrived - 8;                              // and others, that their sums are
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int rank = blockIdx.x % kSplit;
     const int column = blockIdx.y * kColumns, columns = min(kColumns, width - column);
@@ -107,7 +108,14 @@ __launch_bounds__(kThreads)
     int2 cell = lane < span ? __ldg(reinterpret_cast<const int2 *>(from + warp * stride + 2) + lane) : make_int2(0, 0);
     const int2 *of_lines = reinterpret_cast<const int2 *>(from + kWarps * stride);
     const int2 mine_of_lines = threadIdx.x <= per ? __ldg(of_lines + threadIdx.x) : make_int2(0, 0);
-    if constexpr (kSplit > 1) cluster_here();
+    if constexpr (kSplit > 1) {
+        if (threadIdx.x == 0) {  // every CTA of the cluster, this one too, sends what it has of this one's lines
+            barrier_init(sent, 1);
+            barrier_init_fence();
+            barrier_expect(sent, (per - rank + kSplit - 1) / kSplit * kOfLine * 16 * kSplit);
+        }
+        cluster_here();
+    }
     const u32 thread = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
     if (gridDim.z == 1 && slots / 64 <= gridDim.x * gridDim.y * kThreads && thread < slots / 64)
         prefetch_l2(values + static_cast<i64>(thread) * 64);
@@ -256,14 +264,16 @@ __launch_bounds__(kThreads)
 #pragma unroll 1
         for (int l = ahead; l < per; l += kAtOnce) write(l, sum_of(l));
     } else {
-        // Each CTA of the cluster finishes every kSplit-th line; the others send theirs to it.
+        // Each CTA of the cluster finishes every kSplit-th line; all send theirs to it, and none ends before it has
+        // what others send.
         const int each = (per + kSplit - 1) / kSplit * kOfLine;
         const u32 here = shared_address(received + rank * each + place);
         cluster_wait();
 #pragma unroll 1
         for (int l = ahead; l < per; l += kAtOnce)
-            cluster_store(cluster_address(here + l / kSplit * kOfLine * 16, l % kSplit), sum_of(l));
-        cluster_sync();
+            cluster_send(cluster_address(here + l / kSplit * kOfLine * 16, l % kSplit), cluster_address(sent, l % kSplit),
+                         sum_of(l));
+        barrier_wait(sent, 0);
 #pragma unroll 1
         for (int l = rank + kSplit * ahead; l < per; l += kSplit * kAtOnce) {
             const float4 *sent = received + l / kSplit * kOfLine + place;

@@ -59,7 +59,7 @@ class Thin(NamedTuple):
     def shared(self, inner: int, width: int) -> int:
         """Dynamic shared memory of a CTA, bytes; what others of the cluster send comes last."""
         sent = -(-self.per // self.split) * self.split * self.blocks * 512 * (self.split > 1)
-        return (MOST_LINES + 2) * 8 + self.staged(inner, width) + self.sums + sent
+        return (MOST_LINES + 4) * 8 + self.staged(inner, width) + self.sums + sent
 
 
 @functools.lru_cache(maxsize=4096)
