@@ -7,11 +7,12 @@
 //     OP 2 sum        row: Σ x                                   (no slots are written)
 //     OP 3 expand     (no row statistic)                         slot: the row's number
 //
-//     PHASE 0   both steps at once, values read once: every row lies in this part alone
+//     PHASE 0   both steps at once: every row lies in this part alone. Rows longer than what is held
+//               are read twice
 //     PHASE 1   rows: statistics of this part; rowwise_merge joins those of all parts
 //     PHASE 2   slots, given the joint numbers of the rows
-//     PHASE 3   both steps at once where other parts have left their statistics: the joint numbers
-//               go to memory too, for the slots of those parts
+//     PHASE 3   the same where other parts have left their statistics: the joint numbers go to memory
+//               too, for the slots of those parts
 //
 // Dead slots and those that a run-time mask drops count as absent and get exact zeros.
 #include "packed.cuh"

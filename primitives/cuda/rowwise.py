@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import request
+from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import Argument, Kernel, kernel
 
 from ..plans.plan import PartPlan, Plan, split
@@ -24,10 +25,13 @@ WARPS, TEAM = 4, 8
 # nothing; where no slot may be dead, and where some may. There a warp waits for item, mask and
 # values one after the other: many warps that hold little, and find the row in L1 again, are ahead
 # of few that hold all of it.
-HOLDS = {SOFTMAX: {False: (4, 8), True: (2,)}, BACKWARD: {False: (4, 8), True: (2,)}}
+HOLDS = {False: (4, 8), True: (2,)}
 STREAM = {False: 4, True: 1}
 # Entries per lane of a row part.
 ROW_HOLDS = {SOFTMAX: 16, BACKWARD: 8, SUM: 16, EXPAND: 16}
+# CTAs of short rows for every multiprocessor: several times what runs at once, so that all end
+# together. Where there are more, each takes its rows of several matrices.
+SHORT_CTAS = 30
 
 Constants = tuple[tuple[str, int], ...]
 
@@ -178,7 +182,7 @@ class Call:
                 continue
             hold = STREAM[dead]
             if phase in (ONCE, LAST):
-                holds = HOLDS[self.op][dead]
+                holds = HOLDS[dead]
                 fits = [h for h in holds if h >= longest] if team == 1 else []
                 hold = fits[0] if fits else holds[-1]
             constants = self.constants(phase, piece, hold, team, masked)
@@ -219,8 +223,11 @@ class Call:
             hold = ROW_HOLDS[self.op] if lanes == 32 else 4 if longest <= 32 else 8
             constants = self.constants(phase, 1, hold, team, True)
             rows = WARPS * 32 // lanes if team == 1 else 1
+            ctas = -(-(stop - first) // rows)
+            room = SHORT_CTAS * facts(self.device).multiprocessors
+            each = max(1, ctas * many // room) if lanes == 8 else 1
             _kernel(self.device, "row", (*constants, ("LANES", lanes)))(
-                (-(-(stop - first) // rows), many),
+                (ctas, -(-many // each)),
                 32 * (team if team > 1 else WARPS),
                 (
                     *self.slots(part, start, phase),
@@ -233,6 +240,8 @@ class Call:
                     np.int32(self.rows),
                     np.int64(behind),
                     np.int32(clear),
+                    np.int32(many),
+                    np.int32(each),
                 ),
             )
 

@@ -125,3 +125,26 @@ def test_the_same_as_joined_afterwards(dtype, monkeypatch):
     for _ in range(100):
         for mine, again in zip(ours, both(), strict=True):
             assert torch.equal(mine, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["row", "mixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_short_rows_of_many_matrices(dtype, kind, masked):
+    """CTAs take the rows of several matrices: as many bits as of each matrix alone."""
+    n, free = 500, 509
+    g = torch.Generator().manual_seed(0)
+    masks = torch.rand(1, n, n, generator=g) < 0.05
+    masks[:, 7], masks[:, 8, :20] = False, True
+    layout = (row_layout(masks, (0,), (1, 1)) if kind == "row" else beside(masks)).to(DEVICE)
+    mask = (torch.rand(n, generator=g) < 0.7).to(DEVICE) if masked else None
+    values, grad = torch.randn(2, free, 1, 1, layout.slots, generator=g).to(DEVICE, dtype)
+    many = SparseTensor(layout, values, mask)
+    p, lse = softmax(many, return_lse=True)
+    back = softmax_backward(p, grad)
+    for f in (0, 1, 2, 3, 255, 256, 507, 508):
+        one, alone = softmax(SparseTensor(layout, values[f], mask), return_lse=True)
+        assert torch.equal(one.values, p.values[f])
+        assert torch.equal(alone, lse[f])
+        assert torch.equal(softmax_backward(one, grad[f]).values, back.values[f])

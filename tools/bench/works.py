@@ -188,9 +188,16 @@ def sddmm_block(size: int) -> Work:
     )
 
 
-def softmax_block(backward: bool, window: bool = False) -> Work:
-    """Softmax over the scores of `sddmm-block64`, or of ±256, with masks; or its backward."""
-    layout, q, k = _attention_blocks(64, window)
+def softmax_work(backward: bool, kind: str = "") -> Work:
+    """Softmax, or its backward, over the scores of `sddmm-block64`, of a "window" or of "rows"."""
+    layout, q, k = _attention_blocks(64, kind == "window")
+    kept = {
+        "": "15 % of 64-blocks",
+        "window": "±256 in 64-blocks",
+        "rows": "rows of some 20 entries",
+    }
+    if kind == "rows":
+        layout = P.random(0.005, 0).to_layout("row", 4096, 4096, device="cuda")
     scores = mg.sddmm(q, k, layout, scale=1 / math.sqrt(128))
     p = mg.softmax(scores)
     grad = p.with_values(torch.randn_like(p.values))
@@ -209,7 +216,7 @@ def softmax_block(backward: bool, window: bool = False) -> Work:
     values = scores.values.numel() * 2
     passes = 3 if backward else 2
     return Work(
-        id=f"softmax{'-window' * window}-{'bwd' if backward else 'fwd'}",
+        id="-".join(filter(None, ("softmax", kind, "bwd" if backward else "fwd"))),
         ours=(lambda: softmax_backward(p, grad).values)
         if backward
         else (lambda: mg.softmax(scores).values),
@@ -217,7 +224,7 @@ def softmax_block(backward: bool, window: bool = False) -> Work:
         oracle=oracle,
         floor_ms=passes * values / COPY_BYTES * 1e3,
         floor=f"{passes} × value bytes / 4.24 TB/s",
-        shape=f"B4 H16 N4096, {'±256 in' if window else '15 % of'} 64-blocks, bfloat16",
+        shape=f"B4 H16 N4096, {kept[kind]}, bfloat16",
         tolerance=1e-2,
     )
 
@@ -290,10 +297,12 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "sddmm-row-n64-fp16": lambda: sddmm_row(64, torch.float16, "fp16"),
     "sddmm-block128": lambda: sddmm_block(128),
     "sddmm-block64": lambda: sddmm_block(64),
-    "softmax-fwd": lambda: softmax_block(False),
-    "softmax-bwd": lambda: softmax_block(True),
-    "softmax-window-fwd": lambda: softmax_block(False, window=True),
-    "softmax-window-bwd": lambda: softmax_block(True, window=True),
+    "softmax-fwd": lambda: softmax_work(False),
+    "softmax-bwd": lambda: softmax_work(True),
+    "softmax-window-fwd": lambda: softmax_work(False, "window"),
+    "softmax-window-bwd": lambda: softmax_work(True, "window"),
+    "softmax-rows-fwd": lambda: softmax_work(False, "rows"),
+    "softmax-rows-bwd": lambda: softmax_work(True, "rows"),
     "composed-longformer": composed_longformer,
     "composed-streams": launching.composed_streams,
     "launch": launching.launch,
