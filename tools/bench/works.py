@@ -13,7 +13,7 @@ import mixgrain as mg
 from mixgrain import patterns as P
 from mixgrain.cuda.device import hopper
 from mixgrain.formats.errors import UnsupportedError
-from mixgrain.formats.layout import Layout
+from mixgrain.formats.pattern import Pattern
 from mixgrain.primitives.softmax import softmax_backward
 
 from . import alone, launching, planning
@@ -160,17 +160,22 @@ def sddmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
     )
 
 
-def _attention_blocks(size: int, window: bool = False) -> tuple[Layout, Tensor, Tensor]:
-    kept = torch.rand(4096 // size, 4096 // size, generator=torch.Generator().manual_seed(0)) < 0.15
-    pattern = P.window(256) if window else P.blocks(kept, size)
-    layout = pattern.to_layout("block", 4096, 4096, size=size).to("cuda")
+def _some_blocks(size: int) -> Pattern:
+    """15 % of the blocks of 4096 queries and keys."""
+    blocks = 4096 // size
+    kept = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.15
+    return P.blocks(kept, size)
+
+
+def _queries_and_keys() -> tuple[Tensor, Tensor]:
     q, k = (random(4, 16, 4096, 128, dtype=torch.bfloat16, seed=s) for s in (1, 2))
-    return layout, q, k
+    return q, k
 
 
 def sddmm_block(size: int) -> Work:
     """Scores of 15 % of the blocks, B4 H16 N4096 D128 bfloat16."""
-    layout, q, k = _attention_blocks(size)
+    layout = _some_blocks(size).to_layout("block", 4096, 4096, size=size).to("cuda")
+    q, k = _queries_and_keys()
     moved = (q.numel() + k.numel() + 64 * layout.slots) * 2
 
     def oracle() -> Tensor:
@@ -190,14 +195,12 @@ def sddmm_block(size: int) -> Work:
 
 def softmax_work(backward: bool, kind: str = "") -> Work:
     """Softmax, or its backward, over the scores of `sddmm-block64`, of a "window" or of "rows"."""
-    layout, q, k = _attention_blocks(64, kind == "window")
-    kept = {
-        "": "15 % of 64-blocks",
-        "window": "±256 in 64-blocks",
-        "rows": "rows of some 20 entries",
-    }
-    if kind == "rows":
-        layout = P.random(0.005, 0).to_layout("row", 4096, 4096, device="cuda")
+    pattern, sort, kept = {
+        "": (_some_blocks(64), "block", "15 % of 64-blocks"),
+        "window": (P.window(256), "block", "±256 in 64-blocks"),
+        "rows": (P.random(0.005, 0), "row", "rows of some 20 entries"),
+    }[kind]
+    layout, (q, k) = pattern.to_layout(sort, 4096, 4096).to("cuda"), _queries_and_keys()
     scores = mg.sddmm(q, k, layout, scale=1 / math.sqrt(128))
     p = mg.softmax(scores)
     grad = p.with_values(torch.randn_like(p.values))
@@ -224,7 +227,7 @@ def softmax_work(backward: bool, kind: str = "") -> Work:
         oracle=oracle,
         floor_ms=passes * values / COPY_BYTES * 1e3,
         floor=f"{passes} × value bytes / 4.24 TB/s",
-        shape=f"B4 H16 N4096, {kept[kind]}, bfloat16",
+        shape=f"B4 H16 N4096, {kept}, bfloat16",
         tolerance=1e-2,
     )
 
