@@ -1,5 +1,5 @@
 #pragma once
-// Clusters of CTAs of sm_90: barriers of other CTAs, copies that several CTAs receive.
+// Clusters of CTAs of sm_90: barriers of other CTAs, copies that several CTAs receive, sends to one of them.
 #include "tma.cuh"
 #include "types.cuh"
 

@@ -11,8 +11,8 @@
 //               are read twice
 //     PHASE 1   rows: statistics of this part; rowwise_merge joins those of all parts
 //     PHASE 2   slots, given the joint numbers of the rows
-//     PHASE 3   the same where other parts have left their statistics: the joint numbers go to memory
-//               too, for the slots of those parts
+//     PHASE 3   as PHASE 0, where other parts have left their statistics: the joint numbers go to
+//               memory too, for the slots of those parts
 //
 // Dead slots and those that a run-time mask drops count as absent and get exact zeros.
 #include "packed.cuh"

@@ -9,7 +9,8 @@
 //             takes them of several matrices
 //   block     TEAM 1: 128 threads, LANES of them per row; else 32 · TEAM threads, one row
 //   smem      8 · TEAM bytes static
-//   registers values held: HOLD per lane; ptxas 13.0, sm_90a: softmax 48, backward 52 … 54
+//   registers values held: HOLD per lane; ptxas 13.0, sm_90a: softmax 48, backward 52 … 54;
+//             35 … 59 where rows are short
 //   needs     sm_80
 //
 // A row starts at any slot. Lanes take slots by their number within the row and not by address, so

@@ -1,163 +1,226 @@
-// spmm_tile_few: out = scale · S x or scale · Sᵀ x for few columns of x, S in 16 × 16 tiles.
+// spmm_tile_few: out = scale · S x or scale · Sᵀ x for few columns of x, S in 16 × 16 tiles in short lines.
 //
-// A CTA takes one line of tiles and 8 kBlocks columns; its warps share the line's tiles among them and add up
-// at the end, in the order of the warps. Each lane brings its own part of its warp's tiles into shared memory,
-// kRing tiles at once, so that all of a short line is under way before anything is waited for; what is asked
-// of x, 16 inner positions for each tile, comes through the caches. Nothing is aligned but values.
+// A CTA takes one line of tiles and 8 kBlocks columns; its warps share the line's tiles evenly and add up at the
+// end, in their order. Such work is latency: one load for the table, one for tiles and x, which go straight to
+// registers, kAhead tiles at once. So what can be computed is computed while the table is under way, what is
+// not needed before the products while tiles are, and nothing else is between the two.
 //
 //   out     (F, rows, D) by strides, plus the bias of each row (nullptr: none), activated
-//   x       (F, inner, D) by strides; kPairs: inner positions contiguous, pairs at multiples of 4 bytes
+//   x       (F, inner, D) by strides; kWide: inner positions contiguous, columns at 8 bytes and less than 2³¹ of
+//           them apart, inner % 4 == 0
 //   values  (F, slots), 512 bytes a tile
-//   shares  (lines, kWarps, span) int2: first cell of a warp and number of its cells, then span − 1 of them
+//   shares  (lines, kWarps, 1 + kAhead) int2: first cell of a warp and number of its cells, then the first of them
 //   cells   (tiles) int2: inner tile, number of the tile in memory
 //
 //   grid   (lines, tiles of columns, F)
 //   block  kWarps warps
-//   smem   kRing tiles for each warp, then the warps' sums in the same place
-//   floor  tile bytes at the rate of memory
+//   smem   static: the warps' sums
+//   floor  the latency of two loads and a store that depend on each other: on an H200, caches flushed, 1.4 µs behind
+//          the 4.7 of an empty kernel
 //   needs  sm_80
 #include "types.cuh"
 #include "activation.cuh"
-#include "copy.cuh"
 #include "tile.cuh"
 
-constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS, kRing = MG_RING;
-constexpr bool kTransposed = MG_TRANSPOSED, kPairs = MG_PAIRS;
+constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks;
+constexpr bool kTransposed = MG_TRANSPOSED, kWide = MG_WIDE;
 static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2 or 4");
-constexpr int kAhead = kBlocks == 1 ? 6 : kBlocks == 2 ? 3 : 2;  // tiles of a warp whose x is under way
-constexpr int kPitch = 17;
-static_assert(kRing >= kAhead, "RING: no shorter than what is asked of x");
+constexpr int kWarps = MG_WARPS, kThreads = 32 * kWarps, kAhead = MG_AHEAD;  // tiles of a warp at once
+// Warps of a multiprocessor, as registers allow; from sm_100 on the compiler needs more of them.
+constexpr int kResident = kBlocks == 4 ? (kWide ? 24 : 16) : kWide && __CUDA_ARCH__ < 1000 ? 32 : 24;
+constexpr int kPitch = 20;  // floats of a column of 16 sums: lanes write to all banks
+constexpr int kPlaces = 4 * kColumns;
+static_assert(kPlaces <= kThreads, "a thread for each four sums");
 
-// Two inner positions of a column of x from `at` on, zeros from `inner` on.
-__device__ __forceinline__ u32 pair_of(const operand_t *column, i64 step, int at, int inner) {
-    if constexpr (kPairs) {
-        if (at + 1 < inner) return __ldg(reinterpret_cast<const u32 *>(column + at));
-        return at < inner ? __ldg(reinterpret_cast<const u16 *>(column + at)) : 0u;
-    } else {
-        const u16 *from = reinterpret_cast<const u16 *>(column);
-        const u32 low = at < inner ? __ldg(from + at * step) : 0u, high = at + 1 < inner ? __ldg(from + (at + 1) * step) : 0u;
-        return low | high << 16;
-    }
+// Loads that leave garbage where not live; a choice afterwards would wait for them.
+__device__ __forceinline__ void load_if(u32 &v, u32 &w, const void *from, bool live) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
+                 : "=r"(v), "=r"(w)
+                 : "l"(from), "r"(int(live)));
+}
+__device__ __forceinline__ void load_if(u32 &v, const void *from, bool live) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
+                 : "=r"(v)
+                 : "l"(from), "r"(int(live)));
+}
+__device__ __forceinline__ void load_if(u16 &v, const void *from, bool live) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}"
+                 : "=h"(v)
+                 : "l"(from), "r"(int(live)));
+}
+__device__ __forceinline__ void load_if(int2 &v, const int2 *from, bool live) {
+    load_if(reinterpret_cast<u32 &>(v.x), reinterpret_cast<u32 &>(v.y), from, live);
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32, (kBlocks == 4 ? 24 : 32) / kWarps)
+// n steps of so many bytes further, in one instruction.
+__device__ __forceinline__ const u8 *further(const u8 *from, u32 n, u32 step) {
+    const u8 *at;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(n), "r"(step), "l"(from));
+    return at;
+}
+
+// What a lane has of kAhead tiles and of x: inner positions 4t … 4t + 3 of a tile, which lie side by side in x,
+// of lines g and g + 8 and of columns g, g + 8 …
+struct Batch {
+    u32 tile[kAhead][4];
+    u32 pairs[kAhead][kBlocks][2];
+    u16 single[kAhead][kBlocks][4];  // where not kWide, until they are pairs
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     spmm_tile_few(const operand_t *__restrict__ x, i64 x_free, i64 x_inner, i64 x_column,
-                  const operand_t *__restrict__ values, i64 slots, const int2 *__restrict__ shares, int span,
+                  const operand_t *__restrict__ values, i64 slots, const int2 *__restrict__ shares,
                   const int2 *__restrict__ cells, float scale, const operand_t *__restrict__ bias,
-                  out_t *__restrict__ out, i64 out_free, i64 out_row, i64 out_column, int rows, int inner, int width) {
-    extern __shared__ __align__(16) u8 raw[];
+                  out_t *__restrict__ out, i64 out_free, i64 out_row, i64 out_column, int quads, int small, int rows,
+                  int inner, int width) {
+    __shared__ __align__(16) float sums[kWarps * kColumns * kPitch];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int line = blockIdx.x, column = blockIdx.y * kColumns;
-    const i64 f = blockIdx.z;
+    const int line = blockIdx.x, column = blockIdx.y * kColumns, last = min(kColumns, width - column) - 1;
 
-    const int2 *share = shares + static_cast<i64>(line * kWarps + warp) * span;
-    int2 cell = lane < span ? __ldg(share + lane) : make_int2(0, 0);
-    // Small work is all latency: all of it is asked for before anyone knows which of it is his.
-    const u32 thread = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x;
-    if (gridDim.z == 1 && slots / 64 <= gridDim.x * gridDim.y * blockDim.x) {
-        if (thread < slots / 64) prefetch_l2(values + static_cast<i64>(thread) * 64);
-        const u32 pieces = (inner + 63) / 64;
-        if (kPairs && thread < pieces * width) prefetch_l2(x + thread / pieces * x_column + thread % pieces * 64);
+    // 1. Which tiles; and while nobody knows, small work on its way to L2, whoever's it is.
+    const int2 *share = shares + static_cast<u64>(line * kWarps + warp) * (1 + kAhead);
+    int2 head, cell[kAhead];
+    load_if(head, share, true);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load_if(cell[i], share + 1 + i, true);
+    if (small) {
+        const u32 cta = blockIdx.y * gridDim.x + blockIdx.x, thread = cta * kThreads + threadIdx.x;
+        if (thread < slots / 64) prefetch_l2(values + static_cast<u64>(thread) * 64);
+        if (kWide && cta < width && threadIdx.x * 64 < inner) prefetch_l2(x + cta * x_column + threadIdx.x * 64);
     }
-    const int first = __shfl_sync(~0u, cell.x, 0), count = __shfl_sync(~0u, cell.y, 0);
-    // From here on lane l holds a cell of the 32 that are asked for next: first of all those of the share.
-    cell = make_int2(__shfl_down_sync(~0u, cell.x, 1), __shfl_down_sync(~0u, cell.y, 1));
-    auto ask = [&](int n) {  // cells n … n + 31, where the share has no more
-        if (n + lane < count) cell = __ldg(cells + first + n + lane);
-    };
-
-    const operand_t *of[kBlocks];
-    bool live[kBlocks];
+    const i64 f = blockIdx.z;
+    const u8 *right[kBlocks];  // of columns that are not there the last: nobody keeps their sums
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
-        live[j] = column + 8 * j + g < width;
-        of[j] = x + f * x_free + (live[j] ? column + 8 * j + g : 0) * x_column;
+        const int c = column + min(8 * j + g, last);
+        if constexpr (kWide)
+            right[j] = further(reinterpret_cast<const u8 *>(x + f * x_free + 4 * t), c, u32(x_column) * 2);
+        else
+            right[j] = reinterpret_cast<const u8 *>(x + f * x_free + c * x_column);
+        asm volatile("" : "+l"(right[j]));  // here, not when the table has come
     }
-    // Cells come 32 at a time, or less for the first few, whichever the share has.
-    int base = 0, held = span - 1;
-    auto cell_of = [&](int n) {
-        if (n == base + held) base = n, held = 32, ask(n);
-        return make_int2(__shfl_sync(~0u, cell.x, n - base), __shfl_sync(~0u, cell.y, n - base));
-    };
+    // In a tile the lines g and g + 8 of a pair of inner positions lie side by side; transposed, pairs of lines do.
+    const int s = g / 2 * 4 + g % 2;
+    const u8 *left = reinterpret_cast<const u8 *>(values + f * slots);
+    left += kTransposed ? (s % 8 * 4 + t) * 16 + s / 8 * 4 : (g * 4 + 2 * t % 4) * 16 + t / 2 * 8;
+    asm volatile("" : "+l"(left));
 
-    // A lane's own 16 bytes of a tile, which no other reads: no barrier but its own wait.
-    const operand_t *mine = values + f * slots + lane * 8;
-    uint4 *ring = reinterpret_cast<uint4 *>(raw) + warp * kRing * 32 + lane;
-    const u64 policy = once_policy();
-    auto fetch_values = [&](int n, int item) {
-        if (n < count) tile_copy_once(ring + n % kRing * 32, mine + static_cast<i64>(item) * 256, policy);
-        copy_commit();
-    };
-    if constexpr (!kTransposed) {
-        // Numbers in memory need no cells here.
+    int next = head.x, rest = head.y;  // the first cell that is not done, and how many are not
+    Batch has;
+    u32 over;  // a bit for each tile that hangs over the edge
+    auto bring = [&] {
+        over = 0;
 #pragma unroll
-        for (int n = 0; n < kRing; ++n) fetch_values(n, first + n);
-    } else {
-        // The first ones lie in the share, or come from memory once more.
+        for (int i = 0; i < kAhead; ++i) {
+            const bool live = i < rest;
+            const u8 *at = further(left, cell[i].y, 512);
+            if constexpr (kTransposed) {
+                load_if(has.tile[i][0], at, live), load_if(has.tile[i][1], at + 8, live);
+                load_if(has.tile[i][2], at + 128, live), load_if(has.tile[i][3], at + 136, live);
+            } else {
+                load_if(has.tile[i][0], has.tile[i][1], at, live);
+                load_if(has.tile[i][2], has.tile[i][3], at + 16, live);
+            }
+            const int k = cell[i].x * 16 + 4 * t;
+            if (cell[i].x == inner / 16) over |= 1u << i;
 #pragma unroll
-        for (int n = 0; n < kRing; ++n) {
-            int item = __shfl_sync(~0u, cell.y, n % 32);
-            if (n >= held && n < count) item = __ldg(&cells[first + n].y);
-            fetch_values(n, item);
+            for (int j = 0; j < kBlocks; ++j) {
+                if constexpr (kWide) {
+                    load_if(has.pairs[i][j][0], has.pairs[i][j][1], further(right[j], cell[i].x, 32), live && k < inner);
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        load_if(has.single[i][j][e], right[j] + (k + e) * x_inner * 2, live && k + e < inner);
+                }
+            }
         }
-    }
-
-    u32 right[kAhead][kBlocks][2];
-    int where[kAhead];
-    auto fetch_right = [&](int u, int n) {
-        if (n >= count) return;
-        where[u] = cell_of(n).x * 16;
+        next += kAhead;
+        if (kAhead < rest)
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                right[u][j][h] = live[j] ? pair_of(of[j], x_inner, where[u] + 8 * h + 2 * t, inner) : 0u;
+            for (int i = 0; i < kAhead; ++i) load_if(cell[i], cells + next + i, kAhead + i < rest);
     };
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) fetch_right(u, u);
+    bring();
 
+    // What nobody needs before.
+    int put = (warp * kColumns + 2 * t) * kPitch + g;
+    const int place = threadIdx.x % kPlaces, c = place / 4, row = line * 16 + place % 4 * 4;
+    int get = c * kPitch + place % 4 * 4;
+    int writes = threadIdx.x < kPlaces && c <= last ? min(rows - row, 4) : 0;
+    asm volatile("" : "+r"(put), "+r"(writes));
+    u32 added[2] = {0u, 0u};
+    if (bias) {
+        const u16 *of = reinterpret_cast<const u16 *>(bias + row);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < writes) added[i / 2] |= u32(__ldg(of + i)) << i % 2 * 16;
+    }
     float acc[kBlocks][4];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) acc[j][c] = 0.f;
-    for (int n = 0; n < count; n += kAhead) {
+        for (int i = 0; i < 4; ++i) acc[j][i] = 0.f;
+
+    // 2. Products.
+#pragma unroll 1
+    for (;;) {
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-            if (n + u >= count) break;
-            copy_wait<kRing - 1>();
-            u32 w[4];
-            tile_lines<kTransposed>(w, ring[(n + u) % kRing * 32]);
-            if (where[u] + 16 > inner) tile_cut(w, inner % 16);
-            const u32 a[4] = {w[0], w[2], w[1], w[3]};
+        for (int i = 0; i < kAhead; ++i) {
+            if (i >= rest) break;
+            u32(&a)[4] = has.tile[i];
+            if constexpr (kTransposed)
 #pragma unroll
-            for (int j = 0; j < kBlocks; ++j) mma_16x8x16<operand_t>(acc[j], a, right[u][j][0], right[u][j][1]);
-            const int next = n + u + kRing;
-            int item = first + next;
-            if (kTransposed && next < count) item = __ldg(&cells[first + next].y);
-            fetch_values(next, item);
-            fetch_right(u, n + u + kAhead);
+                for (int k = 0; k < 4; ++k) a[k] = turned(a[k]);
+            if constexpr (!kWide)
+#pragma unroll
+                for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        has.pairs[i][j][h] = has.single[i][j][2 * h] | u32(has.single[i][j][2 * h + 1]) << 16;
+            if (over >> i & 1) {  // what a tile has beyond may be anything, and of x there is nothing
+                const int live = inner % 16 - 4 * t;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const u32 mask = (2 * h < live ? 0x0000FFFFu : 0u) | (2 * h + 1 < live ? 0xFFFF0000u : 0u);
+                    a[2 * h] &= mask, a[2 * h + 1] &= mask;
+#pragma unroll
+                    for (int j = 0; j < kBlocks; ++j) has.pairs[i][j][h] &= mask;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kBlocks; ++j) mma_16x8x16<operand_t>(acc[j], a, has.pairs[i][j][0], has.pairs[i][j][1]);
         }
+        rest -= kAhead;
+        if (rest <= 0) break;
+        bring();
     }
-    copy_wait<0>();
-    __syncthreads();
-    float(*sums)[kColumns][kPitch] = reinterpret_cast<float(*)[kColumns][kPitch]>(raw);
+
+    // 3. Sums, in the order of warps.
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) sums[warp][8 * j + 2 * t + c % 2][g + c / 2 * 8] = acc[j][c];
+        for (int i = 0; i < 4; ++i) sums[put + (8 * j + i % 2) * kPitch + i / 2 * 8] = acc[j][i];
     __syncthreads();
-
-    // Neighbouring threads write neighbouring elements, whichever they are.
-    const bool across = out_column == 1 && width > 1;
-    for (int i = threadIdx.x; i < 16 * kColumns; i += kWarps * 32) {
-        const int c = across ? i % kColumns : i / 16, r = across ? i / kColumns : i % 16;
-        const int row = line * 16 + r;
-        if (row >= rows || column + c >= width) continue;
-        float sum = 0.f;
+    if (writes <= 0) return;
+    float4 sum = *reinterpret_cast<const float4 *>(sums + get);
 #pragma unroll
-        for (int k = 0; k < kWarps; ++k) sum += sums[k][c][r];
-        const float y = activated(fmaf(sum, scale, bias ? to_float(bias[row]) : 0.f));
-        out[f * out_free + row * out_row + (column + c) * out_column] = from_float<out_t>(y);
+    for (int w = 1; w < kWarps; ++w) {
+        const float4 more = *reinterpret_cast<const float4 *>(sums + get + w * kColumns * kPitch);
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    const float v[4] = {sum.x, sum.y, sum.z, sum.w};
+    out_t y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u16 bits = added[i / 2] >> i % 2 * 16;
+        y[i] = from_float<out_t>(activated(fmaf(v[i], scale, to_float(reinterpret_cast<const operand_t &>(bits)))));
+    }
+    out_t *to = out + f * out_free + (column + c) * out_column + row * out_row;
+    if (quads && writes == 4) {
+        struct alignas(4 * sizeof(out_t)) Four { out_t v[4]; };
+        *reinterpret_cast<Four *>(to) = {y[0], y[1], y[2], y[3]};
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < writes) to[i * out_row] = y[i];
     }
 }

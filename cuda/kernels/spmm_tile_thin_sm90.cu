@@ -1,4 +1,4 @@
-// spmm_tile_thin_sm90: out = scale · S x or scale · Sᵀ x for few columns of x, S in 16 × 16 tiles.
+// spmm_tile_thin_sm90: out = scale · S x or scale · Sᵀ x for few columns of x, S in 16 × 16 tiles in long lines.
 //
 // A CTA takes some lines of tiles, 8 kBlocks columns and one of kSplit slabs of inner positions; lines are dealt
 // so that CTAs have equal numbers of tiles. Its part of x comes into shared memory whole and needs no table, so
@@ -10,7 +10,7 @@
 // does for a tile is counted, and nothing that a thread computes once waits for a table.
 //
 //   out      (F, rows, D) by strides, plus the bias of each row (nullptr: none), activated
-//   x        (F, inner, D) by strides; kWide: inner positions contiguous, columns at 16 bytes, inner % 8 == 0
+//   x        (F, inner, D) by strides; inner positions contiguous, columns at 16 bytes, inner % 8 == 0
 //   values   (F, slots), 512 bytes a tile
 //   work     (CTAs, pitch) int: for each warp its first cell, its number of cells + 2²⁰ · its first segment, and its
 //            first `span` cells (32, or fewer where none has so many); then for each line of the CTA the segments
@@ -21,9 +21,8 @@
 //   grid   (kSplit · groups of lines, tiles of columns, F) in clusters of kSplit
 //   block  kWarps warps
 //   smem   what each line has, x by columns, segments, what the cluster's CTAs send
-//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.6 µs, 16
-//          tokens 15.4; reading the same bytes takes 12.2 of them and an empty kernel 3.3. 128 tokens are latency:
-//          768² 6.3, 768 -> 3072 7.9, 3072 -> 768 8.9; a kernel that loads and stores 200 KB takes 4.2
+//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.7 µs, 16
+//          tokens 16.7, 64 tokens 27.5; reading the same bytes takes 12.8 of them and an empty kernel 4.2
 //   needs  sm_90
 #include "types.cuh"
 #include "activation.cuh"
@@ -31,7 +30,7 @@
 #include "tile.cuh"
 
 constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS, kGroup = MG_GROUP, kSplit = MG_SPLIT;
-constexpr bool kTransposed = MG_TRANSPOSED, kWide = MG_WIDE;
+constexpr bool kTransposed = MG_TRANSPOSED;
 constexpr int kThreads = 32 * kWarps, kPairs = (kBlocks + 1) / 2, kMostLines = 128;
 constexpr int kTable = (kMostLines + 4) * 8;
 constexpr int kPitch = 20;  // floats of a segment's column of 16: lanes write to all banks
@@ -49,8 +48,8 @@ __device__ __forceinline__ void pair_load(int2 &v, const int2 *from, bool live) 
 
 // Columns of x from `from` on, `live` inner positions of each, zeros up to a whole tile: the engine copies them,
 // one warp asking for each, and nobody spends instructions, so that tiles are asked for as early.
-__device__ __forceinline__ void stage_wide(u32 barrier, u8 *to, int pitch, const operand_t *from, i64 x_column, int live,
-                                           int columns) {
+__device__ __forceinline__ void stage(u32 barrier, u8 *to, int pitch, const operand_t *from, i64 x_column, int live,
+                                      int columns) {
     if (threadIdx.x == 0) {
         barrier_init(barrier, 1);
         barrier_init_fence();
@@ -64,23 +63,13 @@ __device__ __forceinline__ void stage_wide(u32 barrier, u8 *to, int pitch, const
         if (live % 16) *reinterpret_cast<uint4 *>(to + c * pitch + live * 2) = make_uint4(0u, 0u, 0u, 0u);
     }
 }
-__device__ __forceinline__ void stage_by_hand(u16 *to, int pitch, const u16 *from, i64 x_inner, i64 x_column, int live,
-                                              int columns) {
-    const int whole = (live + 15) / 16 * 16;
-    const bool across = x_column == 1 && columns > 1;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < whole * columns; i += kThreads) {
-        const int c = across ? i % columns : i / whole, k = across ? i / columns : i % whole;
-        to[c * pitch + k] = k < live ? __ldg(from + k * x_inner + c * x_column) : u16(0);
-    }
-}
 
 extern "C" __global__ void
 #if MG_SPLIT > 1
 __cluster_dims__(MG_SPLIT, 1, 1)
 #endif
 __launch_bounds__(kThreads)
-    spmm_tile_thin_sm90(const operand_t *__restrict__ x, i64 x_free, i64 x_inner, i64 x_column,
+    spmm_tile_thin_sm90(const operand_t *__restrict__ x, i64 x_free, i64 x_column,
                         const operand_t *__restrict__ values, i64 slots, const int *__restrict__ work, int work_pitch,
                         int span, const int2 *__restrict__ cells, int per, int slab, float scale,
                         const operand_t *__restrict__ bias, out_t *__restrict__ out, i64 out_free, i64 out_row,
@@ -119,12 +108,7 @@ __launch_bounds__(kThreads)
     const u32 thread = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
     if (gridDim.z == 1 && slots / 64 <= gridDim.x * gridDim.y * kThreads && thread < slots / 64)
         prefetch_l2(values + static_cast<i64>(thread) * 64);
-    const operand_t *origin = x + f * x_free + begin * x_inner + column * x_column;
-    if constexpr (kWide)
-        stage_wide(arrived, raw, pitch, origin, x_column, live, columns);
-    else
-        stage_by_hand(reinterpret_cast<u16 *>(raw), pitch / 2, reinterpret_cast<const u16 *>(origin), x_inner, x_column, live,
-                      columns);
+    stage(arrived, raw, pitch, x + f * x_free + begin + column * x_column, x_column, live, columns);
 
     // What is needed later and depends on nothing either.
     // Columns that are not there are the last that is; nobody keeps their sums.
@@ -158,7 +142,7 @@ __launch_bounds__(kThreads)
     ask(32);
     if (threadIdx.x <= per) lines[threadIdx.x] = mine_of_lines;
     __syncthreads();
-    if constexpr (kWide) barrier_wait(arrived, 0);
+    barrier_wait(arrived, 0);
 
     // 3. Products.
     float acc[kBlocks][4];
@@ -276,10 +260,10 @@ __launch_bounds__(kThreads)
         barrier_wait(sent, 0);
 #pragma unroll 1
         for (int l = rank + kSplit * ahead; l < per; l += kSplit * kAtOnce) {
-            const float4 *sent = received + l / kSplit * kOfLine + place;
-            float4 sum = sent[0];
+            const float4 *of_all = received + l / kSplit * kOfLine + place;
+            float4 sum = of_all[0];
 #pragma unroll
-            for (int s = 1; s < kSplit; ++s) add(sum, sent[s * each]);
+            for (int s = 1; s < kSplit; ++s) add(sum, of_all[s * each]);
             write(l, sum);
         }
     }

@@ -21,13 +21,17 @@ from ..plans.plan import PartPlan
 from . import block, tile_thin
 from .block_sm90 import laid_out, walks
 from .finish import finish
-from .parts import CODES, MOST_MATRICES, activation_constant, aligned, aligned_values
+from .parts import CODES, MOST_MATRICES, activation_constant, aligned, aligned_values, ready
 from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
 
-# Up to this many columns, a line of tiles is a CTA's (spmm_tile_few).
-FEW = 16
-# And up to so many where lines are of few tiles, or spmm_tile has too few CTAs.
-FEW_AT_MOST, SHORT = 256, 40
+# Microseconds on an H200, beyond those of other kernels: of spmm_tile for a start and for each tile
+# of a line, which a warp takes one after the other; of the others for each tile and column, by
+# whether x has rows of tokens.
+START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
+# Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
+SHORT, FEW = 40, 128
+# Warps of its CTAs and tiles that a warp asks for at once, by blocks of 8 columns that a CTA takes.
+FEW_CUTS = {1: (8, 4), 2: (8, 3), 4: (4, 2)}
 
 
 class Cut(NamedTuple):
@@ -132,9 +136,7 @@ def spmm(
     if chosen is None:
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
-        lines, tiles = tables[0].numel() - 1, len(tables[1])
-        index = x.device.index
-        thin = tile_thin.cut(facts(index), lines, tiles, inner, width) if _hopper(index) else None
+        thin = _thin(x, tables)
         if thin is None:
             _few(out, values, x, tables, scale, transposed, bias, activation)
         else:
@@ -149,20 +151,29 @@ def spmm(
     return out.mT if tokens else out[..., :width].contiguous()
 
 
-def _choose(index: int, tables: list[Tensor], width: int, free: int, tokens: bool) -> Cut | None:
-    """How spmm_tile is cut for this work, None where spmm_tile_few does it.
+def _thin(x: Tensor, tables: list[Tensor]) -> tile_thin.Thin | None:
+    """How spmm_tile_thin_sm90 is cut, None where spmm_tile_few does it."""
+    index, lines, tiles = x.device.index, tables[0].numel() - 1, len(tables[1])
+    _, _, inner, width = x.shape
+    if not _hopper(index) or inner % 8 or not ready(x, 2, 3):
+        return None
+    if tiles <= SHORT * lines and width <= FEW:
+        return None
+    return tile_thin.cut(facts(index), lines, tiles, inner, width)
 
-    However it is cut, it adds up in the same order; spmm_tile_few in another, so that which of them
-    it is does not depend on the number of matrices.
+
+def _choose(index: int, tables: list[Tensor], width: int, free: int, tokens: bool) -> Cut | None:
+    """How spmm_tile is cut for this work, None where kernels for few columns are faster.
+
+    However it is cut, it adds up in the same order; they in others, so that which of them it is
+    does not depend on the number of matrices.
     """
     bounds, cells = tables
-    lines, several = bounds.numel() - 1, facts(index).multiprocessors
-    if width <= FEW or (width <= FEW_AT_MOST and len(cells) <= SHORT * lines and lines <= 256):
+    lines, tiles, several = bounds.numel() - 1, len(cells), facts(index).multiprocessors
+    if EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1):
         return None
     ways = cuts(_hopper(index), tokens)
     ctas = [-(-lines // how.warps) * -(-width // how.wide) for how in ways]
-    if width <= FEW_AT_MOST and max(ctas) < 0.7 * several:
-        return None
     fitting = (how for how, each in zip(ways, ctas, strict=True) if each * free >= 0.7 * several)
     return next(fitting, ways[-1])
 
@@ -179,47 +190,58 @@ def _few(
 ) -> None:
     bounds, cells = tables
     free, _, rows, width = out.shape
-    inner = x.shape[2]
-    blocks = 1 if width <= 8 else 2 if width <= 16 else 4
-    steps = [x.stride(d) for d in (0, 3) if x.shape[d] > 1]
-    pairs = x.stride(2) == 1 and not (x.data_ptr() % 4 or any(step % 2 for step in steps))
+    lines, inner = bounds.numel() - 1, x.shape[2]
+    blocks = few_blocks(facts(x.device.index).multiprocessors, lines, width)
+    warps, ahead = FEW_CUTS[blocks]
+    # Sums are added up in the order of warps, so the number of matrices has no part in the cut.
+    shares = derived(
+        cells, ("shares", warps, ahead), lambda: cuda_tile.shares(bounds, cells, warps, ahead)
+    )
     chunks = -(-width // (8 * blocks))
-    lines, there = bounds.numel() - 1, facts(x.device.index)
-    # Where a wave has room for a matrix, more warps share a line. They add up in another order, so
-    # the number of matrices has no part in it.
-    warps = 8 if width <= 16 or lines * chunks <= 3 * there.multiprocessors else 4
-    shares, most = derived(cells, ("shares", warps), lambda: cuda_tile.shares(bounds, cells, warps))
-    ring = 12 if most > 6 and there.shared_bytes > 160_000 else 6
-    wanted = few_request(blocks, warps, ring, x.dtype, out.dtype, transposed, pairs, activation)
+    quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
+    threads = 32 * warps
+    # Of what one CTA and all of them can ask for at once.
+    small = free == 1 and width <= lines * chunks and inner <= 64 * threads
+    small = small and values.shape[1] <= 64 * threads * lines * chunks
+    wanted = few_request(blocks, x.dtype, out.dtype, transposed, _in_fours(x), activation)
     run = kernel(wanted, x.device.index)
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
             (lines, chunks, to.shape[0]),
-            32 * warps,
+            threads,
             (
                 right.data_ptr(),
                 *(np.int64(right.stride(d)) for d in (0, 2, 3)),
                 weights.data_ptr(),
                 np.int64(weights.shape[1]),
                 shares.data_ptr(),
-                np.int32(shares.shape[2]),
                 cells.data_ptr(),
                 np.float32(scale),
                 0 if bias is None else bias.data_ptr(),
                 to.data_ptr(),
                 *(np.int64(to.stride(d)) for d in (0, 2, 3)),
+                np.int32(quads),
+                np.int32(small),
                 np.int32(rows),
                 np.int32(inner),
                 np.int32(width),
             ),
-            few_shared(blocks, warps, ring),
         )
 
 
-def few_shared(blocks: int, warps: int, ring: int) -> int:
-    """Dynamic shared memory of spmm_tile_few, bytes: tiles on their way, then sums."""
-    return max(warps * ring * 512, warps * blocks * 8 * 17 * 4)
+def few_blocks(several: int, lines: int, width: int) -> int:
+    """Of 8 columns, that a CTA of spmm_tile_few takes: the fewest whose CTAs are one wave."""
+    if width <= 8:
+        return 1
+    return 2 if width <= 16 or lines * -(-width // 16) <= 4 * several else 4
+
+
+def _in_fours(x: Tensor) -> bool:
+    """Whether inner positions lie side by side, four and four at multiples of 8 bytes."""
+    steps = [x.stride(d) for d in (0, 3) if x.shape[d] > 1]
+    whole = x.stride(2) == 1 and not (x.shape[2] % 4 or x.data_ptr() % 8)
+    return whole and all(step % 4 == 0 and step < 1 << 30 for step in steps)
 
 
 def _wide(
@@ -324,23 +346,17 @@ def _as_blocks(
 @functools.lru_cache(maxsize=256)
 def few_request(
     blocks: int,
-    warps: int,
-    ring: int,
     dtype: torch.dtype,
     out: torch.dtype,
     transposed: bool,
-    pairs: bool,
+    wide: bool,
     activation: int = 0,
 ) -> Request:
-    """The kernel for few columns; ``pairs`` of inner positions are read at once."""
-    constants = {
-        "BLOCKS": blocks,
-        "WARPS": warps,
-        "RING": ring,
-        "DTYPE": CODES[dtype],
-        "OUT": CODES[out],
-    }
-    constants |= {"TRANSPOSED": int(transposed), "PAIRS": int(pairs)}
+    """The kernel for few columns; ``wide`` loads of four inner positions bring x."""
+    warps, ahead = FEW_CUTS[blocks]
+    constants = {"BLOCKS": blocks, "WARPS": warps, "AHEAD": ahead}
+    constants |= {"DTYPE": CODES[dtype], "OUT": CODES[out]}
+    constants |= {"TRANSPOSED": int(transposed), "WIDE": int(wide)}
     constants |= activation_constant(activation)
     return request("spmm_tile_few", constants, flush=True)
 

@@ -1,4 +1,4 @@
-"""TileLayout times few columns on Hopper: x whole in shared memory, even shares of tiles."""
+"""Long lines of tiles times few columns on Hopper: x whole in shared memory, even shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
-from .parts import CODES, MOST_MATRICES, activation_constant, ready
+from .parts import CODES, MOST_MATRICES, activation_constant
 
 WARPS = 16
 # Slabs that a cluster's CTAs take, and the share of all multiprocessors that such clusters find
@@ -109,7 +109,7 @@ def spmm(
     Args:
         out: (F, 1, rows, D), any strides, made for this.
         values: (F, slots), rows at 16 bytes.
-        x: (F, 1, inner, D), any strides.
+        x: (F, 1, inner, D), inner positions contiguous, all else at multiples of 16 bytes.
         tables: bounds and cells of ``plans.cuda_tile.part``.
         how: from ``cut``.
         scale: multiplies the product.
@@ -125,9 +125,8 @@ def spmm(
         ("segments", how.per, how.split),
         lambda: cuda_tile.segments(bounds, cells, how.per, how.split, WARPS, inner),
     )
-    wide = inner % 8 == 0 and ready(x, 2, 3)
     quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
-    run = kernel(thin_request(how, x.dtype, out.dtype, transposed, wide, activation), device)
+    run = kernel(thin_request(how, x.dtype, out.dtype, transposed, activation), device)
     for start in range(0, out.shape[0], MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
@@ -135,7 +134,7 @@ def spmm(
             32 * WARPS,
             (
                 right.data_ptr(),
-                *(np.int64(right.stride(d)) for d in (0, 2, 3)),
+                *(np.int64(right.stride(d)) for d in (0, 3)),
                 weights.data_ptr(),
                 np.int64(weights.shape[1]),
                 work.data_ptr(),
@@ -162,10 +161,9 @@ def thin_request(
     dtype: torch.dtype,
     out: torch.dtype,
     transposed: bool,
-    wide: bool,
     activation: int = 0,
 ) -> Request:
-    """The kernel; ``wide`` copies of 16 bytes bring x."""
+    """The kernel."""
     constants = {
         "BLOCKS": how.blocks,
         "WARPS": WARPS,
@@ -174,7 +172,6 @@ def thin_request(
         "DTYPE": CODES[dtype],
         "OUT": CODES[out],
         "TRANSPOSED": int(transposed),
-        "WIDE": int(wide),
     }
     constants |= activation_constant(activation)
     return request("spmm_tile_thin_sm90", constants, flush=True)

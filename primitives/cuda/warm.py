@@ -68,8 +68,10 @@ def _layouts() -> tuple[Layout, ...]:
     two = (patterns.window(250) | patterns.random(0.004, 0)).to_layout("mixed", n, n)
     assert [part.kind for part in two.parts] == ["block", "row"]
     made += [mixed, mixed.parts[1], two]
-    # Tiles of few lines, and of many.
-    made += [TileLayout.from_tile_mask(torch.eye(i, 8) > 0, (16 * i, 128)) for i in (8, 300)]
+    # Few tiles in short lines, in long ones, and many.
+    for lines, across in ((8, 8), (4, 64), (20_000, 1)):
+        kept = torch.ones(lines, across, dtype=torch.bool)
+        made.append(TileLayout.from_tile_mask(kept, (16 * lines, 16 * across)))
     return (*made, *_nm_layouts(n))
 
 

@@ -17,9 +17,6 @@ from mixgrain.formats.tile import SIZE, TileLayout
 from .cuda_block import COLUMNS, chunks_of, longest_first, records, running
 from .plan import PartPlan, Plan, cached, join
 
-# Cells of a warp that a lane each can hold, besides what says how many there are.
-MOST = 31
-
 
 def part(layout: TileLayout) -> PartPlan:
     """What CUDA kernels need of a TileLayout.
@@ -45,33 +42,29 @@ def cuda(layout: TileLayout) -> Plan:
     return cached(layout, lambda: join(layout, [part(layout)]))
 
 
-def shares(bounds: Tensor, cells: Tensor, warps: int) -> tuple[Tensor, int]:
+def shares(bounds: Tensor, cells: Tensor, warps: int, ahead: int) -> Tensor:
     """What each of the warps that share a line has to do.
 
     Args:
         bounds: int32 (lines + 1,), of ``part``.
         cells: int32 (tiles, 2), of ``part``.
         warps: of a line.
+        ahead: cells that a warp finds here.
 
     Returns:
-        int32 (lines, warps, span, 2): a warp's first cell and the number of its cells, then the
-        cells themselves as far as they fit. The largest number of them.
+        int32 (lines, warps, 1 + ahead, 2): a warp's first cell and the number of its cells, then
+        the first of them.
     """
     first, counts = bounds[:-1].long()[:, None], bounds.diff().long()[:, None]
     cut = counts * torch.arange(warps + 1, device=bounds.device) // warps
     begin, size = (first + cut[:, :-1]).flatten(), cut.diff().flatten()
-    most = int(size.max()) if size.numel() else 0
-    span = 4
-    while span <= min(most, MOST):
-        span *= 2
-    made = torch.zeros(len(begin), span, 2, dtype=torch.int32, device=bounds.device)
+    made = torch.zeros(len(begin), 1 + ahead, 2, dtype=torch.int32, device=bounds.device)
     made[:, 0, 0], made[:, 0, 1] = begin.int(), size.int()
-    place = torch.arange(span - 1, device=bounds.device)
-    which = (begin[:, None] + place).clamp(max=max(len(cells) - 1, 0))
     if len(cells):
-        some = (place < size[:, None])[..., None]
-        made[:, 1:] = torch.where(some, cells[which], 0)
-    return made.view(-1, warps, span, 2), most
+        place = torch.arange(ahead, device=bounds.device)
+        which = (begin[:, None] + place).clamp(max=len(cells) - 1)
+        made[:, 1:] = torch.where((place < size[:, None])[..., None], cells[which], 0)
+    return made.view(-1, warps, 1 + ahead, 2)
 
 
 def segments(

@@ -37,10 +37,10 @@ EVERYWHERE = {
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
-    "spmm_tile", "sddmm_tile", "tile_order", "turn", "spmm_finish",
+    "spmm_tile", "spmm_tile_few", "sddmm_tile", "tile_order", "turn", "spmm_finish",
 }  # fmt: skip
 # Asked for where there is nothing better.
-ELSEWHERE = {"spmm_nm", "spmm_tile_few"}
+ELSEWHERE = {"spmm_nm"}
 HOPPER = {
     "sddmm_block_sm90", "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90", "spmm_nm_sm90",
     "spmm_nm_thin_sm90", "sddmm_nm_sm90", "spmm_tile_thin_sm90", "spmm_expand_sm90",
@@ -104,12 +104,12 @@ def tile_cuts(arch: str) -> list[service.Request]:
         ]
         assert all(tile_sddmm.sddmm_shared(side, span, deep) <= shared for deep in (False, True))
     made += [tile_sddmm.sddmm_request(4, BRAIN, BRAIN, True, *tile_sddmm.sampling(False, 0)[1:])]
-    pairs = ((8, 6), (8, 12), (4, 6))
     made += [
-        tile.few_request(blocks, warps, ring, HALF, HALF, transposed, transposed)
-        for blocks in (1, 2, 4)
-        for warps, ring in pairs
+        tile.few_request(blocks, HALF, out, transposed, wide)
+        for blocks in tile.FEW_CUTS
+        for out in (HALF, torch.float32)
         for transposed in (False, True)
+        for wide in (False, True)
     ]
     return made
 

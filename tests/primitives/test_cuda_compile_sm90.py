@@ -71,10 +71,10 @@ def requests():
         for dtype in (half(wide // 8, split // 2), torch.float32):
             yield nm_sm90.thin_request(dtype, nm_sm90.Thin(1, wide, split, 4))
     for blocks, split in itertools.product((1, 2, 4), tile_thin.SPLITS):
-        for transposed, wide in itertools.product((False, True), (False, True)):
-            how = tile_thin.Thin(blocks, split, 4, 4 if wide else 2)
-            yield tile_thin.thin_request(how, HALVES[0], HALVES[0], transposed, wide)
-        yield tile_thin.thin_request(how, HALVES[1], torch.float32, False, True)
+        for transposed, group in itertools.product((False, True), (2, 4)):
+            how = tile_thin.Thin(blocks, split, 4, group)
+            yield tile_thin.thin_request(how, HALVES[0], HALVES[0], transposed)
+        yield tile_thin.thin_request(how, HALVES[1], torch.float32, False)
 
 
 @pytest.mark.compile

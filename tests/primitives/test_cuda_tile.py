@@ -27,6 +27,7 @@ EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0*
 KERNELS = {
     "best": None,
     "few": "few",
+    "few, long lines": "few, long lines",
     "few, no clusters": "few, no clusters",
     **{f"many, TMA, {n}": (True, n) for n in range(3)},
     **{f"many, {n}": (False, n) for n in range(3)},
@@ -42,7 +43,9 @@ def kernel(request, monkeypatch):
     clear_caches()  # of calls prepared otherwise
     if isinstance(chosen, str):
         monkeypatch.setattr(tile, "_choose", lambda *_: None)
-        if chosen != "few":
+        if chosen == "few, long lines":
+            monkeypatch.setattr(tile, "SHORT", 0)
+        if chosen == "few, no clusters":
             monkeypatch.setattr(tile, "_hopper", lambda _: False)
     elif chosen is not None:
         bulk, way = chosen

@@ -62,22 +62,25 @@ def test_links_lead_to_what_the_union_holds(shape, grain, per):
             assert (unions[start : start + count].diff() > 0).all()
 
 
-@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("warps, ahead", [(4, 2), (8, 3), (8, 4)])
 @pytest.mark.parametrize("d", [0.4, 2.0])
 @pytest.mark.parametrize("shape", [*SHAPES, (32, 9000)])
-def test_shares_of_a_line_are_all_of_it(shape, d, warps):
+def test_shares_of_a_line_are_all_of_it(shape, d, warps, ahead):
     for bounds, cells, _, _ in sides(layout_of(shape, d)):
-        shares, most = cuda_tile.shares(bounds, cells, warps)
-        assert shares.shape[2] in (4, 8, 16, 32)
-        at, largest = 0, 0
+        shares = cuda_tile.shares(bounds, cells, warps, ahead)
+        assert shares.shape[1:] == (warps, 1 + ahead, 2)
+        at = 0
         for line, of_line in enumerate(shares.tolist()):
             assert at == bounds[line]
+            sizes = [count for (_, count), *_ in of_line]
+            assert max(sizes) - min(sizes) <= 1
             for (first, count), *held in of_line:
                 assert first == at
-                some = held[:count]
-                assert some == cells[first : first + len(some)].tolist()
-                at, largest = at + count, max(largest, count)
-        assert at == len(cells) and largest == most
+                here = held[:count]
+                assert here == cells[first : first + len(here)].tolist()
+                assert here == held or held[count:] == [[0, 0]] * (ahead - count)
+                at += count
+        assert at == len(cells)
 
 
 @pytest.mark.parametrize("per, split", [(1, 1), (3, 2), (20, 4)])
@@ -225,7 +228,6 @@ def test_as_many_ctas_fit_a_multiprocessor_as_are_counted_on(bulk, room, tokens)
         # Barriers besides, and what the driver keeps for each.
         assert how.each * (how.shared + 16 * how.stages + 1024) <= room
         assert how.threads * how.each <= 1024
-    assert 4 * (tile.few_shared(2, 8, 12 if bulk else 6) + 1024) <= (1 if bulk else 2) * room
 
 
 @pytest.mark.parametrize("width", [8, 300])

@@ -291,6 +291,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     "spmm-et-3072-down": lambda: linear_tile("spmm-et-3072-down", 768, 3072, 128),
     "tile-decode-1": lambda: linear_tile("tile-decode-1", 8192, 8192, 1),
     "tile-decode-16": lambda: linear_tile("tile-decode-16", 8192, 8192, 16),
+    "tile-decode-64": lambda: linear_tile("tile-decode-64", 8192, 8192, 64),
     "spmm-row-n64-fp16": lambda: spmm_row(64, torch.float16, "fp16"),
     "spmm-row-n64-bf16": lambda: spmm_row(64, torch.bfloat16, "bf16"),
     "spmm-row-n64-fp32": lambda: spmm_row(64, torch.float32, "fp32"),
