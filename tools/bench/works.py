@@ -20,23 +20,17 @@ from . import alone, launching, planning
 from .dense import DENSE
 from .fused import FUSED
 from .graphs import GRAPHS
+from .layers import LAYERS
 from .measure import once_ms
 from .pruned import PRUNED
+from .weights import block_weight, row_weight, tile_weight
 from .work import COPY_BYTES, L2_BYTES, MMA_FLOPS, TENSOR_FLOPS, TOLERANCE, Work, dots, random
 from .works_nm import linear_nm
 
 
-def _block_weight(n: int, size: int, density: float) -> tuple[mg.SparseTensor, Tensor]:
-    kept = torch.rand(n // size, n // size, generator=torch.Generator().manual_seed(0)) < density
-    layout = P.blocks(kept, size).to_layout("block", n, n, size=size).to("cuda")
-    dense = random(n, n, dtype=torch.float16)
-    mask = kept.cuda().repeat_interleave(size, 0).repeat_interleave(size, 1)
-    return mg.sparsify(dense, layout=layout), dense * mask
-
-
 def spmm_block(size: int, density: float, n: int = 4096) -> Work:
     """Block weights times a dense matrix, n³ float16."""
-    weight, dense = _block_weight(n, size, density)
+    weight, dense = block_weight(n, size, density)
     x = random(n, n, dtype=torch.float16, seed=1)
     bsr = dense.to_sparse_bsr((size, size))
     flops = 2 * weight.nnz * n
@@ -59,18 +53,9 @@ def spmm_block(size: int, density: float, n: int = 4096) -> Work:
     )
 
 
-def _tile_weight(rows: int, columns: int, density: float) -> tuple[mg.SparseTensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.rand(rows // 16, columns // 16, generator=generator) < density
-    layout = mg.TileLayout.from_tile_mask(kept, (rows, columns)).to("cuda")
-    dense = random(rows, columns, dtype=torch.float16)
-    mask = kept.cuda().repeat_interleave(16, 0).repeat_interleave(16, 1)
-    return mg.sparsify(dense, layout=layout), dense * mask
-
-
 def spmm_tile(density: float, n: int = 4096) -> Work:
     """Weights in tiles of 16 times a dense matrix, n³ float16."""
-    weight, dense = _tile_weight(n, n, density)
+    weight, dense = tile_weight(n, n, density)
     x = random(n, n, dtype=torch.float16, seed=1)
     bsr = dense.to_sparse_bsr((16, 16))
     floor = max(2 * weight.nnz * n / MMA_FLOPS, (2 * n * n + weight.nnz) * 2 / COPY_BYTES)
@@ -87,7 +72,7 @@ def spmm_tile(density: float, n: int = 4096) -> Work:
 
 def linear_tile(name: str, rows: int, columns: int, tokens: int) -> Work:
     """A pruned linear layer, 80 % of its tiles dropped, on few tokens."""
-    weight, dense = _tile_weight(rows, columns, 0.2)
+    weight, dense = tile_weight(rows, columns, 0.2)
     x = random(tokens, columns, dtype=torch.float16, seed=1)
     moved = (weight.nnz + tokens * (rows + columns)) * 2
     copied, right = alone.copy(moved)
@@ -106,19 +91,9 @@ def linear_tile(name: str, rows: int, columns: int, tokens: int) -> Work:
     )
 
 
-def _row_weight(
-    dtype: torch.dtype, n: int = 8192, density: float = 0.05
-) -> tuple[mg.SparseTensor, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    kept = torch.rand(n, n, device="cuda", generator=generator) < density
-    # torch.where, not a product with the mask: −0 is an element that sparsify keeps.
-    dense = torch.where(kept, random(n, n, dtype=dtype), 0)
-    return mg.sparsify(dense, "row"), dense
-
-
 def spmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
     """Unstructured 8192² weights, 5 %, times `width` columns."""
-    weight, dense = _row_weight(dtype)
+    weight, dense = row_weight(dtype)
     x = random(dense.shape[1], width, dtype=dtype, seed=1)
     csr = dense.to_sparse_csr()
     floor = weight.nnz * width * dense.element_size() / L2_BYTES
@@ -139,7 +114,7 @@ def spmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
 
 def sddmm_row(width: int, dtype: torch.dtype, name: str) -> Work:
     """Scores at unstructured positions of 8192², 5 %, head dimension `width`."""
-    weight, dense = _row_weight(dtype)
+    weight, dense = row_weight(dtype)
     q, k = (random(8192, width, dtype=dtype, seed=s) for s in (1, 2))
     layout = weight.layout
     row, column = layout.indices()
@@ -315,6 +290,7 @@ WORKS: dict[str, Callable[[], Work | list[dict[str, Any]]]] = {
     **DENSE,
     **GRAPHS,
     **PRUNED,
+    **LAYERS,
 }
 
 

@@ -9,16 +9,11 @@ from torch import Tensor
 
 import mixgrain as mg
 
+from .weights import nm_weight
 from .work import COPY_BYTES, Work, random
 
 # wgmma.sp with the sparse operand in registers and no traffic, logical FLOPs.
 SPARSE_FLOPS = 1.72e15
-
-
-def _weight(rows: int, columns: int, dtype: torch.dtype) -> tuple[mg.SparseTensor, Tensor]:
-    """The larger two of every four, and the same dense."""
-    weight = mg.sparsify(random(rows, columns, dtype=dtype), "nm", n=2, m=4, prune=True)
-    return weight, weight.to_dense()
 
 
 def _cusparselt(dense: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -34,7 +29,7 @@ def _cusparselt(dense: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
 
 def linear_nm(name: str, size: int, tokens: int, dtype: torch.dtype = torch.float16) -> Work:
     """2:4 weights, size × size, and some tokens."""
-    weight, dense = _weight(size, size, dtype)
+    weight, dense = nm_weight(size, size, dtype)
     assert isinstance(weight.layout, mg.NMLayout)
     x = random(tokens, size, dtype=dtype, seed=1)
     stored = weight.values.numel() * dense.element_size() + weight.layout.metadata.numel() * 2
