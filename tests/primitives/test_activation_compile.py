@@ -31,8 +31,8 @@ from mixgrain.primitives.plans import nm as nm_plans
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 ARCHES = ("80", "86", "89", "90", "90a", "100", "120")
-EVERYWHERE = {"spmm_finish", "spmm_nm_any", "spmm_tile"}
-ELSEWHERE = {"spmm_nm", "spmm_tile_few"}
+EVERYWHERE = {"spmm_finish", "spmm_nm_any", "spmm_tile", "spmm_tile_few"}
+ELSEWHERE = {"spmm_nm"}
 HOPPER = {"spmm_nm_sm90", "spmm_nm_thin_sm90", "spmm_tile_thin_sm90"}
 
 
@@ -52,6 +52,7 @@ def layouts() -> dict[str, Layout]:
     assert [part.kind for part in mixed.parts] == ["block", "panel", "row"]
     return {
         "tile": TileLayout.from_tile_mask(torch.ones(40, 40, dtype=torch.bool), (n, n)),
+        "tile, long": TileLayout.from_tile_mask(torch.ones(8, 64, dtype=torch.bool), (128, 1024)),
         "nm": nm_layout((n, n), 2, 4, "2:4", (1, 1), None),
         "nm, any": nm_layout((n, n), 1, 3, "bytes", (1, 1), None),
         "block": patterns.window(70).to_layout("block", n, n, size=64),
@@ -100,7 +101,7 @@ def test_the_last_kernel_activates(kind: str, tokens: int, arch: str) -> None:
                 found = asked(kind, tokens, dtype, name)
                 assert [activating(wanted) for wanted in found[:-1]] == [0] * (len(found) - 1)
                 assert activating(found[-1]) == code
-                if (kind == "tile" and dtype == HALF) or kind.startswith("nm"):
+                if (kind.startswith("tile") and dtype == HALF) or kind.startswith("nm"):
                     assert len(found) == 1
                 else:
                     assert found[-1].name == "spmm_finish"
@@ -109,12 +110,9 @@ def test_the_last_kernel_activates(kind: str, tokens: int, arch: str) -> None:
 def chosen(arch: str) -> list[service.Request]:
     """One request of every kernel file that takes an activation, the function with most code."""
     with h200(arch):
-        found = [
-            wanted
-            for kind, tokens in (("tile", 1), ("tile", 8192), ("nm", 1), ("nm", 8192), ("row", 16))
-            for wanted in asked(kind, tokens, HALF, "gelu")
-        ]
-        found += asked("nm, any", 16, HALF, "gelu")
+        calls = [(kind, tokens) for kind in ("tile", "nm") for tokens in (1, 8192)]
+        calls += [("tile, long", 1), ("row", 16), ("nm, any", 16)]
+        found = [wanted for call in calls for wanted in asked(*call, HALF, "gelu")]
     return list({wanted.name: wanted for wanted in found if activating(wanted)}.values())
 
 
