@@ -130,6 +130,12 @@ def test_a_layout_and_its_transpose(first, tokens, kernel):
         assert torch.equal(call().cpu().double(), expected.half().double())
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 16, 40, 100])
+def test_aligned_rows_are_exact(tokens, kernel):
+    """Rows that bulk copies can read, which not every kernel takes."""
+    exact(linear, (208, 720), tokens, 0.4, torch.float16)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (5, 700), (700, 5), (512, 256), (1040, 264), (33, 1)])
 @pytest.mark.parametrize("function", [linear, spmm], ids=["linear", "spmm"])
 def test_shapes_are_exact(function, shape, kernel):

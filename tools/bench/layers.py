@@ -9,38 +9,59 @@ import torch
 
 import mixgrain as mg
 
-from .weights import Weight, block_weight, nm_weight, row_weight, tile_weight
+from . import alone
+from .weights import Weight, block_weight, row_weight, tile_weight
 from .work import COPY_BYTES, TENSOR_FLOPS, Work, random
+from .works_nm import linear_nm
 
 SIZE = 4096
 TOKENS = (1, 16, 64, 256, 1024)
-#: What is kept, and the weight.
-FORMATS: dict[str, tuple[str, Callable[[], Weight]]] = {
-    "block64": ("20 % of 64-blocks", partial(block_weight, SIZE, 64, 0.2)),
-    "block32": ("20 % of 32-blocks", partial(block_weight, SIZE, 32, 0.2)),
-    "tile": ("20 % of 16×16 tiles", partial(tile_weight, SIZE, SIZE, 0.2)),
-    "row": ("10 % of the elements", partial(row_weight, torch.float16, SIZE, 0.1)),
-    "nm24": ("2:4", partial(nm_weight, SIZE, SIZE, torch.float16)),
-}
 
 
-def layer(kind: str, tokens: int) -> Work:
-    """A pruned linear layer of ``FORMATS`` on some tokens, against the dense one."""
-    kept, made = FORMATS[kind]
+def _linear(name: str, kept: str, made: Callable[[], Weight], tokens: int) -> Work:
+    """A pruned linear layer, against the dense one."""
     weight, dense = made()
-    x = random(tokens, SIZE, dtype=torch.float16, seed=1)
-    moved = (weight.nnz + 2 * tokens * SIZE) * 2
+    rows, columns = weight.layout.shape
+    x = random(tokens, columns, dtype=torch.float16, seed=1)
+    moved = (weight.nnz + tokens * (rows + columns)) * 2
+    copied, right = alone.copy(moved)
     return Work(
-        id=f"layer-{kind}-{tokens}",
+        id=name,
         ours=lambda: mg.linear(x, weight),
-        peers={"F.linear": lambda: torch.nn.functional.linear(x, dense)},
+        peers={
+            "F.linear": lambda: torch.nn.functional.linear(x, dense),
+            "copy of as many bytes": copied,
+        },
         oracle=lambda: x.double() @ dense.double().T,
+        oracles={"copy of as many bytes": right},
         floor_ms=max(moved / COPY_BYTES, 2 * weight.nnz * tokens / TENSOR_FLOPS) * 1e3,
         floor="max((values + x + out) bytes / 4.24 TB/s, 2·nnz·tokens / 800 TFLOP/s)",
-        shape=f"{SIZE}² float16, {kept}, {tokens} tokens",
+        shape=f"{columns} -> {rows} float16, {kept}, {tokens} tokens",
     )
 
 
+def linear_tile(name: str, rows: int, columns: int, tokens: int) -> Work:
+    """A layer with 80 % of its tiles dropped."""
+    made = partial(tile_weight, rows, columns, 0.2)
+    return _linear(name, "20 % of 16×16 tiles", made, tokens)
+
+
+def layer(kind: str, tokens: int) -> Work:
+    """A layer of SIZE × SIZE: "block64", "block32", "tile", "row" or "nm24"."""
+    name = f"layer-{kind}-{tokens}"
+    if kind == "tile":
+        return linear_tile(name, SIZE, SIZE, tokens)
+    if kind == "nm24":
+        return linear_nm(name, SIZE, tokens)
+    if kind == "row":
+        made = partial(row_weight, torch.float16, SIZE, 0.1)
+        return _linear(name, "10 % of the elements", made, tokens)
+    size = int(kind.removeprefix("block"))
+    return _linear(name, f"20 % of {size}-blocks", partial(block_weight, SIZE, size, 0.2), tokens)
+
+
 LAYERS: dict[str, Callable[[], Work]] = {
-    f"layer-{kind}-{tokens}": partial(layer, kind, tokens) for kind in FORMATS for tokens in TOKENS
+    f"layer-{kind}-{tokens}": partial(layer, kind, tokens)
+    for kind in ("block64", "block32", "tile", "row", "nm24")
+    for tokens in TOKENS
 }

@@ -20,7 +20,7 @@ from . import alone, launching, planning
 from .dense import DENSE
 from .fused import FUSED
 from .graphs import GRAPHS
-from .layers import LAYERS
+from .layers import LAYERS, linear_tile
 from .measure import once_ms
 from .pruned import PRUNED
 from .weights import block_weight, row_weight, tile_weight
@@ -67,27 +67,6 @@ def spmm_tile(density: float, n: int = 4096) -> Work:
         floor_ms=floor * 1e3,
         floor="max(2·nnz·n / 509 TFLOP/s of mma.sync, (values + x + out) bytes / 4.24 TB/s)",
         shape=f"{n}³ float16, {density:.0%} of 16×16 tiles",
-    )
-
-
-def linear_tile(name: str, rows: int, columns: int, tokens: int) -> Work:
-    """A pruned linear layer, 80 % of its tiles dropped, on few tokens."""
-    weight, dense = tile_weight(rows, columns, 0.2)
-    x = random(tokens, columns, dtype=torch.float16, seed=1)
-    moved = (weight.nnz + tokens * (rows + columns)) * 2
-    copied, right = alone.copy(moved)
-    return Work(
-        id=name,
-        ours=lambda: mg.linear(x, weight),
-        peers={
-            "F.linear": lambda: torch.nn.functional.linear(x, dense),
-            "copy of as many bytes": copied,
-        },
-        oracle=lambda: x.double() @ dense.double().T,
-        oracles={"copy of as many bytes": right},
-        floor_ms=moved / COPY_BYTES * 1e3,
-        floor="(values + x + out) bytes / 4.24 TB/s",
-        shape=f"{columns} -> {rows} float16, 20 % of 16×16 tiles, {tokens} tokens",
     )
 
 
