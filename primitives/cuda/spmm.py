@@ -15,7 +15,7 @@ from mixgrain.cuda.launch import kernel
 
 from ..activations import CODES as ACTIVATIONS
 from ..plans.plan import PartPlan, Plan, split
-from . import block, expand_sm90, nm, nm_within, panel, row, tile
+from . import block, block_few, expand_sm90, nm, nm_within, panel, row, tile
 from .finish import finish
 from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
@@ -99,6 +99,10 @@ def affine(
         check_dtypes("linear", values.dtype, x.dtype, dtype)
         bias = bias.contiguous()
         return tile.spmm(values, x, keep, keep_rows, parts[0], 1.0, dtype, False, bias)
+    if block_few.takes(parts, values, x, keep, dtype):
+        out = x.new_empty((*x.shape[:2], rows, x.shape[3]), dtype=dtype)
+        block_few.spmm(out, values, x, parts[0], 1.0, False, bias.contiguous())
+        return out
     wide = torch.float32
     out = _product("linear", values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
     return torch.add(out, bias.contiguous().view(1, 1, rows, 1)).to(dtype)
@@ -137,6 +141,10 @@ def activated(
     elif part.kind == "ctile":
         out = tile.spmm(values, right, keep, keep_rows, part, 1.0, x.dtype, False, bias, code)
         return out.mT.contiguous().view(free, tokens, shape[0])
+    elif block_few.takes(parts, values, right, keep, x.dtype):
+        out = x.new_empty((free, 1, tokens, shape[0]))
+        block_few.spmm(out.mT, values, right, part, 1.0, False, bias, code)
+        return out.view(free, tokens, shape[0])
     else:
         sums = _sums(values, right, keep, keep_rows, parts, shape[0], 1.0, wide, transposed=False)
     with together():
@@ -166,11 +174,41 @@ def _product(
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     if parts[0].kind == "ctile":
         return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
+    if block_few.takes(parts, values, x, keep, dtype):
+        out = x.new_empty(size, dtype=dtype)
+        block_few.spmm(out, values, x, parts[0], scale, transposed)
+        return out
     made = _sums(values, x, keep, keep_rows, parts, lines, scale, dtype, transposed)
     if len(parts) == 1:
         return made[0][..., :width].contiguous()
     with together():
         return _rounded(made, dtype)[..., :width].contiguous()
+
+
+def few(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    transposed: bool,
+    activation: int = 0,
+) -> Tensor | None:
+    """Rows of few tokens from (F, E, inner, T), (F, T, outer); None where ``block_few`` is not for.
+
+    The products of ``spmm``, ``affine`` and ``activated``, to the bit.
+    """
+    _, shape, _, parts = split(Plan(tensors, dims, name))
+    free, _, _, width = x.shape
+    outer = shape[1 if transposed else 0]
+    if 0 in (*x.shape, outer) or not block_few.takes(parts, values, x, keep, x.dtype):
+        return None
+    out = x.new_empty((free, 1, width, outer))
+    bias = None if bias is None else bias.contiguous()
+    block_few.spmm(out.mT, values, x, parts[0], 1.0, transposed, bias, activation)
+    return out.view(free, width, outer)
 
 
 def unrounded(

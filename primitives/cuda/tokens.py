@@ -40,6 +40,10 @@ def tokens(
     plan = Plan(tensors, dims, name)
     weights, rows = _shaped(values, (1, *values.shape)), _rows(x)
     mask, shape = _mask(keep), (*x.shape[:-1], dims[1])
+    code = 0 if activation is None else ACTIVATIONS[activation]
+    some = _few(weights, _columns(rows), bias, keep, plan, False, code)
+    if some is not None:
+        return some.view(*shape)
     if _turns(dims, name, rows):
         # Bias and activation join the sums before they are rounded.
         plain = "+" not in name and bias is None and activation is None
@@ -47,7 +51,6 @@ def tokens(
         given = _features(rows)
         sums = spmm.unrounded(weights, given, mask, keep_rows, *plan, 1.0, wide)
         bias = None if bias is None else bias.contiguous()
-        code = 0 if activation is None else ACTIVATIONS[activation]
         with together():
             out = finish(sums, bias, rows.shape[0], x.dtype, code)
         return out.view(*shape)
@@ -106,6 +109,8 @@ def token_gradients(
     if wanted[1] and one_by_one:
         dx = spmm.linear(weights, _shaped(above, (1, *above.shape)), None, *plan, True)
         made.append(dx.view(*x.shape))
+    elif wanted[1] and (dx := _few(weights, _columns(above), None, keep, plan, True)) is not None:
+        made.append(dx.view(*x.shape))
     elif wanted[1]:
         dx = spmm.spmm_t(weights, tops, *shared, x.dtype)
         made.append(_spread(dx[..., : rows.shape[0]].mT, tuple(x.shape)))
@@ -116,6 +121,21 @@ def token_gradients(
         )  # fmt: skip
         made.append(total.to(bias_dtype))
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def _few(
+    weights: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    plan: Plan,
+    transposed: bool,
+    activation: int = 0,
+) -> Tensor | None:
+    """Of blocks, with few tokens; see ``spmm.few``."""
+    if plan.name != "cblock":
+        return None
+    return spmm.few(weights, columns, bias, keep, *plan, transposed, activation)
 
 
 def direct(name: str, keep: Tensor | None) -> bool:

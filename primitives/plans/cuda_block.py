@@ -120,6 +120,30 @@ def unions(
     return table, records(running(counts), longest_first(counts)), blocks
 
 
+def pieces(
+    items: Tensor, bounds: Tensor, order: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
+    """Blocks of one entry in pieces of up to 32 inner positions, by their lines.
+
+    Args:
+        items: int32 (n, 4), of ``part``.
+        bounds: int32 (lines + 1,), row_ptr of ``part``; col_ptr for the transpose.
+        order: int32 (n,), t_items of ``part`` for the transpose, else None.
+        size: side of a block.
+
+    Returns:
+        int32 (lines + 1,) into the pieces, and the pieces int32 (p, 2): inner position / the depth
+        of a piece, first of its slots / 16.
+    """
+    deep = min(size, 32)
+    each, step = size // deep, deep * (1 if order is None else size) // 16
+    item = torch.arange(len(items), device=items.device) if order is None else order.long()
+    inner = items[:, 2].long() if order is None else items[item, 1].long()
+    at = torch.arange(each, device=items.device)
+    cells = [inner[:, None] * each + at, item[:, None] * (size * size // 16) + at * step]
+    return bounds * each, torch.stack(cells, -1).view(-1, 2).to(torch.int32)
+
+
 def lines_of(layout: BlockLayout) -> list[Tensor]:
     """The tensors items, row_ptr and row_order of ``part``."""
     nqb, _ = layout.block_shape
