@@ -16,11 +16,17 @@ from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_block, cuda_tile
 from ..plans.plan import PartPlan
-from .parts import CODES, MOST_MATRICES, activation_constant, aligned_values, ready
+from .parts import CODES, MOST_MATRICES, activation_constant, aligned_values, in_fours, ready
 from .tile_tables import HALVES, in_tokens
 
-# Tokens that these kernels are for.
-MOST = 64
+# Microseconds on an H200: for any such work, for an element that is kept, and for each of its
+# products by the size of a block; of the kernels for many columns, turns included, for any work and
+# for each step of a line, of blocks or unions of them, up to so many results a multiprocessor.
+START, STREAM, EACH = 5.5, 6.2e-7, {16: 3e-8, 32: 1.05e-8, 64: 1.05e-8, 128: 1.05e-8}
+WGMMA = {16: (12.0, 0.1), 32: (7.0, 0.175), 64: (6.0, 0.6), 128: (6.0, 1.25)}
+FULL = 15_000
+# Tokens that this kernel is for on devices without them; and on any, of whatever weight.
+MOST, WIDEST = 128, 1024
 
 
 class Cut(NamedTuple):
@@ -41,8 +47,24 @@ class Cut(NamedTuple):
     each: int
 
 
+SIZES = (16, 32, 64, 128)
+
+
+def cuts(size: int) -> tuple[Cut, ...]:
+    """The ways to cut work of blocks of this size."""
+    least = (Cut(1, 1, 8, 3, 2), Cut(1, 2, 8, 3, 2))
+    if size == 16:
+        return (*least, Cut(1, 4, 4, 3, 4))
+    return (*least, Cut(2, 2, 8, 3, 2), Cut(2, 4, 8, 1, 2), Cut(2, 8, 4, 1, 2))
+
+
 def takes(
-    parts: list[PartPlan], values: Tensor, x: Tensor, keep: Tensor | None, dtype: torch.dtype
+    parts: list[PartPlan],
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+    transposed: bool,
 ) -> bool:
     """Whether ``spmm`` is for this product.
 
@@ -52,33 +74,43 @@ def takes(
         x: (F, E, inner, D), any strides.
         keep: run-time mask or None.
         dtype: of the result.
+        transposed: multiply by the transpose.
     """
     part = parts[0]
     if len(parts) > 1 or part.kind != "cblock" or keep is not None or x.shape[1] > 1:
         return False
-    if x.dtype not in HALVES or values.dtype != x.dtype or dtype not in (x.dtype, torch.float32):
+    if x.dtype not in HALVES or values.dtype != x.dtype or dtype != x.dtype:
         return False
-    items, masks = part.tensors[0], part.tensors[6]
-    if not items.shape[0] or masks.shape[0] or part.starts[0] % 8:
+    items, masks, width = part.tensors[0], part.tensors[6], x.shape[3]
+    if not items.shape[0] or masks.shape[0] or part.starts[0] % 8 or width > WIDEST:
         return False
-    width = x.shape[3]
-    if not (in_tokens(x) or width == 1) or not ready(x, 2, 3) or x.shape[2] % 8:
+    if not in_tokens(x) or not ready(x, 2, 3) or (width > 1 and x.stride(3) >= 1 << 30):
         return False
-    if width > 1 and x.stride(3) >= 1 << 30:
-        return False
-    return width <= MOST
+    return faster(part, facts(x.device.index).multiprocessors, width, transposed)
+
+
+def faster(part: PartPlan, several: int, width: int, transposed: bool) -> bool:
+    """Whether it takes less time than the kernels for many columns; the same for any F."""
+    (size,), tensors = part.scalars, part.tensors
+    if len(tensors) <= 10:  # those of other devices
+        return width <= MOST
+    table, lines = (len(t) for t in (tensors[12:14] if transposed else tensors[10:12]))
+    kept = len(tensors[0]) * size * size
+    rows = lines * (size if size >= 64 else cuda_block.UNION_ROWS)
+    fixed, step = WGMMA[size]
+    many = fixed + step * table / lines * max(1.0, width * rows / (FULL * several))
+    return START + kept * (STREAM + EACH[size] * width) < many
 
 
 def cut(several: int, size: int, lines: int, width: int) -> Cut:
-    """How the work of ``lines`` lines of blocks is cut; as measured on an H200."""
-    if width <= 8:
-        return Cut(1, 1, 8, 3, 2)
+    """How the work of ``lines`` lines of blocks is cut, one of ``cuts``; as measured on an H200."""
+    first, second, *more = cuts(size)
     strips = lines * (size // 32)
+    if width <= 8:
+        return first
     if width <= 16:
-        return Cut(2 if 2 * strips >= 3 * several else 1, 2, 8, 3, 2)
-    if size == 16:
-        return Cut(1, 4, 4, 3, 4)
-    return Cut(2, 4, 8, 1, 2) if strips * -(-width // 32) <= 4 * several else Cut(2, 8, 4, 1, 2)
+        return more[0] if size > 16 and 2 * strips >= 3 * several else second
+    return more[-1] if size == 16 or strips * -(-width // 32) > 4 * several else more[1]
 
 
 def spmm(
@@ -115,8 +147,7 @@ def spmm(
         ("few", transposed, how.warps, how.ahead),
         lambda: _tables(items, bounds, order, size, how),
     )
-    quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
-    run = kernel(few_request(size, how, x.dtype, out.dtype, transposed, activation), x.device.index)
+    run = kernel(few_request(size, how, x.dtype, transposed, activation), x.device.index)
     grid = (lines * (size // (16 * how.strips)), -(-width // (8 * how.blocks)))
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
@@ -134,7 +165,7 @@ def spmm(
                 0 if bias is None else bias.data_ptr(),
                 to.data_ptr(),
                 *(np.int64(to.stride(d)) for d in (0, 2, 3)),
-                np.int32(quads),
+                np.int32(in_fours(out)),
                 np.int32(rows),
                 np.int32(width),
             ),
@@ -150,7 +181,7 @@ def _tables(
 
 @functools.lru_cache(maxsize=256)
 def few_request(
-    size: int, how: Cut, dtype: torch.dtype, out: torch.dtype, transposed: bool, activation: int = 0
+    size: int, how: Cut, dtype: torch.dtype, transposed: bool, activation: int = 0
 ) -> Request:
     """The kernel."""
     constants = {
@@ -161,7 +192,6 @@ def few_request(
         "AHEAD": how.ahead,
         "EACH": how.each,
         "DTYPE": CODES[dtype],
-        "OUT": CODES[out],
         "TRANSPOSED": int(transposed),
     }
     constants |= activation_constant(activation)

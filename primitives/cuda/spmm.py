@@ -16,6 +16,7 @@ from mixgrain.cuda.launch import kernel
 from ..activations import CODES as ACTIVATIONS
 from ..plans.plan import PartPlan, Plan, split
 from . import block, block_few, expand_sm90, nm, nm_within, panel, row, tile
+from .block_sm90 import Tokens
 from .finish import finish
 from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
@@ -99,7 +100,7 @@ def affine(
         check_dtypes("linear", values.dtype, x.dtype, dtype)
         bias = bias.contiguous()
         return tile.spmm(values, x, keep, keep_rows, parts[0], 1.0, dtype, False, bias)
-    if block_few.takes(parts, values, x, keep, dtype):
+    if block_few.takes(parts, values, x, keep, dtype, False):
         out = x.new_empty((*x.shape[:2], rows, x.shape[3]), dtype=dtype)
         block_few.spmm(out, values, x, parts[0], 1.0, False, bias.contiguous())
         return out
@@ -136,15 +137,14 @@ def activated(
     right = x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
     if part.kind in nm.KINDS and keep is None:
         return nm.linear(values, x, bias, part, shape, False, code)
+    rows = rows_of_tokens(values, right, bias, keep, tensors, dims, name, False, code)
+    if rows is not None:
+        return rows
     if part.kind in nm.KINDS and not within(part):
         sums = [nm.product(values, right, keep, keep_rows, part, shape, 1.0, wide, False)]
     elif part.kind == "ctile":
         out = tile.spmm(values, right, keep, keep_rows, part, 1.0, x.dtype, False, bias, code)
         return out.mT.contiguous().view(free, tokens, shape[0])
-    elif block_few.takes(parts, values, right, keep, x.dtype):
-        out = x.new_empty((free, 1, tokens, shape[0]))
-        block_few.spmm(out.mT, values, right, part, 1.0, False, bias, code)
-        return out.view(free, tokens, shape[0])
     else:
         sums = _sums(values, right, keep, keep_rows, parts, shape[0], 1.0, wide, transposed=False)
     with together():
@@ -174,7 +174,7 @@ def _product(
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     if parts[0].kind == "ctile":
         return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
-    if block_few.takes(parts, values, x, keep, dtype):
+    if block_few.takes(parts, values, x, keep, dtype, transposed):
         out = x.new_empty(size, dtype=dtype)
         block_few.spmm(out, values, x, parts[0], scale, transposed)
         return out
@@ -185,7 +185,7 @@ def _product(
         return _rounded(made, dtype)[..., :width].contiguous()
 
 
-def few(
+def rows_of_tokens(
     values: Tensor,
     x: Tensor,
     bias: Tensor | None,
@@ -196,18 +196,25 @@ def few(
     transposed: bool,
     activation: int = 0,
 ) -> Tensor | None:
-    """Rows of few tokens from (F, E, inner, T), (F, T, outer); None where ``block_few`` is not for.
+    """(F, T, outer) from (F, 1, inner, T), all rows of tokens; None where no kernel does it so.
 
     The products of ``spmm``, ``affine`` and ``activated``, to the bit.
     """
     _, shape, _, parts = split(Plan(tensors, dims, name))
     free, _, _, width = x.shape
     outer = shape[1 if transposed else 0]
-    if 0 in (*x.shape, outer) or not block_few.takes(parts, values, x, keep, x.dtype):
+    if 0 in (*x.shape, outer) or len(parts) != 1 or x.shape[1] > 1 or keep is not None:
+        return None
+    few = block_few.takes(parts, values, x, keep, x.dtype, transposed)
+    if not few and not block.takes_tokens(values, x, parts[0], outer):
         return None
     out = x.new_empty((free, 1, width, outer))
     bias = None if bias is None else bias.contiguous()
-    block_few.spmm(out.mT, values, x, parts[0], 1.0, transposed, bias, activation)
+    if few:
+        block_few.spmm(out.mT, values, x, parts[0], 1.0, transposed, bias, activation)
+    else:
+        end = Tokens(bias, activation)
+        block.tokens(out.mT, aligned_values(values), x, parts[0], transposed, end)
     return out.view(free, width, outer)
 
 

@@ -41,7 +41,7 @@ def tokens(
     weights, rows = _shaped(values, (1, *values.shape)), _rows(x)
     mask, shape = _mask(keep), (*x.shape[:-1], dims[1])
     code = 0 if activation is None else ACTIVATIONS[activation]
-    some = _few(weights, _columns(rows), bias, keep, plan, False, code)
+    some = _direct(weights, _columns(rows), bias, keep, plan, False, code)
     if some is not None:
         return some.view(*shape)
     if _turns(dims, name, rows):
@@ -100,16 +100,18 @@ def token_gradients(
     plan = Plan(tensors, dims, name)
     weights, rows, above = _shaped(values, (1, *values.shape)), _rows(x), _rows(grad)
     one_by_one = direct(name, keep)
-    turns = _turns(dims, name, rows, above)
-    columns, tops = (_features(t) if turns else _columns(t) for t in (rows, above))
+    turned = _features if _turns(dims, name, rows, above) else _columns
+    dx = None
+    if wanted[1] and one_by_one:
+        dx = spmm.linear(weights, _shaped(above, (1, *above.shape)), None, *plan, True)
+    elif wanted[1]:
+        dx = _direct(weights, _columns(above), None, keep, plan, True)
+    tops = turned(above) if wanted[0] or (wanted[1] and dx is None) else above
     shared = (_mask(keep), keep_rows, *plan, 1.0)
     made: list[Tensor] = []
     if wanted[0]:
-        made.append(sddmm.sddmm(tops, columns, *shared, values.dtype).view(*values.shape))
-    if wanted[1] and one_by_one:
-        dx = spmm.linear(weights, _shaped(above, (1, *above.shape)), None, *plan, True)
-        made.append(dx.view(*x.shape))
-    elif wanted[1] and (dx := _few(weights, _columns(above), None, keep, plan, True)) is not None:
+        made.append(sddmm.sddmm(tops, turned(rows), *shared, values.dtype).view(*values.shape))
+    if dx is not None:
         made.append(dx.view(*x.shape))
     elif wanted[1]:
         dx = spmm.spmm_t(weights, tops, *shared, x.dtype)
@@ -123,7 +125,7 @@ def token_gradients(
     return made[0] if len(made) == 1 else tuple(made)
 
 
-def _few(
+def _direct(
     weights: Tensor,
     columns: Tensor,
     bias: Tensor | None,
@@ -132,10 +134,10 @@ def _few(
     transposed: bool,
     activation: int = 0,
 ) -> Tensor | None:
-    """Of blocks, with few tokens; see ``spmm.few``."""
+    """Of blocks; see ``spmm.rows_of_tokens``."""
     if plan.name != "cblock":
         return None
-    return spmm.few(weights, columns, bias, keep, *plan, transposed, activation)
+    return spmm.rows_of_tokens(weights, columns, bias, keep, *plan, transposed, activation)
 
 
 def direct(name: str, keep: Tensor | None) -> bool:

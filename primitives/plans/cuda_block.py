@@ -120,9 +120,7 @@ def unions(
     return table, records(running(counts), longest_first(counts)), blocks
 
 
-def pieces(
-    items: Tensor, bounds: Tensor, order: Tensor | None, size: int
-) -> tuple[Tensor, Tensor]:
+def pieces(items: Tensor, bounds: Tensor, order: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """Blocks of one entry in pieces of up to 32 inner positions, by their lines.
 
     Args:

@@ -1,0 +1,126 @@
+"""Layers of blocks on rows of tokens: their plans, and which kernels they ask for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mixgrain.cuda import device
+from mixgrain.cuda.device import pretending
+from mixgrain.cuda.recording import Recording, recorded
+from mixgrain.cuda.steps import Launch
+from mixgrain.formats import patterns as P
+from mixgrain.formats.block import BlockLayout
+from mixgrain.formats.sparse import SparseTensor
+from mixgrain.primitives.cuda import block_few, block_sm90, launch_code
+from mixgrain.primitives.cuda.calls import describe
+from mixgrain.primitives.dispatch import TABLE
+from mixgrain.primitives.plans import cuda_block
+
+HALF = torch.float16
+
+
+def weight(rows: int, columns: int, size: int, d: float) -> BlockLayout:
+    g = torch.Generator().manual_seed(0)
+    kept = torch.rand(-(-rows // size), -(-columns // size), generator=g) < d
+    return P.blocks(kept, size).to_layout("block", rows, columns, size=size)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", block_few.SIZES)
+def test_pieces_are_all_blocks(size, transposed):
+    """Every element once, in the order of inner positions."""
+    layout = weight(4 * size, 6 * size, size, 0.5)
+    part = cuda_block.part(layout)
+    items, row_ptr, _, t_items, col_ptr = part.tensors[:5]
+    ends, order = (col_ptr, t_items) if transposed else (row_ptr, None)
+    bounds, cells = cuda_block.pieces(items, ends, order, size)
+    deep = min(size, 32)
+    values = torch.arange(1.0, layout.slots + 1)
+    dense = SparseTensor(layout, values).to_dense()
+    dense = dense.T if transposed else dense
+    found = torch.zeros_like(dense)
+    for line in range(len(bounds) - 1):
+        mine = cells[bounds[line] : bounds[line + 1]]
+        assert (mine[1:, 0] > mine[:-1, 0]).all()
+        for inner, first in mine.tolist():
+            at = torch.arange(deep)[None] * (size if transposed else 1)
+            at = first * 16 + at + torch.arange(size)[:, None] * (1 if transposed else size)
+            to = found[line * size : (line + 1) * size, inner * deep : (inner + 1) * deep]
+            assert not to.any()
+            to.copy_(values[at])
+    assert torch.equal(found, dense)
+
+
+def asked(layout: BlockLayout, tokens: int, arch: str, name: str = "tokens") -> list[str]:
+    """Names of the kernels of one layer, or of the gradient of what goes in, on an H200."""
+    rows, columns = layout.shape
+    values, x, y = (
+        torch.empty(*n, dtype=HALF, device="meta")
+        for n in ((layout.slots,), (tokens, columns), (tokens, rows))
+    )
+    with pretending(arch):
+        device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
+        plan = TABLE["linear"][BlockLayout]["cuda"](layout)
+        recording = Recording(0)
+        given = (values, x, None, *plan, None, False, None)
+        if name == "token_gradients":
+            given = (values, x, y, *plan, None, False, (False, True, False), HALF)
+        with recorded(recording):
+            launch_code(name)(*describe(recording, given))
+    return [step.kernel.wanted.name for step in recording.steps if isinstance(step, Launch)]
+
+
+TURNED = ["turn", "spmm_block", "spmm_finish"]
+
+
+@pytest.mark.parametrize("name", ["tokens", "token_gradients"])
+@pytest.mark.parametrize(
+    ("shape", "size", "d", "tokens", "hopper", "other"),
+    [
+        ((4096, 4096), 64, 0.2, 1, ["spmm_block_few"], ["spmm_block_few"]),
+        ((4096, 4096), 64, 0.2, 64, ["spmm_block_few"], ["spmm_block_few"]),
+        ((4096, 4096), 64, 0.2, 256, ["spmm_block_sm90"], TURNED),
+        ((4096, 4096), 64, 0.2, 4096, ["spmm_pair_sm90"], TURNED),
+        ((4096, 4096), 64, 0.05, 4096, ["spmm_block_sm90"], TURNED),
+        ((8192, 8192), 64, 0.2, 16, ["spmm_block_few"], ["spmm_block_few"]),
+        ((8192, 8192), 64, 0.2, 128, ["spmm_block_sm90"], ["spmm_block_few"]),
+        ((4096, 4096), 128, 0.2, 16, ["spmm_block_few"], ["spmm_block_few"]),
+        ((4096, 4096), 128, 0.2, 512, ["spmm_block_sm90"], TURNED),
+        ((4096, 4096), 32, 0.2, 128, ["spmm_block_few"], ["spmm_block_few"]),
+        ((4096, 4096), 32, 0.2, 1024, ["spmm_union_sm90"], TURNED),
+        ((2048, 2048), 16, 0.2, 16, ["spmm_block_few"], ["spmm_block_few"]),
+        ((2048, 2048), 16, 0.2, 1024, ["turn", "spmm_union_sm90", "spmm_finish"], TURNED),
+        # Blocks that hang over the edge have dead elements.
+        ((1000, 1000), 64, 0.5, 16, ["spmm_block_sm90"], TURNED),
+        # Rows that 16-byte copies cannot read or write.
+        ((1001, 1001), 64, 0.5, 16, ["turn", "spmm_block_sm90", "spmm_finish"], TURNED),
+    ],
+)
+def test_the_kernels_of_a_layer(shape, size, d, tokens, hopper, other, name):
+    layout = weight(*shape, size, d)
+    for arch, expected in (("90a", hopper), ("80", other)):
+        found = asked(layout, tokens, arch, name)
+        if name == "token_gradients":  # torch writes rows of tokens
+            expected = expected[:-1] if expected[-1] == "spmm_finish" else expected
+        assert found == expected, arch
+
+
+def test_cuts_are_known():
+    """What is chosen is in the list that is compiled ahead."""
+    for size in block_few.SIZES:
+        known = block_few.cuts(size)
+        found = {
+            block_few.cut(132, size, lines, width)
+            for lines in (1, 40, 128, 1000)
+            for width in (1, 8, 9, 16, 17, 64, 65, 500)
+        }
+        assert found == set(known)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_large_tiles_where_there_are_many(size):
+    widths = [block_sm90.token_tile(132, size, 64, width).across for width in (8, 64, 256, 8192)]
+    assert widths == sorted(widths) and widths[0] == 64 and widths[-1] == 256
+    # The number of matrices counts: it changes nothing of the sums.
+    assert block_sm90.token_tile(132, size, 64 * 1000, 256).across == 256
