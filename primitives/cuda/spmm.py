@@ -15,7 +15,7 @@ from mixgrain.cuda.launch import kernel
 
 from ..activations import CODES as ACTIVATIONS
 from ..plans.plan import PartPlan, Plan, split
-from . import block, block_few, expand_sm90, nm, nm_within, panel, row, tile
+from . import block, block_few, expand_sm90, nm, nm_within, panel, row, row_few, tile
 from .block_sm90 import Tokens
 from .finish import finish
 from .nm_parts import within
@@ -104,6 +104,10 @@ def affine(
         out = x.new_empty((*x.shape[:2], rows, x.shape[3]), dtype=dtype)
         block_few.spmm(out, values, x, parts[0], 1.0, False, bias.contiguous())
         return out
+    if row_few.takes(parts, values, x, keep, dtype):
+        made = x.new_empty((x.shape[0], 1, x.shape[3], rows))
+        row_few.spmm(made, values, x, parts[0], 1.0, bias.contiguous())
+        return made.mT.contiguous()
     wide = torch.float32
     out = _product("linear", values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
     return torch.add(out, bias.contiguous().view(1, 1, rows, 1)).to(dtype)
@@ -178,6 +182,10 @@ def _product(
         out = x.new_empty(size, dtype=dtype)
         block_few.spmm(out, values, x, parts[0], scale, transposed)
         return out
+    if not transposed and row_few.takes(parts, values, x, keep, dtype):
+        rows = x.new_empty((x.shape[0], 1, width, lines))
+        row_few.spmm(rows, values, x, parts[0], scale)
+        return rows.mT.contiguous()
     made = _sums(values, x, keep, keep_rows, parts, lines, scale, dtype, transposed)
     if len(parts) == 1:
         return made[0][..., :width].contiguous()
@@ -206,11 +214,14 @@ def rows_of_tokens(
     if 0 in (*x.shape, outer) or len(parts) != 1 or x.shape[1] > 1 or keep is not None:
         return None
     few = block_few.takes(parts, values, x, keep, x.dtype, transposed)
-    if not few and not block.takes_tokens(values, x, parts[0], outer):
+    by_rows = not transposed and row_few.takes(parts, values, x, keep, x.dtype)
+    if not (few or by_rows or block.takes_tokens(values, x, parts[0], outer)):
         return None
     out = x.new_empty((free, 1, width, outer))
     bias = None if bias is None else bias.contiguous()
-    if few:
+    if by_rows:
+        row_few.spmm(out, values, x, parts[0], 1.0, bias, activation)
+    elif few:
         block_few.spmm(out.mT, values, x, parts[0], 1.0, transposed, bias, activation)
     else:
         end = Tokens(bias, activation)

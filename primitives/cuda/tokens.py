@@ -134,8 +134,8 @@ def _direct(
     transposed: bool,
     activation: int = 0,
 ) -> Tensor | None:
-    """Of blocks; see ``spmm.rows_of_tokens``."""
-    if plan.name != "cblock":
+    """Of blocks or rows; see ``spmm.rows_of_tokens``."""
+    if plan.name not in ("cblock", "crow"):
         return None
     return spmm.rows_of_tokens(weights, columns, bias, keep, *plan, transposed, activation)
 

@@ -27,7 +27,7 @@ from ..blank import nm_layout
 from ..dispatch import TABLE
 from ..plans import nm
 from ..plans.plan import Plan
-from . import block_few, block_sm90, launch_code, pair_sm90, union_sm90
+from . import block_few, block_sm90, launch_code, pair_sm90, row_few, union_sm90
 from .calls import describe
 from .parts import MOST_MATRICES
 
@@ -176,7 +176,9 @@ def _layer_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
-    """Kernels of layers of blocks on rows of tokens, for devices of any size."""
+    """Kernels of layers of blocks and rows on rows of tokens, for devices of any size."""
+    for tokens in row_few.TOKENS:
+        yield row_few.few_request(tokens, dtype)
     for transposed in (False, True):
         for size in block_few.SIZES:
             for how in block_few.cuts(size):

@@ -38,6 +38,7 @@ EVERYWHERE = {
     "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
     "spmm_tile", "spmm_tile_few", "sddmm_tile", "tile_order", "turn", "spmm_finish",
+    "spmm_block_few", "spmm_row_few",
 }  # fmt: skip
 # Asked for where there is nothing better.
 ELSEWHERE = {"spmm_nm"}

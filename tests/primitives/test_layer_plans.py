@@ -1,4 +1,4 @@
-"""Layers of blocks on rows of tokens: their plans, and which kernels they ask for."""
+"""Layers of blocks and rows on rows of tokens: plans, and which kernels they ask for."""
 
 import dataclasses
 
@@ -11,11 +11,13 @@ from mixgrain.cuda.recording import Recording, recorded
 from mixgrain.cuda.steps import Launch
 from mixgrain.formats import patterns as P
 from mixgrain.formats.block import BlockLayout
+from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
-from mixgrain.primitives.cuda import block_few, block_sm90, launch_code
+from mixgrain.formats.sparsify import sparsify
+from mixgrain.primitives.cuda import block_few, block_sm90, launch_code, row_few
 from mixgrain.primitives.cuda.calls import describe
 from mixgrain.primitives.dispatch import TABLE
-from mixgrain.primitives.plans import cuda_block
+from mixgrain.primitives.plans import cuda_block, cuda_row
 
 HALF = torch.float16
 
@@ -52,7 +54,44 @@ def test_pieces_are_all_blocks(size, transposed):
     assert torch.equal(found, dense)
 
 
-def asked(layout: BlockLayout, tokens: int, arch: str, name: str = "tokens") -> list[str]:
+def entries(rows: int, columns: int, d: float) -> SparseTensor:
+    g = torch.Generator().manual_seed(0)
+    kept = torch.rand(rows, columns, generator=g) < d
+    kept[::5], kept[rows // 2] = False, True
+    return sparsify(kept.double(), "row")
+
+
+@pytest.mark.parametrize("ctas", [1, 3, 16])
+def test_rows_are_dealt(ctas):
+    """Each to one warp, the longest first and to different CTAs, with its own entries."""
+    w = entries(300, 1500, 0.3)
+    part = cuda_row.part(w.layout)
+    dealt = cuda_row.dealt_rows(part.tensors[1], 300, ctas, 8)
+    assert dealt.shape == (-(-300 // (8 * ctas)), ctas, 8, 4)
+    in_turn = dealt.transpose(1, 2).reshape(-1, 4)
+    assert (in_turn[300:, 0] == -1).all() and (in_turn[300:, 1:] == 0).all()
+    records = in_turn[:300].tolist()
+    assert sorted(row for row, *_ in records) == list(range(300))
+    lengths = [length for *_, length in records]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] == 1500
+    columns, dense = part.tensors[0], w.to_dense()
+    for row, eight, rest, length in records:
+        start = 8 * eight + rest
+        assert 0 <= rest < 8
+        assert torch.equal(columns[start : start + length], dense[row].nonzero()[:, 0].int())
+
+
+def test_places_exchange_eight():
+    for count in (1, 8, 1003):
+        columns = torch.arange(65_528, dtype=torch.int32)[-count:]
+        places = cuda_row.places(columns)
+        assert places.dtype == torch.int16 and len(places) % 8 == 0
+        found = places[:count].int() & 0xFFFF
+        assert torch.equal(found // 8, columns // 8)
+        assert torch.equal(found ^ (found // 8 % 8), columns)
+
+
+def asked(layout: Layout, tokens: int, arch: str, name: str = "tokens") -> list[str]:
     """Names of the kernels of one layer, or of the gradient of what goes in, on an H200."""
     rows, columns = layout.shape
     values, x, y = (
@@ -61,7 +100,7 @@ def asked(layout: BlockLayout, tokens: int, arch: str, name: str = "tokens") -> 
     )
     with pretending(arch):
         device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
-        plan = TABLE["linear"][BlockLayout]["cuda"](layout)
+        plan = TABLE["linear"][type(layout)]["cuda"](layout)
         recording = Recording(0)
         given = (values, x, None, *plan, None, False, None)
         if name == "token_gradients":
@@ -91,6 +130,9 @@ TURNED = ["turn", "spmm_block", "spmm_finish"]
         ((4096, 4096), 32, 0.2, 1024, ["spmm_union_sm90"], TURNED),
         ((2048, 2048), 16, 0.2, 16, ["spmm_block_few"], ["spmm_block_few"]),
         ((2048, 2048), 16, 0.2, 1024, ["turn", "spmm_union_sm90", "spmm_finish"], TURNED),
+        # A grid counts tiles of columns in 16 bits.
+        ((128, 128), 64, 1.0, 600_000, ["spmm_block_sm90"], TURNED),
+        ((32, 32), 16, 1.0, 600_000, ["turn", "spmm_union_sm90", "spmm_finish"], TURNED),
         # Blocks that hang over the edge have dead elements.
         ((1000, 1000), 64, 0.5, 16, ["spmm_block_sm90"], TURNED),
         # Rows that 16-byte copies cannot read or write.
@@ -104,6 +146,22 @@ def test_the_kernels_of_a_layer(shape, size, d, tokens, hopper, other, name):
         if name == "token_gradients":  # torch writes rows of tokens
             expected = expected[:-1] if expected[-1] == "spmm_finish" else expected
         assert found == expected, arch
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("columns", [1024, 20_000, 1020])
+def test_few_tokens_of_rows(columns, arch):
+    """Up to 16 that shared memory holds in two turns; rows that 16-byte loads read."""
+    layout = entries(64, columns, 0.1).layout
+    for tokens in (1, 2, 4, 8, 9, 16, 17):
+        found = asked(layout, tokens, arch)
+        with pretending(arch):
+            room = device.facts(0).shared_bytes - 2048
+        fits = [n for n in row_few.TOKENS if row_few.shared(columns, n) <= room]
+        if columns % 8 == 0 and tokens <= 16 and 2 * fits[-1] >= tokens:
+            assert found == ["spmm_row_few"]
+        else:
+            assert "spmm_row_few" not in found
 
 
 def test_cuts_are_known():
