@@ -60,7 +60,12 @@ def takes(
     if x.dtype not in HALVES or values.dtype != x.dtype or dtype != x.dtype or part.starts[0]:
         return False
     _, _, inner, width = x.shape
-    if width > MOST or inner % 8 or inner > MOST_INNER or part.tensors[0].numel() >= 1 << 31:
+    if (
+        not 0 < width <= MOST
+        or inner % 8
+        or inner > MOST_INNER
+        or part.tensors[0].numel() >= 1 << 31
+    ):
         return False
     if not in_tokens(x) or not ready(x, 2, 3):
         return False

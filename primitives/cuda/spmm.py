@@ -96,18 +96,14 @@ def affine(
     """(F, slots) times (F, E, nk, D) plus (nq,) -> (F, E, nq, D); the bias joins the sums."""
     plan = Plan(tensors, dims, name)
     _, (rows, _), _, parts = split(plan)
-    if parts and parts[0].kind == "ctile" and 0 not in (x.shape[0], rows, x.shape[3]):
-        check_dtypes("linear", values.dtype, x.dtype, dtype)
-        bias = bias.contiguous()
-        return tile.spmm(values, x, keep, keep_rows, parts[0], 1.0, dtype, False, bias)
-    if block_few.takes(parts, values, x, keep, dtype, False):
-        out = x.new_empty((*x.shape[:2], rows, x.shape[3]), dtype=dtype)
-        block_few.spmm(out, values, x, parts[0], 1.0, False, bias.contiguous())
-        return out
-    if row_few.takes(parts, values, x, keep, dtype):
-        made = x.new_empty((x.shape[0], 1, x.shape[3], rows))
-        row_few.spmm(made, values, x, parts[0], 1.0, bias.contiguous())
-        return made.mT.contiguous()
+    if parts and 0 not in (*x.shape, rows):
+        part, more = parts[0], bias.contiguous()
+        if part.kind == "ctile":
+            check_dtypes("linear", values.dtype, x.dtype, dtype)
+            return tile.spmm(values, x, keep, keep_rows, part, 1.0, dtype, False, more)
+        made = _few(values, x, keep, parts, rows, 1.0, dtype, False, more)
+        if made is not None:
+            return made
     wide = torch.float32
     out = _product("linear", values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
     return torch.add(out, bias.contiguous().view(1, 1, rows, 1)).to(dtype)
@@ -178,19 +174,38 @@ def _product(
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     if parts[0].kind == "ctile":
         return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
-    if block_few.takes(parts, values, x, keep, dtype, transposed):
-        out = x.new_empty(size, dtype=dtype)
-        block_few.spmm(out, values, x, parts[0], scale, transposed)
-        return out
-    if not transposed and row_few.takes(parts, values, x, keep, dtype):
-        rows = x.new_empty((x.shape[0], 1, width, lines))
-        row_few.spmm(rows, values, x, parts[0], scale)
-        return rows.mT.contiguous()
+    few = _few(values, x, keep, parts, lines, scale, dtype, transposed, None)
+    if few is not None:
+        return few
     made = _sums(values, x, keep, keep_rows, parts, lines, scale, dtype, transposed)
     if len(parts) == 1:
         return made[0][..., :width].contiguous()
     with together():
         return _rounded(made, dtype)[..., :width].contiguous()
+
+
+def _few(
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    parts: list[PartPlan],
+    lines: int,
+    scale: float,
+    dtype: torch.dtype,
+    transposed: bool,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """The product by the kernels of blocks or rows for few tokens; None where there is none."""
+    free, entries, _, width = x.shape
+    if block_few.takes(parts, values, x, keep, dtype, transposed):
+        out = x.new_empty((free, entries, lines, width))
+        block_few.spmm(out, values, x, parts[0], scale, transposed, bias)
+        return out
+    if not transposed and row_few.takes(parts, values, x, keep, dtype):
+        out = x.new_empty((free, entries, width, lines))
+        row_few.spmm(out, values, x, parts[0], scale, bias)
+        return out.mT.contiguous()
+    return None
 
 
 def rows_of_tokens(
