@@ -15,8 +15,8 @@ from torch import Tensor
 from mixgrain.cuda.recording import strides_of
 
 from ..activations import CODES as ACTIVATIONS
-from ..plans.plan import Plan
-from . import sddmm, spmm, turn
+from ..plans.plan import Plan, split
+from . import block_weights_sm90, sddmm, spmm, turn
 from .finish import finish
 from .nm import KINDS
 from .parts import CODES, together
@@ -106,11 +106,15 @@ def token_gradients(
         dx = spmm.linear(weights, _shaped(above, (1, *above.shape)), None, *plan, True)
     elif wanted[1]:
         dx = _direct(weights, _columns(above), None, keep, plan, True)
-    tops = turned(above) if wanted[0] or (wanted[1] and dx is None) else above
-    shared = (_mask(keep), keep_rows, *plan, 1.0)
+    mask, left, right = _mask(keep), _columns(above), _columns(rows)
+    plain = wanted[0] and _by_tokens(plan, left, right, mask, values.dtype)
+    turns = (wanted[0] and not plain) or (wanted[1] and dx is None)
+    tops = turned(above) if turns else left
+    shared = (mask, keep_rows, *plan, 1.0)
     made: list[Tensor] = []
     if wanted[0]:
-        made.append(sddmm.sddmm(tops, turned(rows), *shared, values.dtype).view(*values.shape))
+        one, other = (left, right) if plain else (tops, turned(rows))
+        made.append(sddmm.sddmm(one, other, *shared, values.dtype).view(*values.shape))
     if dx is not None:
         made.append(dx.view(*x.shape))
     elif wanted[1]:
@@ -138,6 +142,16 @@ def _direct(
     if plan.name not in ("cblock", "crow"):
         return None
     return spmm.rows_of_tokens(weights, columns, bias, keep, *plan, transposed, activation)
+
+
+def _by_tokens(
+    plan: Plan, left: Tensor, right: Tensor, keep: Tensor | None, dtype: torch.dtype
+) -> bool:
+    """Whether the gradient of the values is best made from rows of tokens as they are."""
+    if plan.name != "cblock" or 0 in (*left.shape, *right.shape):
+        return False
+    parts = split(plan)[3]
+    return len(parts) == 1 and block_weights_sm90.takes(parts[0], left, right, keep, dtype)
 
 
 def direct(name: str, keep: Tensor | None) -> bool:

@@ -27,7 +27,15 @@ from ..blank import nm_layout
 from ..dispatch import TABLE
 from ..plans import nm
 from ..plans.plan import Plan
-from . import block_few, block_sm90, launch_code, pair_sm90, row_few, union_sm90
+from . import (
+    block_few,
+    block_sm90,
+    block_weights_sm90,
+    launch_code,
+    pair_sm90,
+    row_few,
+    union_sm90,
+)
 from .calls import describe
 from .parts import MOST_MATRICES
 
@@ -194,6 +202,8 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
         for partial in (False, True):  # asked for by large products only
             yield pair_sm90.spmm_request(dtype, transposed, partial)
         yield pair_sm90.spmm_request(dtype, transposed, False, end)
+    for size in block_sm90.TOKEN_CUTS if arch == "90a" else ():
+        yield block_weights_sm90.sddmm_request(size, dtype)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:
