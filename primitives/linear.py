@@ -24,10 +24,10 @@ def linear(
 ) -> Tensor:
     """Product x @ w.T + bias with a sparse weight; otherwise ``torch.nn.functional.linear``.
 
-    With an activation it is that function of the sums and the bias, rounded once. On CUDA tiles and
-    N:M need no other kernel for it; other layouts have one that adds the bias, too. Where gradients
-    are recorded it is torch's own function of linear(x, w, bias), which is rounded and kept for
-    them. The two agree within rounding.
+    With an activation it is that function of the sums and the bias, rounded once. On CUDA tiles,
+    N:M and mostly blocks need no other kernel for it; other layouts have one that adds the bias,
+    too. Where gradients are recorded it is torch's own function of linear(x, w, bias), which is
+    rounded and kept for them. The two agree within rounding.
 
     Args:
         x: (..., n_in), float16, bfloat16, float32 or float64.

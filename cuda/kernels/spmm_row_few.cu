@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const int token0 = blockIdx.y * kTokens, tokens = min(kTokens, width - token0);
     const i64 f = blockIdx.z;
     const u8 *const weights = reinterpret_cast<const u8 *>(values + f * slots);
-    const bool aligned = f * slots % 8 == 0;
+    const bool aligned = reinterpret_cast<u64>(weights) % 16 == 0;
 
     auto record = [&](int round) {
         return __ldg(rows_of + (static_cast<i64>(round) * gridDim.x + blockIdx.x) * kWarps + warp);

@@ -44,10 +44,6 @@ class Tokens(NamedTuple):
     bias: Tensor | None
     activation: int
 
-    def constants(self) -> dict[str, int]:
-        """Of a request."""
-        return {"TOKENS": 1, **activation_constant(self.activation)}
-
 
 def operand_map(t: Tensor, rows: int, columns: int = 64) -> np.ndarray:
     """(F, E, N, D), any strides but the last, in boxes of columns × rows."""
@@ -165,7 +161,7 @@ def spmm(
     device = x.device.index
     across = -(-width // cut.across)
     several = several if cut.alone else 0
-    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial, tokens), device)
+    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial, end_of(tokens)), device)
     shared = cut.shared(size, tokens is not None)
     for start in range(0, free, step := max(1, TILES // (lines * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
@@ -198,6 +194,16 @@ def spmm(
 def right_map(x: Tensor, depth: int, across: int, tokens: Tokens | None) -> np.ndarray:
     """X (F, E, inner, D) in boxes of ``depth`` inner positions × 64 columns, or × tokens."""
     return operand_map(x.mT, min(across, 256), depth) if tokens else operand_map(x, depth)
+
+
+def end_of(tokens: Tokens | None) -> int | None:
+    """What of it a request depends on: the activation."""
+    return None if tokens is None else tokens.activation
+
+
+def token_constants(activation: int | None) -> dict[str, int]:
+    """Constants of a request for rows of tokens, which None is not."""
+    return {} if activation is None else {"TOKENS": 1, **activation_constant(activation)}
 
 
 def bias_of(tokens: Tokens | None) -> Argument:
@@ -351,7 +357,7 @@ def spmm_request(
     cut: Cut,
     transposed: bool,
     partial: bool,
-    tokens: Tokens | None = None,
+    tokens: int | None = None,
 ) -> Request:
     """The spmm kernel; ``partial`` writes float32."""
     constants = {
@@ -365,5 +371,5 @@ def spmm_request(
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }
-    constants |= tokens.constants() if tokens else {}
+    constants |= token_constants(tokens)
     return request("spmm_block_sm90", constants, flush=True)

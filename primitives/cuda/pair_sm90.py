@@ -16,7 +16,16 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
 
 from ..plans import cuda_pairs
-from .block_sm90 import CODES, Tokens, bias_of, laid_out, right_map, values_map
+from .block_sm90 import (
+    CODES,
+    Tokens,
+    bias_of,
+    end_of,
+    laid_out,
+    right_map,
+    token_constants,
+    values_map,
+)
 
 # Side of a block, columns of x of a tile.
 SIZE, ACROSS = 64, 512
@@ -92,7 +101,7 @@ def spmm(
     if lines is None:
         return False
     x = laid_out(x)
-    wanted = spmm_request(x.dtype, transposed, out.dtype == torch.float32, tokens)
+    wanted = spmm_request(x.dtype, transposed, out.dtype == torch.float32, end_of(tokens))
     run = kernel(wanted, x.device.index)
     for start in range(0, free, step := max(1, TILES // (len(lines.found.partners) * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
@@ -147,10 +156,10 @@ def _tiles(lines: Paired, records: Tensor, across: int, matrices: int, clusters:
 
 @functools.lru_cache(maxsize=64)
 def spmm_request(
-    dtype: torch.dtype, transposed: bool, partial: bool, tokens: Tokens | None = None
+    dtype: torch.dtype, transposed: bool, partial: bool, tokens: int | None = None
 ) -> Request:
     """The kernel; ``partial`` writes float32."""
-    depth = TOKEN_DEPTH if tokens else DEPTH
+    depth = DEPTH if tokens is None else TOKEN_DEPTH
     constants = {
         "DTYPE": CODES[dtype],
         "DEPTH": depth,
@@ -159,5 +168,5 @@ def spmm_request(
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }
-    constants |= tokens.constants() if tokens else {}
+    constants |= token_constants(tokens)
     return request("spmm_pair_sm90", constants, flush=True)

@@ -13,7 +13,18 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from ..plans.cuda_block import UNION_ROWS
-from .block_sm90 import CODES, TILES, Tokens, bias_of, laid_out, right_map, values_map, walks
+from .block_sm90 import (
+    CODES,
+    TILES,
+    Tokens,
+    bias_of,
+    end_of,
+    laid_out,
+    right_map,
+    token_constants,
+    values_map,
+    walks,
+)
 
 # TMA stages of 64 rows of x, by columns of a CTA.
 STAGES = {64: 4, 128: 6, 256: 4}
@@ -66,7 +77,7 @@ def spmm(
     device = x.device.index
     groups, across = records.shape[0], -(-width // wide)
     several *= 2 if wide == 64 else 1
-    run = kernel(spmm_request(size, x.dtype, wide, transposed, partial, tokens), device)
+    run = kernel(spmm_request(size, x.dtype, wide, transposed, partial, end_of(tokens)), device)
     for start in range(0, free, step := max(1, TILES // (groups * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
         tiles = walks(records, across, to.shape[0], several)
@@ -124,7 +135,7 @@ def spmm_request(
     wide: int,
     transposed: bool,
     partial: bool,
-    tokens: Tokens | None = None,
+    tokens: int | None = None,
 ) -> Request:
     """The kernel; ``partial`` writes float32."""
     constants = {
@@ -135,5 +146,5 @@ def spmm_request(
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }
-    constants |= tokens.constants() if tokens else {}
+    constants |= token_constants(tokens)
     return request("spmm_union_sm90", constants, flush=True)

@@ -193,15 +193,14 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
                 yield block_few.few_request(size, how, dtype, transposed)
         if arch != "90a":
             continue
-        end = block_sm90.Tokens(None, 0)
         for size, cuts in block_sm90.TOKEN_CUTS.items():
             for cut in cuts:
-                yield block_sm90.spmm_request(size, dtype, cut, transposed, False, end)
+                yield block_sm90.spmm_request(size, dtype, cut, transposed, False, 0)
         for wide in union_sm90.TOKEN_COSTS:
-            yield union_sm90.spmm_request(32, dtype, wide, transposed, False, end)
+            yield union_sm90.spmm_request(32, dtype, wide, transposed, False, 0)
         for partial in (False, True):  # asked for by large products only
             yield pair_sm90.spmm_request(dtype, transposed, partial)
-        yield pair_sm90.spmm_request(dtype, transposed, False, end)
+        yield pair_sm90.spmm_request(dtype, transposed, False, 0)
     for size in block_sm90.TOKEN_CUTS if arch == "90a" else ():
         yield block_weights_sm90.sddmm_request(size, dtype)
 

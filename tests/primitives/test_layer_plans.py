@@ -115,8 +115,15 @@ def test_places_exchange_eight():
         assert torch.equal(found ^ (found // 8 % 8), columns)
 
 
-def asked(layout: Layout, tokens: int, arch: str, name: str = "tokens", of: int = 1) -> list[str]:
-    """Names of the kernels of one layer, or of one gradient, on an H200."""
+def asked(*given, **named) -> list[str]:
+    """Names of the kernels of ``launched``."""
+    return [step.kernel.wanted.name for step in launched(*given, **named)]
+
+
+def launched(
+    layout: Layout, tokens: int, arch: str, name: str = "tokens", of: int = 1
+) -> list[Launch]:
+    """The kernels of one layer, or of one gradient, on an H200."""
     rows, columns = layout.shape
     values, x, y = (
         torch.empty(*n, dtype=HALF, device="meta")
@@ -131,7 +138,7 @@ def asked(layout: Layout, tokens: int, arch: str, name: str = "tokens", of: int 
             given = (values, x, y, *plan, None, False, tuple(n == of for n in range(3)), HALF)
         with recorded(recording):
             launch_code(name)(*describe(recording, given))
-    return [step.kernel.wanted.name for step in recording.steps if isinstance(step, Launch)]
+    return [step for step in recording.steps if isinstance(step, Launch)]
 
 
 TURNED = ["turn", "spmm_block", "spmm_finish"]
