@@ -7,7 +7,6 @@ import math
 from torch import Tensor
 
 from mixgrain.formats.errors import ShapeError
-from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops, ops_linear, recorded_linear
@@ -82,7 +81,7 @@ def linear(
     if activation is not None:
         made = activated(values[None], tokens[None], bias, keep, w.keep_rows, plan, activation)
         return made.reshape(*x.shape[:-1], n_out)
-    if isinstance(layout, NMLayout) and w.keep is None:
+    if w.keep is None and ops_linear.by_rows(plan):
         made = ops_linear.linear(values[None], tokens[None], bias, plan, False)
         return made.reshape(*x.shape[:-1], n_out)
     columns = tokens.T[None, None]

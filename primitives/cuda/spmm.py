@@ -73,13 +73,29 @@ def linear(
 ) -> Tensor:
     """Product x Sᵀ + bias, or x S when transposed: (F, slots), (F, T, inner) -> (F, T, outer)."""
     check_dtypes("linear", values.dtype, x.dtype)
-    _, shape, _, (part,) = split(Plan(tensors, dims, name))
+    _, shape, _, parts = split(Plan(tensors, dims, name))
     free, tokens, inner = x.shape
     outer = shape[1 if transposed else 0]
-    if 0 in (free, tokens, outer, inner):
+    if not parts or 0 in (free, tokens, outer, inner):
         out = x.new_zeros(free, tokens, outer)
         return out if bias is None else torch.add(out, bias)
-    return nm.linear(values, x, bias, part, shape, transposed)
+    if parts[0].kind in nm.KINDS:
+        return nm.linear(values, x, bias, parts[0], shape, transposed)
+    right = _across(x)
+    rows = rows_of_tokens(values, right, bias, None, tensors, dims, name, transposed)
+    if rows is not None:
+        return rows
+    plain = len(parts) == 1 and bias is None
+    wide = x.dtype if plain else torch.float32
+    sums = _sums(values, right, None, False, parts, outer, 1.0, wide, transposed)
+    with together():
+        return finish(sums, None if bias is None else bias.contiguous(), tokens, x.dtype, 0)
+
+
+def _across(x: Tensor) -> Tensor:
+    """(F, T, inner) as (F, 1, inner, T)."""
+    (free, tokens, inner), step = x.shape, x.stride()
+    return x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
 
 
 def affine(
@@ -126,15 +142,14 @@ def activated(
     """
     check_dtypes("linear", values.dtype, x.dtype)
     _, shape, _, parts = split(Plan(tensors, dims, name))
-    free, tokens, inner = x.shape
-    step, code, wide = x.stride(), ACTIVATIONS[activation], torch.float32
+    free, tokens, _ = x.shape
+    code, wide = ACTIVATIONS[activation], torch.float32
     if bias is not None:
         bias = bias.contiguous()
     if not parts or 0 in (*x.shape, shape[0]):
         sums = [x.new_zeros((free, 1, shape[0], tokens), dtype=wide)]
         return finish(sums, bias, tokens, x.dtype, code)
-    part = parts[0]
-    right = x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
+    part, right = parts[0], _across(x)
     if part.kind in nm.KINDS and keep is None:
         return nm.linear(values, x, bias, part, shape, False, code)
     rows = rows_of_tokens(values, right, bias, keep, tensors, dims, name, False, code)

@@ -293,3 +293,22 @@ def test_a_layer_in_a_graph(count, kernel):
         x.mul_(2)
         graph.replay()
         assert torch.equal(y, layer(x)) and not torch.equal(y, right)
+
+
+@pytest.mark.parametrize("kind", ["block", "row", "mixed"])
+def test_compiled_layers(kind):
+    """Traced, a layer is one operator, with the bits of the eager one, forward and backward."""
+    pattern = P.blocks(torch.eye(4, 6, dtype=torch.bool), 64) | P.random(0.02, 0)
+    layout = pattern.to_layout(kind, 256, 384).to(DEVICE)
+    layer = SparseLinear(384, 256, layout, device=DEVICE, dtype=torch.half)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(40, 384, device=DEVICE).half()
+    for run in (lambda f: (f(x),), lambda f: _gradients(f, layer, x)):
+        for mine, right in zip(run(compiled), run(layer), strict=True):
+            assert torch.equal(mine, right)
+
+
+def _gradients(f, layer, x):
+    x = x.detach().requires_grad_()
+    y = f(x)
+    return y, *torch.autograd.grad(y.sum(), (x, *layer.parameters()))

@@ -136,6 +136,8 @@ def launched(
         given = (values, x, None, *plan, None, False, None)
         if name == "token_gradients":
             given = (values, x, y, *plan, None, False, tuple(n == of for n in range(3)), HALF)
+        if name == "linear":  # the operator, which torch.compile traces
+            given = (values[None], x[None], None, *plan, False)
         with recorded(recording):
             launch_code(name)(*describe(recording, given))
     return [step for step in recording.steps if isinstance(step, Launch)]
@@ -209,6 +211,17 @@ def test_few_tokens_of_rows(columns, arch):
             assert found == ["spmm_row_few"]
         else:
             assert "spmm_row_few" not in found
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 4096])
+def test_the_operator_takes_the_kernels_of_a_layer(tokens, arch):
+    """But for turns in, which are torch's copies."""
+    blocks = [weight(1024, 1024, size, 0.3) for size in block_few.SIZES]
+    for layout in (*blocks, weight(1000, 1000, 64, 0.5), entries(64, 1024, 0.1).layout):
+        found = asked(layout, tokens, arch, "linear")
+        expected = asked(layout, tokens, arch)
+        assert found == [name for name in expected if name != "turn"]
 
 
 def test_cuts_are_known():
