@@ -298,11 +298,11 @@ def test_a_layer_in_a_graph(count, kernel):
 @pytest.mark.parametrize("kind", ["block", "row", "mixed"])
 def test_compiled_layers(kind):
     """Traced, a layer is one operator, with the bits of the eager one, forward and backward."""
-    pattern = P.blocks(torch.eye(4, 6, dtype=torch.bool), 64) | P.random(0.02, 0)
-    layout = pattern.to_layout(kind, 256, 384).to(DEVICE)
-    layer = SparseLinear(384, 256, layout, device=DEVICE, dtype=torch.half)
+    pattern = P.blocks(torch.eye(8, 12, dtype=torch.bool), 64) | P.random(0.004, 0)
+    layout = pattern.to_layout(kind, 512, 768).to(DEVICE)
+    layer = SparseLinear(768, 512, layout, device=DEVICE, dtype=torch.half)
     compiled = torch.compile(layer, fullgraph=True)
-    x = torch.randn(40, 384, device=DEVICE).half()
+    x = torch.randn(40, 768, device=DEVICE).half()
     for run in (lambda f: (f(x),), lambda f: _gradients(f, layer, x)):
         for mine, right in zip(run(compiled), run(layer), strict=True):
             assert torch.equal(mine, right)
