@@ -6,6 +6,7 @@ from test_cuda_block import poisoned as poisoned  # a fixture
 from torch import Tensor
 
 from mixgrain.cuda.device import facts
+from mixgrain.formats import patterns as P
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.primitives.activations import ACTIVATIONS
@@ -168,6 +169,17 @@ def test_matrices_of_values(columns, taken):
     right = spmm(SparseTensor(w.layout, values), x.mT).half()
     s = SparseTensor(w.layout.to(DEVICE), values.to(DEVICE).half())
     assert torch.equal(spmm(s, x.to(DEVICE).half().mT).cpu(), right)
+    assert taken
+
+
+def test_more_matrices_than_a_grid_counts(taken):
+    """The second launch begins wherever the values of 65,535 matrices end."""
+    layout, free = P.window(3).to_layout("row", 3, 8), (1 << 16) + 2
+    assert layout.slots % 8
+    values, x = integers(free, layout.slots, seed=3), integers(free, 1, 8, seed=2)
+    s = SparseTensor(layout.to(DEVICE), values.to(DEVICE).half())
+    y = spmm(s, x.to(DEVICE).half().mT)
+    assert torch.equal(y.cpu().float(), SparseTensor(layout, values).to_dense() @ x.mT)
     assert taken
 
 
