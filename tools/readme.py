@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ SPEED_BEGIN = (
     "<!-- benchmarks: written by python -m mixgrain.tools.readme from benchmarks/h200.json -->"
 )
 SPEED_END = "<!-- end of benchmarks -->"
+# Works of one table: a layer with some kind of weight and so many tokens.
+LAYER = re.compile(r"layer-[a-z0-9]+-(\d+)")
 TUNED = README.parent / "benchmarks" / "finetune.json"
 TUNED_BEGIN = (
     "<!-- fine-tuning: written by python -m mixgrain.tools.readme from benchmarks/finetune.json -->"
@@ -104,7 +107,10 @@ def speed_section(measured: dict[str, Any] | None) -> str:
     works: dict[str, list[dict[str, Any]]] = {}
     for row in measured["rows"]:
         works.setdefault(row["work"], []).append(row)
+    single = {name: rows for name, rows in works.items() if LAYER.fullmatch(name)}
     for name, rows in works.items():
+        if name in single:
+            continue
         ours = next(row for row in rows if row["engine"] == "mixgrain")
         if "ms" not in ours:
             lines.append(f"| {name} | {ours.get('shape', '')} | failed | | |")
@@ -127,6 +133,7 @@ def speed_section(measured: dict[str, Any] | None) -> str:
         lines.append(
             f"| {name} | {ours['shape']} | {ours['ms'] * 1e3:.0f} µs | {share:.0%} | {peers} |"
         )
+    lines += layers_table(single)
     lines += [
         "",
         "Device time of CUDA-graph replays with caches flushed, medians, after the device has "
@@ -139,6 +146,36 @@ def speed_section(measured: dict[str, Any] | None) -> str:
         "[benchmarks/h200.json](benchmarks/h200.json).",
     ]
     return "\n".join(lines)
+
+
+def layers_table(works: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Lines of a table of single layers by weights and tokens; none where none was measured."""
+    found: dict[str, dict[int, str]] = {}
+    for name, rows in works.items():
+        match = LAYER.fullmatch(name)
+        ours = next(row for row in rows if row["engine"] == "mixgrain")
+        dense = next(row for row in rows if row["engine"] in ("F.linear", "cuBLAS dense"))
+        if match is None or "ms" not in ours or "ms" not in dense:
+            continue
+        # "… -> … float16, what is kept, … tokens", or without the first.
+        kept = next(p for p in ours["shape"].split(", ") if "float16" not in p and "tok" not in p)
+        us = ours["ms"] * 1e3
+        cell = f"{us:.1f} µs ({dense['ms'] / ours['ms']:.2f}×)"
+        found.setdefault(kept, {})[int(match[1])] = cell
+    if not found:
+        return []
+    tokens = sorted(set().union(*found.values()))
+    lines = [
+        "",
+        "One pruned layer, y = x Wᵀ with W of 4096 × 4096 float16, by tokens; in brackets how many "
+        "times as fast as the dense one:",
+        "",
+        "| of W is kept | " + " | ".join(f"{n:,}" for n in tokens) + " |",
+        "| --- |" + " ---: |" * len(tokens),
+    ]
+    for kept, by_tokens in found.items():
+        lines.append(f"| {kept} | " + " | ".join(by_tokens.get(n, "") for n in tokens) + " |")
+    return lines
 
 
 def _micro(us: float) -> str:

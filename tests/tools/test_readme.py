@@ -183,3 +183,35 @@ def test_module_runs() -> None:
         cwd=ROOT / "src", capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_layers_have_a_table_of_their_own() -> None:
+    def rows(work: str, shape: str, ours: float | None, dense: str = "F.linear") -> list[Any]:
+        figures = {} if ours is None else {"ms": ours, "floor_ms": ours / 2}
+        return [
+            {"work": work, "engine": "mixgrain", "shape": shape, **figures},
+            {"work": work, "engine": dense, "shape": shape, "ms": 0.02, "floor_ms": 0.001},
+        ]
+
+    blocks = "4096 -> 4096 float16, 20 % of 64-blocks"
+    measured = {
+        "rows": [
+            *rows("tile-decode-1", "8192 -> 8192 float16, 20 % of 16×16 tiles, 1 tokens", 0.013),
+            *rows("layer-block64-1", f"{blocks}, 1 tokens", 0.008),
+            *rows("layer-block64-1024", f"{blocks}, 1024 tokens", 0.04),
+            *rows("layer-nm24-16", "16 tokens, 4096² float16, 2:4", 0.016, "cuBLAS dense"),
+            *rows("layer-row-16", "4096 -> 4096 float16, 10 % of the elements, 16 tokens", None),
+        ],
+        **dict.fromkeys(("device", "torch", "cuda", "cupy", "mixgrain"), "x"),
+    }
+    text = readme.speed_section(measured)
+    assert "| tile-decode-1 |" in text and "layer-" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")][-4:]
+    assert lines == [
+        "| of W is kept | 1 | 16 | 1,024 |",
+        "| --- | ---: | ---: | ---: |",
+        "| 20 % of 64-blocks | 8.0 µs (2.50×) |  | 40.0 µs (0.50×) |",
+        "| 2:4 |  | 16.0 µs (1.25×) |  |",
+    ]
+    measured["rows"] = measured["rows"][:2]
+    assert "by tokens" not in readme.speed_section(measured)
