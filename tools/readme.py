@@ -107,10 +107,8 @@ def speed_section(measured: dict[str, Any] | None) -> str:
     works: dict[str, list[dict[str, Any]]] = {}
     for row in measured["rows"]:
         works.setdefault(row["work"], []).append(row)
-    single = {name: rows for name, rows in works.items() if LAYER.fullmatch(name)}
+    layers = layers_table(works)
     for name, rows in works.items():
-        if name in single:
-            continue
         ours = next(row for row in rows if row["engine"] == "mixgrain")
         if "ms" not in ours:
             lines.append(f"| {name} | {ours.get('shape', '')} | failed | | |")
@@ -133,7 +131,7 @@ def speed_section(measured: dict[str, Any] | None) -> str:
         lines.append(
             f"| {name} | {ours['shape']} | {ours['ms'] * 1e3:.0f} µs | {share:.0%} | {peers} |"
         )
-    lines += layers_table(single)
+    lines += layers
     lines += [
         "",
         "Device time of CUDA-graph replays with caches flushed, medians, after the device has "
@@ -149,14 +147,18 @@ def speed_section(measured: dict[str, Any] | None) -> str:
 
 
 def layers_table(works: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Lines of a table of single layers by weights and tokens; none where none was measured."""
+    """Lines of a table of single layers by weights and tokens; none where none was measured.
+
+    Works that it shows are taken out; what failed is left to the list of all.
+    """
     found: dict[str, dict[int, str]] = {}
-    for name, rows in works.items():
+    for name in list(works):
         match = LAYER.fullmatch(name)
-        ours = next(row for row in rows if row["engine"] == "mixgrain")
-        dense = next(row for row in rows if row["engine"] in ("F.linear", "cuBLAS dense"))
-        if match is None or "ms" not in ours or "ms" not in dense:
+        times = {row["engine"]: row for row in works[name] if "ms" in row}
+        ours, dense = times.get("mixgrain"), times.get("F.linear") or times.get("cuBLAS dense")
+        if match is None or ours is None or dense is None:
             continue
+        del works[name]
         # "… -> … float16, what is kept, … tokens", or without the first.
         kept = next(p for p in ours["shape"].split(", ") if "float16" not in p and "tok" not in p)
         us = ours["ms"] * 1e3
