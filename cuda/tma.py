@@ -37,7 +37,7 @@ def descriptor(
         dtype: float16, bfloat16 or float32.
         dims: elements of each dimension, innermost first, at most 5.
         strides: bytes from one index to the next of every dimension but the innermost; multiples
-            of 16.
+            of 16 where there are several.
         box: elements of each dimension that one copy brings, each at most 256; the innermost at
             most `swizzle` bytes.
         swizzle: 0, 32, 64 or 128 bytes.
@@ -49,6 +49,8 @@ def descriptor(
     Raises:
         CudaError: the driver refused the combination.
     """
+    # Of a single index there is nowhere to go; views have any number there.
+    strides = tuple(16 if n == 1 else step for n, step in zip(dims[1:], strides, strict=True))
     if isinstance(pointer, Address):
         # Launch code only passes it on.
         return Map(pointer, dtype, dims, strides, box, swizzle)  # type: ignore[return-value]

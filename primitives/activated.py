@@ -46,7 +46,7 @@ def _product(
     values: Tensor, x: Tensor, bias: Tensor | None, keep: Tensor | None, rows: bool, plan: Plan
 ) -> Tensor:
     """What ``linear`` computes without an activation."""
-    if keep is None and plan.name in ("nm", "nm_t"):
+    if keep is None and ops_linear.by_rows(plan):
         return ops_linear.linear(values, x, bias, plan, False)
     columns = x.mT[:, None]
     if bias is None:

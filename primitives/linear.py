@@ -7,7 +7,6 @@ import math
 from torch import Tensor
 
 from mixgrain.formats.errors import ShapeError
-from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
 
 from . import ops, ops_linear, recorded_linear
@@ -24,10 +23,10 @@ def linear(
 ) -> Tensor:
     """Product x @ w.T + bias with a sparse weight; otherwise ``torch.nn.functional.linear``.
 
-    With an activation it is that function of the sums and the bias, rounded once. On CUDA tiles and
-    N:M need no other kernel for it; other layouts have one that adds the bias, too. Where gradients
-    are recorded it is torch's own function of linear(x, w, bias), which is rounded and kept for
-    them. The two agree within rounding.
+    With an activation it is that function of the sums and the bias, rounded once. On CUDA tiles,
+    N:M and mostly blocks need no other kernel for it; other layouts have one that adds the bias,
+    too. Where gradients are recorded it is torch's own function of linear(x, w, bias), which is
+    rounded and kept for them. The two agree within rounding.
 
     Args:
         x: (..., n_in), float16, bfloat16, float32 or float64.
@@ -82,7 +81,7 @@ def linear(
     if activation is not None:
         made = activated(values[None], tokens[None], bias, keep, w.keep_rows, plan, activation)
         return made.reshape(*x.shape[:-1], n_out)
-    if isinstance(layout, NMLayout) and w.keep is None:
+    if w.keep is None and ops_linear.by_rows(plan):
         made = ops_linear.linear(values[None], tokens[None], bias, plan, False)
         return made.reshape(*x.shape[:-1], n_out)
     columns = tokens.T[None, None]

@@ -1,6 +1,6 @@
 """The operator linear and its derivatives: a dense matrix times a sparse weight, no transposes.
 
-Beside ``ops.spmm`` for layouts whose kernels read tokens by features and write them so.
+Beside ``ops.spmm`` for plans whose kernels read rows of tokens and write them so, or turn them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from .plans.plan import Plan
 from .schemas import LIB
 
 _op_linear = torch.ops.mixgrain.linear.default
+
+
+def by_rows(plan: Plan) -> bool:
+    """Whether the operator is for this plan; N:M beside a run-time mask is not."""
+    kinds = set(plan.name.split("+"))
+    return kinds <= {"nm", "nm_t"} or kinds <= {"cblock", "cpanel", "crow"}
 
 
 def linear(values: Tensor, x: Tensor, bias: Tensor | None, plan: Plan, transposed: bool) -> Tensor:

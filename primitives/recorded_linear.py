@@ -95,7 +95,7 @@ class LayerGradients(NamedTuple):
         made = []
         if self.wanted[0]:
             made.append(ops.sddmm(above, columns, *shared, values.dtype)[0])
-        if self.wanted[1] and keep is None and plan.name.startswith("nm"):
+        if self.wanted[1] and keep is None and ops_linear.by_rows(plan):
             made.append(ops_linear.linear(weights, above[0].mT, None, plan, True).reshape(x.shape))
         elif self.wanted[1]:
             made.append(ops.spmm_t(weights, above, *shared, x.dtype).mT.reshape(x.shape))

@@ -17,19 +17,7 @@ __device__ __forceinline__ uint4 tile_load(const operand_t *from) {
 }
 
 __device__ __forceinline__ void prefetch_l2(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-// For tiles that nothing reads again soon: their places in L2 are the first to be given away.
-__device__ __forceinline__ u64 once_policy() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-__device__ __forceinline__ void tile_copy_once(void *to, const operand_t *from, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address_in_shared(to)), "l"(from),
-                 "l"(policy)
-                 : "memory");
-}
-
-// A lane's share of such a tile, to registers.
+// The same of a tile that nothing reads again soon: its place in L2 is the first to be given away.
 __device__ __forceinline__ uint4 tile_load_once(const void *from) {
     uint4 v;
     asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -1,7 +1,7 @@
 // spmm_block_sm90: out = scale · S x or scale · Sᵀ x, S in blocks of 64 or 128, on wgmma and TMA.
 //
 //   out     (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
-//   x       (F, E, inner, D)  by a 4-D tensor map, any strides
+//   x       (F, E, inner, D)  by a 4-D tensor map, any strides; kTokens: (F, E, D, inner), and so is out
 //   values  (F, slots)        blocks of S × S elements, by a 3-D tensor map (S, items · S, F)
 //   table   (n) int4          blocks in the order of the lines: item, inner block, mask (−1 = full)
 //   masks   (M, S, S / 8)     bits of partial blocks
@@ -21,6 +21,7 @@
 #include "wgmma.cuh"
 #include "result.cuh"
 #include "staged.cuh"
+#include "token_rows.cuh"
 #include "walk.cuh"
 
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kGroupsN = MG_GROUPS, kDepth = MG_DEPTH;
@@ -36,6 +37,7 @@ constexpr u32 kPanelA = 64 * 128, kPanelB = kDepth * 128;
 constexpr u32 kStageA = kGroups * kPanelA, kStageB = kPanels * kPanelB;
 // 128 accumulators a thread leave no room for a fair share of registers: a whole warpgroup then
 // produces, and gives its registers away.
+constexpr int kMost = kAcross < 256 ? kAcross : 256;  // tokens of a copy
 constexpr bool kUneven = kWide == 256 && kConsumers == 256;
 constexpr int kProducers = kUneven ? 128 : 32;
 
@@ -57,7 +59,7 @@ __device__ __forceinline__ void keep8(u32 address, u32 bits) {
 extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     spmm_block_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ table, const int4 *__restrict__ tiles, int each, const u8 *__restrict__ masks,
-                    const u8 *__restrict__ any, int lines, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
+                    const u8 *__restrict__ any, int lines, int entries, int across, float scale, const operand_t *__restrict__ bias, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
     __shared__ alignas(8) u64 barriers[2 * (kStagesA + kStagesB)];
@@ -104,6 +106,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
                     for (int sub = 0; sub < kSubs; ++sub) {
                         barrier_wait(empty_b + 8 * b, parity_b);
                         barrier_expect(full_b + 8 * b, kStageB);
+                        if constexpr (kTokens) {
+#pragma unroll
+                            for (int p = 0; p < kAcross; p += kMost)
+                                tma_load(ring_b + b * kStageB + p * kDepth * 2, x_map, full_b + 8 * b,
+                                         inner + 64 * half + kDepth * sub, column0 + p, entry, matrix);
+                        } else
 #pragma unroll
                         for (int p = 0; p < kPanels; ++p)
                             tma_load(ring_b + b * kStageB + p * kPanelB, x_map, full_b + 8 * b,
@@ -123,7 +131,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     u32 parity_a = 0, parity_b = 0;
 
     const u64 left_desc = wgmma_descriptor(ring_a + group * kPanelA, kPanelA);
-    const u64 right_desc = wgmma_descriptor(ring_b + group_n * (kWide / 64) * kPanelB, kPanelB);
+    const u32 right0 = ring_b + group_n * (kWide / 64) * kPanelB;
+    const u64 right_desc = kTokens ? wgmma_rows<kDepth * 2>(right0) : wgmma_descriptor(right0, kPanelB);
     while (walk.next(tile)) {
         float acc[kWide / 2];
 #pragma unroll
@@ -153,9 +162,16 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
                 barrier_wait(full_b + 8 * b, parity_b);
                 const u32 right = ring_b + b * kStageB;
                 if (mask >= 0) {
-                    // So are rows of x that nothing here keeps; two neighbouring threads take a row.
+                    // So is what of x nothing here keeps; where it is in rows, two neighbouring threads take one.
                     const u64 used =
                         *reinterpret_cast<const u64 *>(any + mask * (kSize / 8) + 8 * half) >> (kDepth * sub);
+                    if constexpr (kTokens) {
+#pragma unroll 1
+                        for (int i = threadIdx.x; ~used && i < kDepth / 8 * kAcross; i += kConsumers) {
+                            const u32 keep = used >> (i % (kDepth / 8) * 8) & 255;
+                            if (keep != 255) keep8(chunk_of_row<kDepth * 2>(right, i / (kDepth / 8), i % (kDepth / 8)), keep);
+                        }
+                    } else
 #pragma unroll 1
                     for (int i = threadIdx.x; ~used && i < kDepth * kPanels * 2; i += kConsumers)
                         if (!((used >> (i / 2 % kDepth)) & 1))
@@ -167,9 +183,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
                 wgmma_fence();
 #pragma unroll
                 for (int kk = 0; kk < kDepth / 16; ++kk)
-                    Wgmma<kWide>::template ss<kTransposed, 1>(
+                    Wgmma<kWide>::template ss<kTransposed, !kTokens>(
                         acc, left_desc + ((a * kStageA + (sub * kDepth / 16 + kk) * (kTransposed ? 2048 : 32)) >> 4),
-                        right_desc + ((b * kStageB + kk * 2048) >> 4), 1);
+                        right_desc + ((b * kStageB + kk * (kTokens ? 32 : 2048)) >> 4), 1);
                 wgmma_commit();
                 // The product before this one is done, and what it read is free.
                 wgmma_wait<1>();
@@ -192,7 +208,11 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
 
         const int row = (tile.x % lines) * kSize + 64 * group + row16, column = tile.w % across * kAcross + group_n * kWide;
         const i64 plane = (static_cast<i64>(tile.w / across) * entries + tile.x / lines) * rows * width;
-        if constexpr (kUneven && !kPartial) {
+        if constexpr (kTokens) {
+            const u32 staging = ring_b + kStagesB * kStageB + warp / 4 * 4 * kStaging;
+            store_turned<kWide>(acc, scale, bias, staging, static_cast<operand_t *>(out) + plane, row - row16, rows, column,
+                                width);
+        } else if constexpr (kUneven && !kPartial) {
             const u32 staging = ring_b + kStagesB * kStageB + warp * kStaging;
             store_staged<kWide>(acc, scale, staging, static_cast<operand_t *>(out) + plane, row, rows, column, width);
         } else {

@@ -2,7 +2,8 @@
 //
 //   out     (F, rows, D)      F matrices that share the positions; rows = nq, or nk when transposed; contiguous
 //   x       (F, inner, D)     any strides, by 4-D tensor maps (64, inner, D / 64, F) in boxes of kDepth rows: of all
-//                             panels of a tile, and of half of them
+//                             panels of a tile, and of half of them; kTokens: (F, D, inner), and so is out, by a 4-D
+//                             map (inner, D, 1, F) in boxes of kDepth × half the columns of a tile
 //   values  (F, slots)        blocks of 64 × 64 elements, by a 3-D map (64, items · 64, F)
 //   table   (n) int4          steps of the pairs: inner block of the one line, of the other (the same: both read it),
 //                             item of the one, of the other (−1 = it has none, nor an inner block)
@@ -25,6 +26,7 @@
 #include "wgmma.cuh"
 #include "result.cuh"
 #include "staged.cuh"
+#include "token_rows.cuh"
 #include "walk.cuh"
 
 constexpr int kSize = 64, kDepth = MG_DEPTH, kWide = 256, kStagesA = MG_STAGES_A, kStagesB = MG_STAGES_B;
@@ -46,7 +48,7 @@ struct Ring {
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumers + 128, 1)
     spmm_pair_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                    const __grid_constant__ TensorMap half_map, const int4 *__restrict__ table,
-                   const int4 *__restrict__ tiles, int each, int across, float scale, void *__restrict__ out, int rows,
+                   const int4 *__restrict__ tiles, int each, int across, float scale, const operand_t *__restrict__ bias, void *__restrict__ out, int rows,
                    int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring_a = (shared_address(raw) + 1023) & ~1023u, ring_b = ring_a + kStagesA * kStageA;
@@ -94,7 +96,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
                             barrier_arrive(full);  // so that its parity goes on with the ring's
                         } else {
                             barrier_expect(full, kStageB);
-                            if (both) {
+                            if constexpr (kTokens) {
+                                const int column = panel * 64;
+                                if (both) {
+                                    tma_multicast(to + rank * (kStageB / 2), x_map, full, 3, row, column + rank * kWide, 0, matrix);
+                                } else {
+                                    tma_load(to, x_map, full, row, column, 0, matrix);
+                                    tma_load(to + kStageB / 2, x_map, full, row, column + kWide, 0, matrix);
+                                }
+                            } else if (both) {
                                 const u32 from = rank * (kPanels / 2);
                                 tma_multicast(to + from * kPanelB, half_map, full, 3, 0, row, panel + from, matrix);
                             } else {
@@ -132,7 +142,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
         Ring<kStagesA> a{0, 0};
         Ring<kStagesB> b{0, 0};
         const u64 left_desc = wgmma_descriptor(ring_a, kStageA);
-        const u64 right_desc = wgmma_descriptor(ring_b + group * (kWide / 64) * kPanelB, kPanelB);
+        const u32 right0 = ring_b + group * (kWide / 64) * kPanelB;
+        const u64 right_desc = kTokens ? wgmma_rows<kDepth * 2>(right0) : wgmma_descriptor(right0, kPanelB);
         // A lane's barriers: of x here, of x in the other CTA, of S.
         const u32 empties = lane == 0 ? empty_b : lane == 1 ? cluster_address(empty_b, rank ^ 1) : 0;
         u32 held = 0;  // those that the product in flight has to give back
@@ -166,9 +177,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
                     wgmma_fence();
 #pragma unroll
                     for (int kk = 0; kk < kDepth / 16; ++kk)
-                        Wgmma<kWide>::template ss<kTransposed, 1>(
+                        Wgmma<kWide>::template ss<kTransposed, !kTokens>(
                             acc, left_desc + ((a.stage * kStageA + (sub * kDepth / 16 + kk) * (kTransposed ? 2048 : 32)) >> 4),
-                            right_desc + ((b.stage * kStageB + kk * 2048) >> 4), 1);
+                            right_desc + ((b.stage * kStageB + kk * (kTokens ? 32 : 2048)) >> 4), 1);
                     wgmma_commit();
                     // The product before this one is done, and what it read is free.
                     wgmma_wait<1>();
@@ -186,7 +197,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
             if (tile.x >= 0) {
                 const int row = tile.x * kSize + row16, column = tile.w % across * kAcross + group * kWide;
                 const i64 plane = static_cast<i64>(tile.w / across) * rows * width;
-                if constexpr (kPartial)
+                if constexpr (kTokens)
+                    store_turned<kWide>(acc, scale, bias, staging + group * 4 * kStaging, static_cast<operand_t *>(out) + plane,
+                                        row - row16, rows, column, width);
+                else if constexpr (kPartial)
                     store_result<kWide, true>(acc, scale, static_cast<float *>(out) + plane, row + lane / 4, rows, column,
                                               width, add);
                 else

@@ -19,7 +19,7 @@
 //          the 4.7 of an empty kernel
 //   needs  sm_80
 #include "types.cuh"
-#include "activation.cuh"
+#include "few.cuh"
 #include "tile.cuh"
 
 constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks;
@@ -28,36 +28,7 @@ static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2
 constexpr int kWarps = MG_WARPS, kThreads = 32 * kWarps, kAhead = MG_AHEAD;  // tiles of a warp at once
 // Warps of a multiprocessor, as registers allow; from sm_100 on the compiler needs more of them.
 constexpr int kResident = kBlocks == 4 ? (kWide ? 24 : 16) : kWide && __CUDA_ARCH__ < 1000 ? 32 : 24;
-constexpr int kPitch = 20;  // floats of a column of 16 sums: lanes write to all banks
-constexpr int kPlaces = 4 * kColumns;
-static_assert(kPlaces <= kThreads, "a thread for each four sums");
-
-// Loads that leave garbage where not live; a choice afterwards would wait for them.
-__device__ __forceinline__ void load_if(u32 &v, u32 &w, const void *from, bool live) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
-                 : "=r"(v), "=r"(w)
-                 : "l"(from), "r"(int(live)));
-}
-__device__ __forceinline__ void load_if(u32 &v, const void *from, bool live) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u32 %0, [%1];}"
-                 : "=r"(v)
-                 : "l"(from), "r"(int(live)));
-}
-__device__ __forceinline__ void load_if(u16 &v, const void *from, bool live) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}"
-                 : "=h"(v)
-                 : "l"(from), "r"(int(live)));
-}
-__device__ __forceinline__ void load_if(int2 &v, const int2 *from, bool live) {
-    load_if(reinterpret_cast<u32 &>(v.x), reinterpret_cast<u32 &>(v.y), from, live);
-}
-
-// n steps of so many bytes further, in one instruction.
-__device__ __forceinline__ const u8 *further(const u8 *from, u32 n, u32 step) {
-    const u8 *at;
-    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(n), "r"(step), "l"(from));
-    return at;
-}
+using Ends = Sums<16, kColumns, kWarps>;
 
 // What a lane has of kAhead tiles and of x: inner positions 4t … 4t + 3 of a tile, which lie side by side in x,
 // of lines g and g + 8 and of columns g, g + 8 …
@@ -73,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
                   const int2 *__restrict__ cells, float scale, const operand_t *__restrict__ bias,
                   out_t *__restrict__ out, i64 out_free, i64 out_row, i64 out_column, int quads, int small, int rows,
                   int inner, int width) {
-    __shared__ __align__(16) float sums[kWarps * kColumns * kPitch];
+    __shared__ __align__(16) float sums[Ends::kFloats];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int line = blockIdx.x, column = blockIdx.y * kColumns, last = min(kColumns, width - column) - 1;
 
@@ -142,18 +113,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     bring();
 
     // What nobody needs before.
-    int put = (warp * kColumns + 2 * t) * kPitch + g;
-    const int place = threadIdx.x % kPlaces, c = place / 4, row = line * 16 + place % 4 * 4;
-    int get = c * kPitch + place % 4 * 4;
-    int writes = threadIdx.x < kPlaces && c <= last ? min(rows - row, 4) : 0;
-    asm volatile("" : "+r"(put), "+r"(writes));
-    u32 added[2] = {0u, 0u};
-    if (bias) {
-        const u16 *of = reinterpret_cast<const u16 *>(bias + row);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < writes) added[i / 2] |= u32(__ldg(of + i)) << i % 2 * 16;
-    }
+    int put = (warp * kColumns + 2 * t) * Ends::kPitch + g;
+    asm volatile("" : "+r"(put));
+    const Ends ends(bias, line * 16, rows, last + 1);
     float acc[kBlocks][4];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j)
@@ -198,29 +160,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[put + (8 * j + i % 2) * kPitch + i / 2 * 8] = acc[j][i];
+        for (int i = 0; i < 4; ++i) sums[put + (8 * j + i % 2) * Ends::kPitch + i / 2 * 8] = acc[j][i];
     __syncthreads();
-    if (writes <= 0) return;
-    float4 sum = *reinterpret_cast<const float4 *>(sums + get);
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) {
-        const float4 more = *reinterpret_cast<const float4 *>(sums + get + w * kColumns * kPitch);
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-    }
-    const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-    out_t y[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const u16 bits = added[i / 2] >> i % 2 * 16;
-        y[i] = from_float<out_t>(activated(fmaf(v[i], scale, to_float(reinterpret_cast<const operand_t &>(bits)))));
-    }
-    out_t *to = out + f * out_free + (column + c) * out_column + row * out_row;
-    if (quads && writes == 4) {
-        struct alignas(4 * sizeof(out_t)) Four { out_t v[4]; };
-        *reinterpret_cast<Four *>(to) = {y[0], y[1], y[2], y[3]};
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < writes) to[i * out_row] = y[i];
-    }
+    ends.write(sums, scale, out + f * out_free + column * out_column + line * 16 * out_row, out_row, out_column, quads);
 }

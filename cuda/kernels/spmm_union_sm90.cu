@@ -5,7 +5,8 @@
 // those that it has blocks for, from registers: a warp without a block puts zeros.
 //
 //   out     (F, E, rows, D)   F free indices, E entries; rows = nq, or nk when transposed; contiguous
-//   x       (F, E, inner, D)  by a 4-D tensor map, any strides, boxes of 64 columns × S
+//   x       (F, E, inner, D)  by a 4-D tensor map, any strides, boxes of 64 columns × S; kTokens: (F, E, D, inner), and
+//                             so is out, boxes of S × kWide
 //   values  (F, slots)        blocks by a 3-D tensor map (S, items · S, F), boxes of S × S
 //   unions  (n) int4          inner block; bits: lines with a block there; bits: rows of x in use; 0
 //   blocks  (n, kLines) int2  the block of each line: item, mask (−1 = full); −1, −1 = none
@@ -14,7 +15,7 @@
 //
 //   grid   CTAs that walk their tiles of 128 rows × kWide columns
 //   block  256 consumers + a warpgroup whose first two warps produce
-//   smem   kStages of 64 rows of x and the blocks of 128 × 64
+//   smem   kStages of 64 rows of x and the blocks of 128 × 64; kTokens: 1 KiB a warp
 //   floor  L2: (kWide · 128 B for every 64 positions of the union + blocks) at 8.9 TB/s
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x and blocks, no run-time mask
 #include "types.cuh"
@@ -22,6 +23,7 @@
 #include "wgmma.cuh"
 #include "mma.cuh"
 #include "result.cuh"
+#include "token_rows.cuh"
 #include "walk.cuh"
 
 constexpr int kSize = MG_SIZE, kWide = MG_WIDE, kStages = MG_STAGES;
@@ -50,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
     spmm_union_sm90(const __grid_constant__ TensorMap values_map, const __grid_constant__ TensorMap x_map,
                     const int4 *__restrict__ unions, const int2 *__restrict__ blocks,
                     const int4 *__restrict__ tiles, int each,
-                    const u8 *__restrict__ masks, int groups, int entries, int across, float scale, void *__restrict__ out, int rows, int width, int add) {
+                    const u8 *__restrict__ masks, int groups, int entries, int across, float scale, const operand_t *__restrict__ bias, void *__restrict__ out, int rows, int width, int add) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
@@ -102,7 +104,11 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
                     __syncwarp();
                     if (lane == 0) barrier_expect(full + 8 * stage, kPanels * kSize * 128 * min(kSlots, tile.z - n * kSlots));
                     __syncwarp();
-                    if (there(n))
+                    if constexpr (kTokens) {
+                        if (there(n) && panel == 0)
+                            tma_load(ring + stage * kStage + slot * kSize * kWide * 2, x_map, full + 8 * stage, now.x * kSize,
+                                     column, entry, matrix);
+                    } else if (there(n))
                         tma_load(ring + stage * kStage + panel * kPanel + slot * kSize * 128, x_map, full + 8 * stage,
                                  column, now.x * kSize, entry, matrix);
                     if (++stage == kStages) stage = 0, parity ^= 1;
@@ -172,6 +178,24 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
             }
             if (used != ~0u) {
                 // Rows of x that nothing here keeps are zeroed: 0 · NaN is NaN.
+                if constexpr (kTokens) {
+#pragma unroll 1
+                    for (int n = threadIdx.x; n < 8 * kWide; n += kConsumers) {
+                        const int slot = n / (kSize / 8 * kWide), chunk = n % (kSize / 8);
+                        const u32 bits = notes[stage][slot].y >> (8 * chunk) & 255;
+                        if (bits == 255) continue;
+                        const u32 to = chunk_of_row<kSize * 2>(at + slot * kSize * kWide * 2, n / (kSize / 8) % kWide, chunk);
+                        u32 v[4];
+                        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                                     : "r"(to));
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) v[i] &= both(bits >> (2 * i));
+                        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+                                     "r"(v[3])
+                                     : "memory");
+                    }
+                } else
 #pragma unroll 1
                 for (int n = threadIdx.x; n < 64 * kPanels * 8; n += kConsumers) {
                     const int row = n / 8 % 64;
@@ -233,8 +257,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
                         wgmma_fence();
 #pragma unroll
                         for (int k = 0; k < kSteps; ++k)
-                            Wgmma<kWide>::template rs<1>(acc, a[u][k],
-                                                         wgmma_descriptor(at + (u * kSize + 16 * k) * 128, kPanel));
+                            Wgmma<kWide>::template rs<!kTokens>(
+                                acc, a[u][k],
+                                kTokens ? wgmma_rows<kSize * 2>(at + u * kSize * kWide * 2 + 32 * k)
+                                        : wgmma_descriptor(at + (u * kSize + 16 * k) * 128, kPanel));
                         wgmma_commit();
                     }
                 wgmma_wait<0>();
@@ -245,6 +271,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
 
         const int row = (tile.x % groups) * kRows + 64 * group + warp % 4 * 16 + lane / 4;
         const i64 plane = (static_cast<i64>(tile.w / across) * entries + tile.x / groups) * rows * width;
+        if constexpr (kTokens) {
+            const u32 staging = ring + kStages * kStage + group * 4096;
+            store_turned<kWide>(acc, scale, bias, staging, static_cast<operand_t *>(out) + plane,
+                                tile.x % groups * kRows + 64 * group, rows, tile.w % across * kWide, width);
+            continue;
+        }
         void *to = kPartial ? static_cast<void *>(static_cast<float *>(out) + plane)
                             : static_cast<void *>(static_cast<operand_t *>(out) + plane);
         store_result<kWide, kPartial>(acc, scale, to, row, rows, tile.w % across * kWide, width, add);

@@ -10,7 +10,8 @@ from mixgrain.cuda.device import facts
 
 from ..plans.plan import PartPlan
 from . import block_sm90, pair_sm90, union_sm90
-from .parts import THREADS, dense, mask, mask_side, runs, tf32, wide_of
+from .parts import THREADS, dense, mask, mask_side, ready, runs, tf32, wide_of
+from .tile_tables import in_tokens
 from .tiles import sddmm_kernel, spmm_kernel
 
 
@@ -123,19 +124,7 @@ def spmm(
         return
     fitting = out.dtype in (x.dtype, torch.float32)
     if fitting and _hopper(x, items, keep, x.dtype, values.dtype):
-        table, records = part.tensors[12:14] if transposed else part.tensors[10:12]
-        if size >= 64:
-            tables = (items.shape[0], table, records, masks, used)
-            if size == pair_sm90.SIZE and not masks.shape[0]:
-                alike = (items.shape[0], table, records, transposed, scale, add)
-                if pair_sm90.spmm(out, values, x, part.starts[0], *alike):
-                    return
-            block_sm90.spmm(out, values, x, part.starts[0], size, *tables, transposed, scale, add)
-        else:
-            blocks = part.tensors[16 if transposed else 15]
-            bits = part.tensors[14] if transposed else masks
-            found = (items.shape[0], table, blocks, records, bits)
-            union_sm90.spmm(out, values, x, part.starts[0], size, *found, transposed, scale, add)
+        _wgmma(out, values, x, part, scale, transposed, add)
         return
     wide = wide_of(width, x.dtype)
     run, shared = spmm_kernel(
@@ -178,3 +167,60 @@ def spmm(
             ),
             shared,
         )
+
+
+def takes_tokens(values: Tensor, x: Tensor, part: PartPlan, outer: int) -> bool:
+    """Whether ``tokens`` is for x (F, 1, inner, D) and results of ``outer`` rows."""
+    # Of blocks of 16 TMA would read rows of 32 bytes, which takes longer than to turn x.
+    if part.kind != "cblock" or not part.tensors[0].shape[0] or outer % 8 or part.scalars[0] < 32:
+        return False
+    if not (block_sm90.runs_here(8, x.dtype, values.dtype) and facts(x.device.index).hopper):
+        return False
+    return ready(x, 2, 3) and in_tokens(x)
+
+
+def tokens(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    part: PartPlan,
+    transposed: bool,
+    rows: block_sm90.Tokens,
+) -> None:
+    """Write S x, or Sᵀ x when transposed, to rows of tokens from rows of tokens.
+
+    Args:
+        out: (F, 1, outer, D), its transpose contiguous, of x's dtype.
+        values: (F, slots), contiguous, aligned.
+        x: (F, 1, inner, D), as ``takes_tokens`` says.
+        part: from ``plans.cuda_block``.
+        transposed: multiply by the transpose.
+        rows: bias and activation.
+    """
+    _wgmma(out, values, x, part, 1.0, transposed, False, rows)
+
+
+def _wgmma(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    part: PartPlan,
+    scale: float,
+    transposed: bool,
+    add: bool,
+    tokens: block_sm90.Tokens | None = None,
+) -> None:
+    items, masks, any_col, any_row = part.tensors[0], *part.tensors[6:9]
+    (size,), shift = part.scalars, part.starts[0]
+    table, records = part.tensors[12:14] if transposed else part.tensors[10:12]
+    count, last = items.shape[0], (transposed, scale, add, tokens)
+    if size < 64:
+        blocks = part.tensors[16 if transposed else 15]
+        bits = part.tensors[14] if transposed else masks
+        union_sm90.spmm(out, values, x, shift, size, count, table, blocks, records, bits, *last)
+        return
+    whole = size == pair_sm90.SIZE and not masks.shape[0]
+    if whole and pair_sm90.spmm(out, values, x, shift, count, table, records, *last):
+        return
+    used = any_row if transposed else any_col
+    block_sm90.spmm(out, values, x, shift, size, count, table, records, masks, used, *last)

@@ -12,10 +12,11 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.launch import Argument, kernel
 from mixgrain.cuda.tma import descriptor
 
 from ..plans.even import dealt
+from .parts import activation_constant
 
 CODES = {torch.float16: 0, torch.bfloat16: 1}
 # TMA stages of sddmm by panels of 64 columns of D.
@@ -32,12 +33,25 @@ def laid_out(t: Tensor) -> Tensor:
     return t.contiguous() if 0 in t.stride() else t
 
 
-def operand_map(t: Tensor, rows: int) -> np.ndarray:
-    """(F, E, N, D), any strides but the last, in boxes of 64 columns × rows."""
+class Tokens(NamedTuple):
+    """Rows of tokens in, rows of tokens out, as linear layers have them.
+
+    Attributes:
+        bias: (rows,) of x's dtype, contiguous, or None.
+        activation: a code of ``activations``, applied before rounding; 0 = none.
+    """
+
+    bias: Tensor | None
+    activation: int
+
+
+def operand_map(t: Tensor, rows: int, columns: int = 64) -> np.ndarray:
+    """(F, E, N, D), any strides but the last, in boxes of columns × rows."""
     free, entries, n, width = t.shape
     size = t.element_size()
     strides = tuple(t.stride(d) * size for d in (2, 1, 0))
-    return descriptor(t.data_ptr(), t.dtype, (width, n, entries, free), strides, (64, rows, 1, 1))
+    dims, box = (width, n, entries, free), (columns, rows, 1, 1)
+    return descriptor(t.data_ptr(), t.dtype, dims, strides, box, columns * size)
 
 
 def values_map(
@@ -115,13 +129,15 @@ def spmm(
     transposed: bool,
     scale: float,
     add: bool = False,
+    tokens: Tokens | None = None,
 ) -> None:
     """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when transposed.
 
     Args:
-        out: (F, E, rows, D), contiguous; x's dtype, or float32 for partial results.
+        out: (F, E, rows, D), contiguous, or with ``tokens`` its transpose is; x's dtype, or float32
+            for partial results.
         values: (F, slots) of x's dtype, contiguous.
-        x: (F, E, inner, D), rows 16-byte aligned.
+        x: (F, E, inner, D), rows 16-byte aligned, or with ``tokens`` columns.
         shift: first slot of the part.
         size: side of a block, 64 or 128.
         items: blocks of the part.
@@ -132,18 +148,21 @@ def spmm(
         transposed: multiply by the transpose.
         scale: multiplies the product.
         add: add to out instead of overwriting it; float32 only.
+        tokens: x and out are rows of tokens; rows % 8 == 0.
     """
     free, entries, rows, width = out.shape
     if 0 in (free, records.shape[0], width):
         return
     x = laid_out(x)
-    cut = tile(size, width)
+    several = facts(x.device.index).multiprocessors
+    lines, all_lines = records.shape[0], records.shape[0] * free
+    cut = token_tile(several, size, all_lines, width) if tokens else tile(size, width)
     partial = out.dtype == torch.float32
     device = x.device.index
-    lines, across = records.shape[0], -(-width // cut.across)
-    several = facts(device).multiprocessors if cut.alone else 0
-    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial), device)
-    shared = cut.shared(size)
+    across = -(-width // cut.across)
+    several = several if cut.alone else 0
+    run = kernel(spmm_request(size, x.dtype, cut, transposed, partial, end_of(tokens)), device)
+    shared = cut.shared(size, tokens is not None)
     for start in range(0, free, step := max(1, TILES // (lines * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
         tiles = walks(records, across, to.shape[0], several)
@@ -152,7 +171,7 @@ def spmm(
             cut.threads(size),
             (
                 values_map(weights, shift, size, items),
-                operand_map(right, cut.depth),
+                right_map(right, cut.depth, cut.across, tokens),
                 table.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),
@@ -162,6 +181,7 @@ def spmm(
                 np.int32(entries),
                 np.int32(across),
                 np.float32(scale),
+                bias_of(tokens),
                 to.data_ptr(),
                 np.int32(rows),
                 np.int32(width),
@@ -169,6 +189,26 @@ def spmm(
             ),
             shared,
         )
+
+
+def right_map(x: Tensor, depth: int, across: int, tokens: Tokens | None) -> np.ndarray:
+    """X (F, E, inner, D) in boxes of ``depth`` inner positions × 64 columns, or × tokens."""
+    return operand_map(x.mT, min(across, 256), depth) if tokens else operand_map(x, depth)
+
+
+def end_of(tokens: Tokens | None) -> int | None:
+    """What of it a request depends on: the activation."""
+    return None if tokens is None else tokens.activation
+
+
+def token_constants(activation: int | None) -> dict[str, int]:
+    """Constants of a request for rows of tokens, which None is not."""
+    return {} if activation is None else {"TOKENS": 1, **activation_constant(activation)}
+
+
+def bias_of(tokens: Tokens | None) -> Argument:
+    """Where the bias is, 0 for none."""
+    return 0 if tokens is None or tokens.bias is None else tokens.bias.data_ptr()
 
 
 class Cut(NamedTuple):
@@ -200,11 +240,12 @@ class Cut(NamedTuple):
         consumers = 2 * size * self.groups
         return consumers + (128 if self.wide == 256 and consumers == 256 else 32)
 
-    def shared(self, size: int) -> int:
+    def shared(self, size: int, tokens: bool = False) -> int:
         """Dynamic shared memory of a CTA, bytes."""
         rings = self.left * size * 128 + self.right * self.across * self.depth * 2
-        # What large results leave through, and room to align.
-        return rings + (8 * 1024 if self.alone else 0) + 1024
+        # What large results and rows of tokens leave through, 1 KiB a warp, and room to align.
+        staging = 64 * size * self.groups if self.alone or tokens else 0
+        return rings + staging + 1024
 
 
 def tile(size: int, width: int) -> Cut:
@@ -218,6 +259,35 @@ def tile(size: int, width: int) -> Cut:
     if width <= 128:
         return Cut(128, 1, 64, 4, 4, False) if size == 64 else Cut(128, 1, 64, 3, 3, False)
     return Cut(256, 1, 32, 4, 9, True) if size == 128 else Cut(256, 2, 32, 3, 6, True)
+
+
+# The same for rows of tokens, the largest first, and what a tile costs where a multiprocessor has
+# many, relatively. Stages are 64 deep, so that TMA reads whole lines.
+TOKEN_CUTS = {
+    64: {
+        Cut(128, 2, 64, 4, 4, True): 20,
+        Cut(128, 1, 64, 4, 4, False): 10,
+        Cut(64, 1, 64, 4, 4, False): 7,
+    },
+    128: {
+        Cut(256, 1, 64, 4, 4, True): 20,
+        Cut(128, 1, 64, 3, 3, False): 14,
+        Cut(64, 1, 64, 4, 4, False): 8,
+    },
+}
+
+
+def token_tile(several: int, size: int, lines: int, width: int) -> Cut:
+    """How spmm is cut for rows of tokens; however it is, it adds up in the same order.
+
+    Args:
+        several: multiprocessors.
+        size: side of a block.
+        lines: of blocks, of all matrices.
+        width: tokens.
+    """
+    costs = TOKEN_CUTS[size]
+    return min(costs, key=lambda cut: -(-lines * -(-width // cut.across) // several) * costs[cut])
 
 
 # Beyond this many tiles a CTA, a walk by strides is even enough.
@@ -282,7 +352,12 @@ def sddmm_shared(size: int, panels: int, stages: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def spmm_request(
-    size: int, dtype: torch.dtype, cut: Cut, transposed: bool, partial: bool
+    size: int,
+    dtype: torch.dtype,
+    cut: Cut,
+    transposed: bool,
+    partial: bool,
+    tokens: int | None = None,
 ) -> Request:
     """The spmm kernel; ``partial`` writes float32."""
     constants = {
@@ -296,4 +371,5 @@ def spmm_request(
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }
+    constants |= token_constants(tokens)
     return request("spmm_block_sm90", constants, flush=True)

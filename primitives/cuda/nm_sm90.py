@@ -101,6 +101,11 @@ def spmm_request(
     return request("spmm_nm_sm90", constants, flush=True)
 
 
+# The share of all multiprocessors that clusters of so many CTAs find room on; one cluster too many
+# would begin when the others end.
+CLUSTERED = {2: 1.0, 4: 0.88}
+
+
 class Thin(NamedTuple):
     """How a product with few columns is cut.
 
@@ -131,7 +136,9 @@ def thin_of(rows: int, width: int, inner: int, matrices: int, several: int) -> T
     groups = 2 if wide == 64 and rows >= 8192 else 1
     tiles = -(-rows // (64 * groups)) * -(-width // wide) * matrices
     split = 4
-    while split > 1 and (inner < 512 * split or tiles * split * groups > 2 * several):
+    while split > 1 and (
+        inner < 512 * split or tiles * split * groups > 2 * several * CLUSTERED[split]
+    ):
         split //= 2
     return _staged(groups, wide, split, tiles, several)
 

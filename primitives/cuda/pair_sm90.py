@@ -16,14 +16,23 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.cuda.tma import descriptor
 
 from ..plans import cuda_pairs
-from .block_sm90 import CODES, laid_out, values_map
+from .block_sm90 import (
+    CODES,
+    Tokens,
+    bias_of,
+    end_of,
+    laid_out,
+    right_map,
+    token_constants,
+    values_map,
+)
 
 # Side of a block, columns of x of a tile.
 SIZE, ACROSS = 64, 512
-# Inner positions of a stage of x; stages of blocks, and of x.
-DEPTH, LEFT, RIGHT = 32, 3, 6
+# Stages of blocks; inner positions of the stages of x, and of one of them. TMA reads whole lines.
+LEFT, RIGHT, DEPTH, TOKEN_DEPTH = 3, 192, 32, 64
 # Dynamic shared memory of a CTA, bytes: the rings, what results leave through, and room to align.
-MEMORY = LEFT * SIZE * 128 + RIGHT * ACROSS * DEPTH * 2 + 8 * 1024 + 1024
+MEMORY = LEFT * SIZE * 128 + RIGHT * ACROSS * 2 + 8 * 1024 + 1024
 THREADS = 3 * 128
 # Lines that are paired: every line is compared with every other.
 MOST_LINES = 512
@@ -33,6 +42,8 @@ SHARE = 0.9
 TILES = 1 << 18
 # Blocks that a line has to have, on average.
 LEAST = 6
+# Tiles of rows of tokens, for each multiprocessor.
+ENOUGH = 1.5
 
 
 class Paired(NamedTuple):
@@ -72,6 +83,7 @@ def spmm(
     transposed: bool,
     scale: float,
     add: bool,
+    tokens: Tokens | None = None,
 ) -> bool:
     """Whether scale · S x, or Sᵀ x, was written (or added) here; see ``block_sm90.spmm``.
 
@@ -79,15 +91,17 @@ def spmm(
     """
     free, entries, rows, width = out.shape
     clusters, across = max(1, facts(x.device.index).multiprocessors // 2), -(-width // ACROSS)
-    if entries > 1 or width <= 128 or width % 64:
+    if entries > 1 or width <= 128 or (width % 64 and not tokens):
         return False
     if table.shape[0] < LEAST * records.shape[0]:
+        return False
+    if tokens and free * records.shape[0] * across < 2 * ENOUGH * clusters:
         return False
     lines = paired(table, records)
     if lines is None:
         return False
     x = laid_out(x)
-    wanted = spmm_request(x.dtype, transposed, out.dtype == torch.float32)
+    wanted = spmm_request(x.dtype, transposed, out.dtype == torch.float32, end_of(tokens))
     run = kernel(wanted, x.device.index)
     for start in range(0, free, step := max(1, TILES // (len(lines.found.partners) * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
@@ -97,13 +111,13 @@ def spmm(
             THREADS,
             (
                 values_map(weights, shift, SIZE, items),
-                _panels_map(right, ACROSS // 64),
-                _panels_map(right, ACROSS // 128),
+                *_right_maps(right, tokens),
                 lines.steps.data_ptr(),
                 tiles.data_ptr(),
                 np.int32(tiles.shape[1]),
                 np.int32(across),
                 np.float32(scale),
+                bias_of(tokens),
                 to.data_ptr(),
                 np.int32(rows),
                 np.int32(width),
@@ -112,6 +126,14 @@ def spmm(
             MEMORY,
         )
     return True
+
+
+def _right_maps(x: Tensor, tokens: Tokens | None) -> tuple[np.ndarray, np.ndarray]:
+    """X (F, 1, inner, D) in boxes of a stage, and of half of one."""
+    if tokens:
+        half = right_map(x, TOKEN_DEPTH, ACROSS // 2, tokens)
+        return half, half
+    return _panels_map(x, ACROSS // 64), _panels_map(x, ACROSS // 128)
 
 
 def _panels_map(t: Tensor, panels: int) -> np.ndarray:
@@ -133,14 +155,18 @@ def _tiles(lines: Paired, records: Tensor, across: int, matrices: int, clusters:
 
 
 @functools.lru_cache(maxsize=64)
-def spmm_request(dtype: torch.dtype, transposed: bool, partial: bool) -> Request:
+def spmm_request(
+    dtype: torch.dtype, transposed: bool, partial: bool, tokens: int | None = None
+) -> Request:
     """The kernel; ``partial`` writes float32."""
+    depth = DEPTH if tokens is None else TOKEN_DEPTH
     constants = {
         "DTYPE": CODES[dtype],
-        "DEPTH": DEPTH,
+        "DEPTH": depth,
         "STAGES_A": LEFT,
-        "STAGES_B": RIGHT,
+        "STAGES_B": RIGHT // depth,
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }
+    constants |= token_constants(tokens)
     return request("spmm_pair_sm90", constants, flush=True)

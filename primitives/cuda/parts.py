@@ -65,6 +65,11 @@ def ready(x: Tensor, inner: int, outer: int) -> bool:
     return whole and not x.data_ptr() % 16 and not any(s % unit or not s for s in steps)
 
 
+def in_fours(out: Tensor) -> bool:
+    """Whether four rows of (F, E, rows, D) lie side by side, at multiples of their size."""
+    return out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
+
+
 def aligned_values(values: Tensor) -> Tensor:
     """Values (F, slots), contiguous and 16-byte aligned."""
     values = values.contiguous()

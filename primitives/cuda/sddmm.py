@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, nm, nm_scores, panel, row, tile_sddmm
+from . import block, block_weights_sm90, nm, nm_scores, panel, row, tile_sddmm
 from .parts import aligned, at_once, check_dtypes, gaps
 
 _KINDS = {
@@ -46,6 +46,9 @@ def sddmm(
         return tile_sddmm.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()
+    if len(parts) == 1 and block_weights_sm90.takes(parts[0], q, k, keep, dtype):
+        block_weights_sm90.sddmm(values, q, k, parts[0], scale)
+        return values
     q, k = aligned(q), aligned(k)
 
     def write(part: PartPlan) -> None:

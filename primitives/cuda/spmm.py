@@ -15,7 +15,8 @@ from mixgrain.cuda.launch import kernel
 
 from ..activations import CODES as ACTIVATIONS
 from ..plans.plan import PartPlan, Plan, split
-from . import block, expand_sm90, nm, nm_within, panel, row, tile
+from . import block, block_few, expand_sm90, nm, nm_within, panel, row, row_few, tile
+from .block_sm90 import Tokens
 from .finish import finish
 from .nm_parts import within
 from .parts import CODES, aligned, aligned_values, at_once, check_dtypes, is_fine, together
@@ -72,13 +73,29 @@ def linear(
 ) -> Tensor:
     """Product x Sᵀ + bias, or x S when transposed: (F, slots), (F, T, inner) -> (F, T, outer)."""
     check_dtypes("linear", values.dtype, x.dtype)
-    _, shape, _, (part,) = split(Plan(tensors, dims, name))
+    _, shape, _, parts = split(Plan(tensors, dims, name))
     free, tokens, inner = x.shape
     outer = shape[1 if transposed else 0]
-    if 0 in (free, tokens, outer, inner):
+    if not parts or 0 in (free, tokens, outer, inner):
         out = x.new_zeros(free, tokens, outer)
         return out if bias is None else torch.add(out, bias)
-    return nm.linear(values, x, bias, part, shape, transposed)
+    if parts[0].kind in nm.KINDS:
+        return nm.linear(values, x, bias, parts[0], shape, transposed)
+    right = _across(x)
+    rows = rows_of_tokens(values, right, bias, None, tensors, dims, name, transposed)
+    if rows is not None:
+        return rows
+    plain = len(parts) == 1 and bias is None
+    wide = x.dtype if plain else torch.float32
+    sums = _sums(values, right, None, False, parts, outer, 1.0, wide, transposed)
+    with together():
+        return finish(sums, None if bias is None else bias.contiguous(), tokens, x.dtype, 0)
+
+
+def _across(x: Tensor) -> Tensor:
+    """(F, T, inner) as (F, 1, inner, T)."""
+    (free, tokens, inner), step = x.shape, x.stride()
+    return x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
 
 
 def affine(
@@ -95,10 +112,14 @@ def affine(
     """(F, slots) times (F, E, nk, D) plus (nq,) -> (F, E, nq, D); the bias joins the sums."""
     plan = Plan(tensors, dims, name)
     _, (rows, _), _, parts = split(plan)
-    if parts and parts[0].kind == "ctile" and 0 not in (x.shape[0], rows, x.shape[3]):
-        check_dtypes("linear", values.dtype, x.dtype, dtype)
-        bias = bias.contiguous()
-        return tile.spmm(values, x, keep, keep_rows, parts[0], 1.0, dtype, False, bias)
+    if parts and 0 not in (*x.shape, rows):
+        part, more = parts[0], bias.contiguous()
+        if part.kind == "ctile":
+            check_dtypes("linear", values.dtype, x.dtype, dtype)
+            return tile.spmm(values, x, keep, keep_rows, part, 1.0, dtype, False, more)
+        made = _few(values, x, keep, parts, rows, 1.0, dtype, False, more)
+        if made is not None:
+            return made
     wide = torch.float32
     out = _product("linear", values, x, keep, keep_rows, plan, 1.0, wide, transposed=False)
     return torch.add(out, bias.contiguous().view(1, 1, rows, 1)).to(dtype)
@@ -121,17 +142,19 @@ def activated(
     """
     check_dtypes("linear", values.dtype, x.dtype)
     _, shape, _, parts = split(Plan(tensors, dims, name))
-    free, tokens, inner = x.shape
-    step, code, wide = x.stride(), ACTIVATIONS[activation], torch.float32
+    free, tokens, _ = x.shape
+    code, wide = ACTIVATIONS[activation], torch.float32
     if bias is not None:
         bias = bias.contiguous()
     if not parts or 0 in (*x.shape, shape[0]):
         sums = [x.new_zeros((free, 1, shape[0], tokens), dtype=wide)]
         return finish(sums, bias, tokens, x.dtype, code)
-    part = parts[0]
-    right = x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
+    part, right = parts[0], _across(x)
     if part.kind in nm.KINDS and keep is None:
         return nm.linear(values, x, bias, part, shape, False, code)
+    rows = rows_of_tokens(values, right, bias, keep, tensors, dims, name, False, code)
+    if rows is not None:
+        return rows
     if part.kind in nm.KINDS and not within(part):
         sums = [nm.product(values, right, keep, keep_rows, part, shape, 1.0, wide, False)]
     elif part.kind == "ctile":
@@ -166,11 +189,74 @@ def _product(
         return nm.product(values, x, keep, keep_rows, part, shape, scale, dtype, transposed)
     if parts[0].kind == "ctile":
         return tile.spmm(values, x, keep, keep_rows, parts[0], scale, dtype, transposed)
+    few = _few(values, x, keep, parts, lines, scale, dtype, transposed, None)
+    if few is not None:
+        return few
     made = _sums(values, x, keep, keep_rows, parts, lines, scale, dtype, transposed)
     if len(parts) == 1:
         return made[0][..., :width].contiguous()
     with together():
         return _rounded(made, dtype)[..., :width].contiguous()
+
+
+def _few(
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    parts: list[PartPlan],
+    lines: int,
+    scale: float,
+    dtype: torch.dtype,
+    transposed: bool,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """The product by the kernels of blocks or rows for few tokens; None where there is none."""
+    free, entries, _, width = x.shape
+    if block_few.takes(parts, values, x, keep, dtype, transposed):
+        out = x.new_empty((free, entries, lines, width))
+        block_few.spmm(out, values, x, parts[0], scale, transposed, bias)
+        return out
+    if not transposed and row_few.takes(parts, values, x, keep, dtype):
+        out = x.new_empty((free, entries, width, lines))
+        row_few.spmm(out, values, x, parts[0], scale, bias)
+        return out.mT.contiguous()
+    return None
+
+
+def rows_of_tokens(
+    values: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    tensors: list[Tensor],
+    dims: list[int],
+    name: str,
+    transposed: bool,
+    activation: int = 0,
+) -> Tensor | None:
+    """(F, T, outer) from (F, 1, inner, T), all rows of tokens; None where no kernel does it so.
+
+    The products of ``spmm``, ``affine`` and ``activated``, to the bit.
+    """
+    _, shape, _, parts = split(Plan(tensors, dims, name))
+    free, _, _, width = x.shape
+    outer = shape[1 if transposed else 0]
+    if 0 in (*x.shape, outer) or len(parts) != 1 or x.shape[1] > 1 or keep is not None:
+        return None
+    few = block_few.takes(parts, values, x, keep, x.dtype, transposed)
+    by_rows = not transposed and row_few.takes(parts, values, x, keep, x.dtype)
+    if not (few or by_rows or block.takes_tokens(values, x, parts[0], outer)):
+        return None
+    out = x.new_empty((free, 1, width, outer))
+    bias = None if bias is None else bias.contiguous()
+    if by_rows:
+        row_few.spmm(out, values, x, parts[0], 1.0, bias, activation)
+    elif few:
+        block_few.spmm(out.mT, values, x, parts[0], 1.0, transposed, bias, activation)
+    else:
+        end = Tokens(bias, activation)
+        block.tokens(out.mT, aligned_values(values), x, parts[0], transposed, end)
+    return out.view(free, width, outer)
 
 
 def unrounded(

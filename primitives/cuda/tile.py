@@ -21,7 +21,15 @@ from ..plans.plan import PartPlan
 from . import block, tile_thin
 from .block_sm90 import laid_out, walks
 from .finish import finish
-from .parts import CODES, MOST_MATRICES, activation_constant, aligned, aligned_values, ready
+from .parts import (
+    CODES,
+    MOST_MATRICES,
+    activation_constant,
+    aligned,
+    aligned_values,
+    in_fours,
+    ready,
+)
 from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
 
 # Microseconds on an H200, beyond those of other kernels: of spmm_tile for a start and for each tile
@@ -30,6 +38,8 @@ from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
 START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
 # Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
 SHORT, FEW = 40, 128
+# Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
+WIDEST = 2048
 # Warps of its CTAs and tiles that a warp asks for at once, by blocks of 8 columns that a CTA takes.
 FEW_CUTS = {1: (8, 4), 2: (8, 3), 4: (4, 2)}
 
@@ -170,7 +180,7 @@ def _choose(index: int, tables: list[Tensor], width: int, free: int, tokens: boo
     """
     bounds, cells = tables
     lines, tiles, several = bounds.numel() - 1, len(cells), facts(index).multiprocessors
-    if EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1):
+    if width <= WIDEST and EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1):
         return None
     ways = cuts(_hopper(index), tokens)
     ctas = [-(-lines // how.warps) * -(-width // how.wide) for how in ways]
@@ -198,7 +208,6 @@ def _few(
         cells, ("shares", warps, ahead), lambda: cuda_tile.shares(bounds, cells, warps, ahead)
     )
     chunks = -(-width // (8 * blocks))
-    quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
     threads = 32 * warps
     # Of what one CTA and all of them can ask for at once.
     small = free == 1 and width <= lines * chunks and inner <= 64 * threads
@@ -221,7 +230,7 @@ def _few(
                 0 if bias is None else bias.data_ptr(),
                 to.data_ptr(),
                 *(np.int64(to.stride(d)) for d in (0, 2, 3)),
-                np.int32(quads),
+                np.int32(in_fours(out)),
                 np.int32(small),
                 np.int32(rows),
                 np.int32(inner),

@@ -16,7 +16,7 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
-from .parts import CODES, MOST_MATRICES, activation_constant
+from .parts import CODES, MOST_MATRICES, activation_constant, in_fours
 
 WARPS = 16
 # Slabs that a cluster's CTAs take, and the share of all multiprocessors that such clusters find
@@ -125,7 +125,6 @@ def spmm(
         ("segments", how.per, how.split),
         lambda: cuda_tile.segments(bounds, cells, how.per, how.split, WARPS, inner),
     )
-    quads = out.stride(2) == 1 and all(out.stride(d) % 4 == 0 for d in (0, 3) if out.shape[d] > 1)
     run = kernel(thin_request(how, x.dtype, out.dtype, transposed, activation), device)
     for start in range(0, out.shape[0], MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
@@ -147,7 +146,7 @@ def spmm(
                 0 if bias is None else bias.data_ptr(),
                 to.data_ptr(),
                 *(np.int64(to.stride(d)) for d in (0, 2, 3)),
-                np.int32(quads),
+                np.int32(in_fours(out)),
                 np.int32(rows),
                 np.int32(inner),
                 np.int32(width),

@@ -15,8 +15,8 @@ from torch import Tensor
 from mixgrain.cuda.recording import strides_of
 
 from ..activations import CODES as ACTIVATIONS
-from ..plans.plan import Plan
-from . import sddmm, spmm, turn
+from ..plans.plan import Plan, split
+from . import block_weights_sm90, sddmm, spmm, turn
 from .finish import finish
 from .nm import KINDS
 from .parts import CODES, together
@@ -40,6 +40,10 @@ def tokens(
     plan = Plan(tensors, dims, name)
     weights, rows = _shaped(values, (1, *values.shape)), _rows(x)
     mask, shape = _mask(keep), (*x.shape[:-1], dims[1])
+    code = 0 if activation is None else ACTIVATIONS[activation]
+    some = _direct(weights, _columns(rows), bias, keep, plan, False, code)
+    if some is not None:
+        return some.view(*shape)
     if _turns(dims, name, rows):
         # Bias and activation join the sums before they are rounded.
         plain = "+" not in name and bias is None and activation is None
@@ -47,7 +51,6 @@ def tokens(
         given = _features(rows)
         sums = spmm.unrounded(weights, given, mask, keep_rows, *plan, 1.0, wide)
         bias = None if bias is None else bias.contiguous()
-        code = 0 if activation is None else ACTIVATIONS[activation]
         with together():
             out = finish(sums, bias, rows.shape[0], x.dtype, code)
         return out.view(*shape)
@@ -97,14 +100,22 @@ def token_gradients(
     plan = Plan(tensors, dims, name)
     weights, rows, above = _shaped(values, (1, *values.shape)), _rows(x), _rows(grad)
     one_by_one = direct(name, keep)
-    turns = _turns(dims, name, rows, above)
-    columns, tops = (_features(t) if turns else _columns(t) for t in (rows, above))
-    shared = (_mask(keep), keep_rows, *plan, 1.0)
-    made: list[Tensor] = []
-    if wanted[0]:
-        made.append(sddmm.sddmm(tops, columns, *shared, values.dtype).view(*values.shape))
+    turned = _features if _turns(dims, name, rows, above) else _columns
+    dx = None
     if wanted[1] and one_by_one:
         dx = spmm.linear(weights, _shaped(above, (1, *above.shape)), None, *plan, True)
+    elif wanted[1]:
+        dx = _direct(weights, _columns(above), None, keep, plan, True)
+    mask, left, right = _mask(keep), _columns(above), _columns(rows)
+    plain = wanted[0] and _by_tokens(plan, left, right, mask, values.dtype)
+    turns = (wanted[0] and not plain) or (wanted[1] and dx is None)
+    tops = turned(above) if turns else left
+    shared = (mask, keep_rows, *plan, 1.0)
+    made: list[Tensor] = []
+    if wanted[0]:
+        one, other = (left, right) if plain else (tops, turned(rows))
+        made.append(sddmm.sddmm(one, other, *shared, values.dtype).view(*values.shape))
+    if dx is not None:
         made.append(dx.view(*x.shape))
     elif wanted[1]:
         dx = spmm.spmm_t(weights, tops, *shared, x.dtype)
@@ -116,6 +127,31 @@ def token_gradients(
         )  # fmt: skip
         made.append(total.to(bias_dtype))
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def _direct(
+    weights: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    plan: Plan,
+    transposed: bool,
+    activation: int = 0,
+) -> Tensor | None:
+    """Of blocks or rows; see ``spmm.rows_of_tokens``."""
+    if plan.name not in ("cblock", "crow"):
+        return None
+    return spmm.rows_of_tokens(weights, columns, bias, keep, *plan, transposed, activation)
+
+
+def _by_tokens(
+    plan: Plan, left: Tensor, right: Tensor, keep: Tensor | None, dtype: torch.dtype
+) -> bool:
+    """Whether the gradient of the values is best made from rows of tokens as they are."""
+    if plan.name != "cblock" or 0 in (*left.shape, *right.shape):
+        return False
+    parts = split(plan)[3]
+    return len(parts) == 1 and block_weights_sm90.takes(parts[0], left, right, keep, dtype)
 
 
 def direct(name: str, keep: Tensor | None) -> bool:

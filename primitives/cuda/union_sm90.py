@@ -13,11 +13,24 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from ..plans.cuda_block import UNION_ROWS
-from .block_sm90 import CODES, TILES, laid_out, operand_map, values_map, walks
+from .block_sm90 import (
+    CODES,
+    TILES,
+    Tokens,
+    bias_of,
+    end_of,
+    laid_out,
+    right_map,
+    token_constants,
+    values_map,
+    walks,
+)
 
 # TMA stages of 64 rows of x, by columns of a CTA.
 STAGES = {64: 4, 128: 6, 256: 4}
 THREADS = 384
+# What a tile of rows of tokens costs where a multiprocessor has many, relatively, by its width.
+TOKEN_COSTS = {256: 30, 128: 16, 64: 9.8}
 
 
 def spmm(
@@ -34,6 +47,7 @@ def spmm(
     transposed: bool,
     scale: float,
     add: bool = False,
+    tokens: Tokens | None = None,
 ) -> None:
     """Write (or add to a float32 out) scale · S x, or scale · Sᵀ x when transposed.
 
@@ -51,17 +65,19 @@ def spmm(
         transposed: multiply by the transpose.
         scale: multiplies the product.
         add: add to out instead of overwriting it; float32 only.
+        tokens: x and out are rows of tokens; rows % 8 == 0.
     """
     free, entries, rows, width = out.shape
     if 0 in (free, records.shape[0], width):
         return
     x = laid_out(x)
-    wide = wide_of(width)
+    several = facts(x.device.index).multiprocessors
+    wide = token_wide(several, records.shape[0] * free, width) if tokens else wide_of(width)
     partial = out.dtype == torch.float32
     device = x.device.index
     groups, across = records.shape[0], -(-width // wide)
-    several = facts(device).multiprocessors * (2 if wide == 64 else 1)
-    run = kernel(spmm_request(size, x.dtype, wide, transposed, partial), device)
+    several *= 2 if wide == 64 else 1
+    run = kernel(spmm_request(size, x.dtype, wide, transposed, partial, end_of(tokens)), device)
     for start in range(0, free, step := max(1, TILES // (groups * across))):
         to, weights, right = (t[start : start + step] for t in (out, values, x))
         tiles = walks(records, across, to.shape[0], several)
@@ -70,7 +86,7 @@ def spmm(
             THREADS,
             (
                 values_map(weights, shift, size, items, (size, size)),
-                operand_map(right, size),
+                right_map(right, size, wide, tokens),
                 table.data_ptr(),
                 blocks.data_ptr(),
                 tiles.data_ptr(),
@@ -80,12 +96,13 @@ def spmm(
                 np.int32(entries),
                 np.int32(across),
                 np.float32(scale),
+                bias_of(tokens),
                 to.data_ptr(),
                 np.int32(rows),
                 np.int32(width),
                 np.int32(add),
             ),
-            spmm_shared(wide),
+            spmm_shared(wide, tokens is not None),
         )
 
 
@@ -94,14 +111,31 @@ def wide_of(width: int) -> int:
     return 64 if width <= 64 else 128 if width <= 128 else 256
 
 
-def spmm_shared(wide: int) -> int:
-    """Dynamic shared memory of a CTA, bytes: stages of x and of a band of values."""
-    return STAGES[wide] * 128 * (wide + UNION_ROWS) + 1024
+def token_wide(several: int, groups: int, width: int) -> int:
+    """Columns of a CTA for rows of tokens; see ``block_sm90.token_tile``."""
+
+    def cost(wide: int) -> float:
+        return -(-groups * -(-width // wide) // several) * TOKEN_COSTS[wide]
+
+    return min(TOKEN_COSTS, key=cost)
+
+
+def spmm_shared(wide: int, tokens: bool = False) -> int:
+    """Dynamic shared memory of a CTA, bytes: stages of x and of a band of values.
+
+    Rows of tokens leave through 1 KiB a warp.
+    """
+    return STAGES[wide] * 128 * (wide + UNION_ROWS) + (8 * 1024 if tokens else 0) + 1024
 
 
 @functools.lru_cache(maxsize=256)
 def spmm_request(
-    size: int, dtype: torch.dtype, wide: int, transposed: bool, partial: bool
+    size: int,
+    dtype: torch.dtype,
+    wide: int,
+    transposed: bool,
+    partial: bool,
+    tokens: int | None = None,
 ) -> Request:
     """The kernel; ``partial`` writes float32."""
     constants = {
@@ -112,4 +146,5 @@ def spmm_request(
         "TRANSPOSED": int(transposed),
         "PARTIAL": int(partial),
     }
+    constants |= token_constants(tokens)
     return request("spmm_union_sm90", constants, flush=True)

@@ -6,7 +6,6 @@ Tests compile them for every architecture, and ``mixgrain warm`` does so ahead o
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +27,15 @@ from ..blank import nm_layout
 from ..dispatch import TABLE
 from ..plans import nm
 from ..plans.plan import Plan
-from . import launch_code, pair_sm90
+from . import (
+    block_few,
+    block_sm90,
+    block_weights_sm90,
+    launch_code,
+    pair_sm90,
+    row_few,
+    union_sm90,
+)
 from .calls import describe
 from .parts import MOST_MATRICES
 
@@ -138,9 +145,8 @@ def requests(
             if operand == value:
                 for name, arguments in (*_weight_calls(operand, masks), *_layer_calls(operand)):
                     found |= dict.fromkeys(_asked(name, arguments))
-                if arch == "90a" and operand != FLOAT:  # asked for by large products only
-                    for flags in itertools.product((False, True), repeat=2):
-                        found[pair_sm90.spmm_request(operand, *flags)] = None
+                if operand != FLOAT:
+                    found |= dict.fromkeys(_layers(arch, operand))
     return list(found)
 
 
@@ -175,6 +181,28 @@ def _layer_calls(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     values, x = _meta(layout.slots, dtype=dtype), _meta(64, layout.shape[1], dtype=dtype)
     for bias in (None, _meta(layout.shape[0], dtype=dtype)):
         yield "tokens", (values, x, bias, *plan, None, False, None)
+
+
+def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
+    """Kernels of layers of blocks and rows on rows of tokens, for devices of any size."""
+    for tokens in row_few.TOKENS:
+        yield row_few.few_request(tokens, dtype)
+    for transposed in (False, True):
+        for size in block_few.SIZES:
+            for how in block_few.cuts(size):
+                yield block_few.few_request(size, how, dtype, transposed)
+        if arch != "90a":
+            continue
+        for size, cuts in block_sm90.TOKEN_CUTS.items():
+            for cut in cuts:
+                yield block_sm90.spmm_request(size, dtype, cut, transposed, False, 0)
+        for wide in union_sm90.TOKEN_COSTS:
+            yield union_sm90.spmm_request(32, dtype, wide, transposed, False, 0)
+        for partial in (False, True):  # asked for by large products only
+            yield pair_sm90.spmm_request(dtype, transposed, partial)
+        yield pair_sm90.spmm_request(dtype, transposed, False, 0)
+    for size in block_sm90.TOKEN_CUTS if arch == "90a" else ():
+        yield block_weights_sm90.sddmm_request(size, dtype)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

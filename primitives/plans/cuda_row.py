@@ -88,6 +88,49 @@ def row_items(offsets: Tensor, lines: int, most: int = ITEM) -> tuple[Tensor, Te
     return items.contiguous(), splits.to(torch.int32), [int(parts.sum()), int(long.sum())]
 
 
+def dealt_rows(items: Tensor, rows: int, ctas: int, warps: int) -> Tensor:
+    """Whole rows of one entry dealt to warps, the longest first.
+
+    Args:
+        items: int32 (NI, 4), of ``row_items``, of fewer than 2**31 positions.
+        rows: how many there are.
+        ctas: that share them.
+        warps: of each.
+
+    Returns:
+        int32 (rounds, ctas, warps, 4): row (−1 = none); its first position, divided by 8, and the
+        remainder; its positions.
+    """
+    row, length = items[:, 0].long(), (items[:, 1] & 0xFFFF).long()
+    counts = torch.zeros(rows, dtype=torch.int64, device=items.device).index_add_(0, row, length)
+    first = counts.cumsum(0) - counts
+    order = torch.argsort(counts, descending=True, stable=True)
+    made = torch.stack([order, first[order] // 8, first[order] % 8, counts[order]], 1)
+    rounds = -(-rows // (ctas * warps))
+    full = made.new_zeros(rounds * ctas * warps, 4)
+    full[:, 0] = -1
+    full[:rows] = made
+    # Neighbours in length go to different CTAs.
+    return full.view(rounds, warps, ctas, 4).transpose(1, 2).to(torch.int32).contiguous()
+
+
+def places(columns: Tensor) -> Tensor:
+    """Where columns lie that have changed places eight by eight.
+
+    Column c is at c ^ (c / 8 % 8), so that what is written for eight neighbours by each thread, and
+    for the next eight by the next, goes to different banks of shared memory.
+
+    Args:
+        columns: int32 (n,), less than 65,536.
+
+    Returns:
+        Their low 16 bits, int16 (n, rounded up to 8,).
+    """
+    mixed = columns ^ (columns >> 3 & 7)
+    mixed = torch.where(mixed < 1 << 15, mixed, mixed - (1 << 16)).to(torch.int16)
+    return torch.nn.functional.pad(mixed, (0, -len(mixed) % 8))
+
+
 def gap(layout: RowLayout, shift: int, end: int | None) -> int:
     """Slots between a part and the next that its own kernels clear: at most one of each thread."""
     free = 0 if end is None else end - shift - layout.slots

@@ -31,9 +31,14 @@ from mixgrain.primitives.plans import nm as nm_plans
 
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 ARCHES = ("80", "86", "89", "90", "90a", "100", "120")
-EVERYWHERE = {"spmm_finish", "spmm_nm_any", "spmm_tile", "spmm_tile_few"}
+EVERYWHERE = {
+    "spmm_finish", "spmm_nm_any", "spmm_tile", "spmm_tile_few", "spmm_block_few", "spmm_row_few",
+}  # fmt: skip
 ELSEWHERE = {"spmm_nm"}
-HOPPER = {"spmm_nm_sm90", "spmm_nm_thin_sm90", "spmm_tile_thin_sm90"}
+HOPPER = {
+    "spmm_nm_sm90", "spmm_nm_thin_sm90", "spmm_tile_thin_sm90",
+    "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -56,6 +61,9 @@ def layouts() -> dict[str, Layout]:
         "nm": nm_layout((n, n), 2, 4, "2:4", (1, 1), None),
         "nm, any": nm_layout((n, n), 1, 3, "bytes", (1, 1), None),
         "block": patterns.window(70).to_layout("block", n, n, size=64),
+        "block, whole": patterns.full().to_layout("block", n, n, size=64),
+        "block, large": patterns.full().to_layout("block", n, n, size=128),
+        "block, small": patterns.full().to_layout("block", n, n, size=32),
         "row": patterns.window(70).to_layout("row", n, n),
         "panel": mixed.parts[1],
         "mixed": mixed,
@@ -101,7 +109,10 @@ def test_the_last_kernel_activates(kind: str, tokens: int, arch: str) -> None:
                 found = asked(kind, tokens, dtype, name)
                 assert [activating(wanted) for wanted in found[:-1]] == [0] * (len(found) - 1)
                 assert activating(found[-1]) == code
-                if (kind.startswith("tile") and dtype == HALF) or kind.startswith("nm"):
+                direct = kind.startswith("tile") or (kind == "row" and tokens <= 16)
+                direct |= kind.startswith("block") and arch == "90a"
+                direct |= kind.startswith("block, ") and tokens < 100
+                if (direct and dtype == HALF) or kind.startswith("nm"):
                     assert len(found) == 1
                 else:
                     assert found[-1].name == "spmm_finish"
@@ -110,8 +121,14 @@ def test_the_last_kernel_activates(kind: str, tokens: int, arch: str) -> None:
 def chosen(arch: str) -> list[service.Request]:
     """One request of every kernel file that takes an activation, the function with most code."""
     with h200(arch):
-        calls = [(kind, tokens) for kind in ("tile", "nm") for tokens in (1, 8192)]
-        calls += [("tile, long", 1), ("row", 16), ("nm, any", 16)]
+        calls = [(kind, tokens) for kind in ("tile", "nm", "row") for tokens in (1, 8192)]
+        calls += [
+            ("tile, long", 1),
+            ("nm, any", 16),
+            ("block, whole", 1),
+            ("block, whole", 1 << 16),
+        ]
+        calls += [("block, large", 8192), ("block, small", 8192)]
         found = [wanted for call in calls for wanted in asked(*call, HALF, "gelu")]
     return list({wanted.name: wanted for wanted in found if activating(wanted)}.values())
 

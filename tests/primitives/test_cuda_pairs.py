@@ -281,16 +281,32 @@ def test_the_transpose_too(name, width, both):
 
 
 @pytest.mark.gpu
-def test_sums_that_are_kept_in_float32(both):
-    """A layer adds its bias before it rounds; a mixed layout adds one part to another."""
+@pytest.mark.parametrize("tokens", [512, 1000])
+def test_layers(tokens, both, monkeypatch):
+    """Rows of tokens; the operators keep sums in float32, to which they add the bias."""
+    monkeypatch.setattr(pair_sm90, "ENOUGH", 0)
     s = weights(CASES["a fifth"], torch.bfloat16)
     x, bias = (
-        right_side(512, s.shape[1], torch.bfloat16),
+        right_side(tokens, s.shape[1], torch.bfloat16),
         right_side(1, s.shape[0], torch.bfloat16)[0],
     )
     ours, theirs, used = both(lambda: linear(x, s, bias))
-    assert {dtype for *_, dtype in used} == {torch.float32}
+    assert {dtype for *_, dtype in used} == {torch.bfloat16}
     assert torch.equal(ours, theirs)
+
+    def operators():
+        with torch.device("cuda"):  # something watches
+            return linear(x, s, bias)
+
+    if tokens % 64 == 0:
+        long, lines, used = both(operators)
+        assert {dtype for *_, dtype in used} == {torch.float32}
+        assert torch.equal(long, lines) and torch.equal(long, ours)
+
+
+@pytest.mark.gpu
+def test_sums_that_are_kept_in_float32(both):
+    """A mixed layout adds one part to another."""
     pattern = P.blocks(torch.from_numpy(CASES["a fifth"]), 64) | P.random(0.001, 0)
     layout = pattern.to_layout("mixed", 4096, 4096).to("cuda")
     assert [part.kind for part in layout.parts] == ["block", "row"]

@@ -237,6 +237,9 @@ def kernel_of(arch: str, layout: TileLayout, columns: int, across: bool, free: i
         ((4096, 4096), 0.2, 32, True, "spmm_tile_few"),
         ((4096, 4096), 0.2, 256, True, "spmm_tile"),
         ((4096, 4094), 0.2, 32, False, "spmm_tile_few"),  # no rows for bulk copies
+        # A grid counts tiles of columns in 16 bits.
+        ((32, 32), 2.0, 600_000, False, "spmm_tile"),
+        ((32, 32), 2.0, 600_000, True, "spmm_tile"),
     ],
 )
 def test_the_kernel_is_the_fastest_whatever_the_number_of_matrices(

@@ -17,7 +17,7 @@ from mixgrain.tools.bench import alone
 from mixgrain.tools.bench.alone import CONSUMERS, compiled, moves, moves_source, tile_words
 
 SIZES = [64, 128]
-OUT = 11  # which argument the output is
+OUT = 12  # which argument the output is
 
 
 def layout_of(size: int, n: int):
@@ -49,7 +49,8 @@ def test_it_is_the_product_up_to_what_consumers_do() -> None:
     mine, product = moves_source(), source("spmm_block_sm90")
     head = mine.removesuffix(CONSUMERS).replace("moves_alone(", "spmm_block_sm90(")
     assert mine.endswith(CONSUMERS) and product.startswith(head)
-    assert head.count("tma_load(ring_") == 2 and head.count("walk.next(tile)") == 2
+    # Of S, of x in rows of features or of tokens.
+    assert head.count("tma_load(ring_") == 3 and head.count("walk.next(tile)") == 2
     assert "tma_load(ring_" not in product[len(head) :]
     assert "Wgmma" not in CONSUMERS
 

@@ -166,6 +166,7 @@ def moves(weight: mg.SparseTensor, x: Tensor) -> Alone:
             np.int32(1),
             np.int32(across),
             np.float32(1),
+            0,  # no bias
             out.data_ptr(),
             np.int32(rows),
             np.int32(width),

@@ -15,7 +15,7 @@ from .work import COPY_BYTES, TENSOR_FLOPS, Work, random
 from .works_nm import linear_nm
 
 SIZE = 4096
-TOKENS = (1, 16, 64, 256, 1024)
+TOKENS = (1, 16, 64, 256, 1024, 4096)
 
 
 def _linear(name: str, kept: str, made: Callable[[], Weight], tokens: int) -> Work:
