@@ -174,7 +174,7 @@ def test_gradients_of_values_repeat(size):
         for n in ((layout.slots,), (700, 768), (700, 640))
     )
     first = products(layout, values, x, grad=grad)[2]
-    there = (layout.cpu(), *(t.cpu().double() for t in (values, x)))
+    there = (layout.to("cpu"), *(t.cpu().double() for t in (values, x)))
     right = products(*there, grad=grad.cpu().double())[2]
     torch.testing.assert_close(first.cpu().double(), right, rtol=1e-3, atol=2e-2)
     for _ in range(250):
