@@ -9,8 +9,10 @@
 //   out      (F, T, rows)    contiguous, rows % 8 == 0; plus the bias of each line (nullptr: none), activated
 //   x        (F, T, inner)   by a 4-D tensor map (inner, T, 1, F), boxes of 64 × kWide
 //   values   (F, slots)      16-bit elements
-//   heads    (lines of tiles) int2: first step, number of steps
-//   steps    (n) int4        first bundle, number of bundles, inner positions / kDeep, 0
+//   heads    (kParts · lines of tiles) int4: first piece of the first team, pieces of the first and of the second (which
+//                            follow), steps
+//   pieces   (n) int4        first bundle, number of bundles, inner positions / kDeep; 1 if it opens its step + 2 if it
+//                            closes it
 //   spots    (bundles, 8) u16: byte of an entry in its tile, swizzled; slots (bundles, 8) int of its value; by slot.
 //                            The last bundle of a step repeats its last entry.
 //   bounds   (rows + 1), indices (positions), order (positions): CSR of what is summed up again; order: slot of each
@@ -45,35 +47,14 @@ constexpr u32 kStage = kLeft + kRight;
 // Bundles of 8 entries that a team, that a thread has at once: an eighth of a tile. What they are: two pieces a team.
 constexpr int kPiece = kRows * kDeep / 64, kEach = kPiece / kTeam;
 constexpr u32 kTable = kPiece * 48, kTables = kStages * kStage, kStaging = kTables + 2 * kTeams * kTable;
+constexpr int kNotes = 8;  // of pieces, that a team has at once
 constexpr int kSums = kWide / 2, kSlice = kConsumers / 32 / kParts;  // warps whose lines a CTA finishes
-// A parity tells phases apart for those only who have waited for the one before: a stage is one team's.
-static_assert(kStages % kTeams == 0, "STAGES must be even");
 static_assert(kParts == 1 || kParts * kSlice * 128 * kSums <= kStages * kStage, "what a cluster sends has room");
 
-// The entries of a team's steps, in pieces of one step.
-struct Pieces {
-    const int4 *next;
-    int left;  // steps, this one too
-    int4 step, soon;
-    int from = 0;  // bundle of the step that the piece begins with
-
-    __device__ __forceinline__ Pieces(const int4 *steps, int first, int count)
-        : next(steps + first), left((count + kTeams - 1) / kTeams) {
-        step = soon = make_int4(0, 0, 0, 0);
-        if (left > 0) step = __ldg(next);
-        if (left > 1) soon = __ldg(next += kTeams);
-    }
-    __device__ __forceinline__ int count() const { return left > 0 ? min(step.y - from, kPiece) : 0; }
-    __device__ __forceinline__ void advance() {
-        from += kPiece;
-        if (left <= 0 || from < step.y) return;
-        from = 0, step = soon;
-        if (--left > 1) soon = __ldg(next += kTeams);
-    }
-};
-
+// In the order of the program: the last of them back, all are. A load that nothing has waited for may be overtaken by a
+// bulk copy to where it reads, however much later that begins: it stands in line behind loads that miss all caches.
 __device__ __forceinline__ void shared16(u32 &a, u32 &b, u32 &c, u32 &d, u32 at) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at) : "memory");
+    asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at) : "memory");
 }
 __device__ __forceinline__ void put(u32 at, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(v) : "memory"); }
 
@@ -83,20 +64,20 @@ __cluster_dims__(MG_PARTS, 1, 1)
 #endif
 __launch_bounds__(kThreads, 1)
     spmm_strew_sm90(const __grid_constant__ TensorMap x_map, const operand_t *__restrict__ values, i64 all_slots,
-                    const int2 *__restrict__ heads, const int4 *__restrict__ steps, const uint4 *__restrict__ spots,
+                    const int4 *__restrict__ heads, const int4 *__restrict__ pieces, const uint4 *__restrict__ spots,
                     const uint4 *__restrict__ slots, const int *__restrict__ bounds, const int *__restrict__ indices,
                     const int *__restrict__ order, const operand_t *__restrict__ x, i64 x_free, i64 x_token, float scale,
                     const operand_t *__restrict__ bias, operand_t *__restrict__ out, int rows, int width) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages + 2 * kTeams + 1];
+    __shared__ alignas(16) int4 notes[kTeams][kNotes];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages, known = empty + 8 * kStages;
     const u32 sent = known + 16 * kTeams;
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const int line = blockIdx.x / kParts, rank = blockIdx.x % kParts, token = blockIdx.y * kWide, f = blockIdx.z;
 
-    const int2 head = __ldg(heads + line);
-    const int first = head.x + head.y * rank / kParts, count = head.x + head.y * (rank + 1) / kParts - first;
+    const int4 head = __ldg(heads + blockIdx.x);
     if (threadIdx.x == kConsumers) tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)  // each warp of a team says that its entries are there, and one that x is
@@ -114,17 +95,27 @@ __launch_bounds__(kThreads, 1)
         const int team = (warp - kConsumers / 32) / (kTeam / 32), thread = threadIdx.x % kTeam;
         const u16 *const source = reinterpret_cast<const u16 *>(weights);
         const u32 tables = ring + kTables + 2 * team * kTable, arrived = known + 16 * team;
-        Pieces pieces(steps, first + team, count - team), ahead = pieces;  // ahead: of what has been asked for
+        const int mine = team ? head.z : head.y;
+        const int4 *const from = pieces + head.x + (team ? head.y : 0);
+        // What is known of pieces comes with the tables of pieces before: no load is waited for but those of values.
+        if (thread < min(mine, kNotes)) notes[team][thread] = __ldg(from + thread);
+        named_barrier(4 + team, kTeam);
+        const u32 noted = shared_address(notes[team]);
+        auto note = [&](int n) {
+            uint4 v = make_uint4(0u, 0u, 0u, 0u);
+            if (n < mine) shared16(v.x, v.y, v.z, v.w, noted + n % kNotes * 16);
+            return make_int4(v.x, v.y, v.z, v.w);
+        };
         auto ask = [&](int n) {
-            const int have = ahead.count();
-            if (!have) return;
-            if (thread == 0) {
-                const u32 to = tables + n % 2 * kTable, barrier = arrived + n % 2 * 8;
-                const i64 at = ahead.step.x + ahead.from;
-                barrier_expect(barrier, have * 48);
-                bulk_load(to, spots + at, have * 16, barrier);
-                bulk_load(to + kPiece * 16, slots + 2 * at, have * 32, barrier);
-            }
+            if (thread || n >= mine) return;
+            const int4 piece = note(n);
+            const u32 to = tables + n % 2 * kTable, barrier = arrived + n % 2 * 8;
+            const int later = n + kNotes - 2;  // takes the place of what this team is strewing
+            const bool more = n >= 2 && later < mine;
+            barrier_expect(barrier, piece.y * 48 + (more ? 16 : 0));
+            bulk_load(to, spots + piece.x, piece.y * 16, barrier);
+            bulk_load(to + kPiece * 16, slots + 2 * static_cast<i64>(piece.x), piece.y * 32, barrier);
+            if (more) bulk_load(noted + later % kNotes * 16, from + later, 16, barrier);
         };
         u32 spot[kEach][4];
         u16 value[kEach][8];
@@ -138,6 +129,7 @@ __launch_bounds__(kThreads, 1)
                 const u32 at = min(kTeam * u + thread, have - 1);
                 if (u && kTeam * u >= have) break;
                 u32 slot[8];
+                // Slots last: addresses need them before the barrier that gives the table away.
                 shared16(spot[u][0], spot[u][1], spot[u][2], spot[u][3], from + at * 16);
                 shared16(slot[0], slot[1], slot[2], slot[3], from + kPiece * 16 + at * 32);
                 shared16(slot[4], slot[5], slot[6], slot[7], from + kPiece * 16 + at * 32 + 16);
@@ -146,22 +138,21 @@ __launch_bounds__(kThreads, 1)
             }
         };
         // Values are looked up a piece ahead, what they are asked for two.
-        ask(0), ahead.advance(), ask(1), ahead.advance();
-        look_up(0, pieces.count());
+        ask(0), ask(1);
+        look_up(0, note(0).y);
         int number = team;
 #pragma unroll 1
-        for (int n = 0;; ++n) {
-            const int have = pieces.count();
-            if (!have) break;
+        for (int n = 0; n < mine; ++n) {
+            const int4 piece = note(n);
             const u32 stage = number % kStages, tile = ring + stage * kStage, done = full + 8 * stage;
-            if (!pieces.from) {
+            if (piece.w & 1) {
                 // Barriers of an empty ring let the first round pass.
                 barrier_wait(empty + 8 * stage, number / kStages % 2 ^ 1);
                 if (thread == 0) {
                     barrier_expect(done, kRight);
 #pragma unroll
                     for (int p = 0; p < kPanels; ++p)
-                        tma_load(tile + kLeft + p * kPanelX, x_map, done, pieces.step.z * kDeep + 64 * p, token, 0, f);
+                        tma_load(tile + kLeft + p * kPanelX, x_map, done, piece.z * kDeep + 64 * p, token, 0, f);
                 }
 #pragma unroll
                 for (int i = 0; i < kLeft / (16 * kTeam); ++i)
@@ -172,19 +163,17 @@ __launch_bounds__(kThreads, 1)
             ask(n + 2);
 #pragma unroll
             for (int u = 0; u < kEach; ++u) {
-                if (u && kTeam * u >= have) break;
+                if (u && kTeam * u >= piece.y) break;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) put(tile + (spot[u][i / 2] >> i % 2 * 16 & 0xFFFF), value[u][i]);
             }
-            // Here no value is under way: waiting for what is known of steps waits for nothing else.
-            pieces.advance(), ahead.advance();
-            if (!pieces.from) {  // that was the last piece of its step
+            if (piece.w & 2) {
                 proxy_fence();
                 __syncwarp();
                 if (lane == 0) barrier_arrive(done);
                 number += kTeams;
             }
-            look_up(n + 1, pieces.count());
+            look_up(n + 1, note(n + 1).y);
         }
         __syncwarp();
         if constexpr (kParts > 1) cluster_here(), cluster_wait();
@@ -199,7 +188,7 @@ __launch_bounds__(kThreads, 1)
     int stage = 0;
     u32 parity = 0, held = 0;  // held: barrier of the stage that the product in flight reads
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < head.w; ++i) {
         barrier_wait(full + 8 * stage, parity);
         wgmma_fence();
 #pragma unroll

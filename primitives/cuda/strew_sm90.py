@@ -32,7 +32,7 @@ class Cut(NamedTuple):
         wide: tokens of a CTA.
         deep: inner positions of a step, 64 or 128.
         parts: CTAs of a cluster, which share the steps of a line.
-        stages: of a step; even, each team of producers has its own.
+        stages: of a step.
     """
 
     tall: int
@@ -47,10 +47,15 @@ class Cut(NamedTuple):
         return 2 * self.tall + (128 if self.wide == 256 else 256)
 
     @property
+    def piece(self) -> int:
+        """Bundles of entries that a team of producers has at once, of an eighth of a tile."""
+        return self.tall * self.deep // (8 * cuda_strew.BUNDLE)
+
+    @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        # Four pieces of an eighth of a tile's entries; what results leave through, room to align.
-        tables = 4 * 6 * self.tall * self.deep // 8
+        # Two pieces of each team, 6 bytes an entry; what results leave through, room to align.
+        tables = 2 * cuda_strew.TEAMS * self.piece * cuda_strew.BUNDLE * 6
         return (
             self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 64 * self.tall + 1024
         )
@@ -142,21 +147,23 @@ def spmm(
     how = cut(facts(device).multiprocessors, outer, inner, width)
     table = derived(
         items,
-        ("strewn", how.tall, how.deep),
-        lambda: cuda_strew.table(items, indices, order, outer, inner, how.tall, how.deep),
+        ("strewn", *how),
+        lambda: cuda_strew.table(
+            items, indices, order, outer, inner, how.tall, how.deep, how.parts, how.piece
+        ),
     )
     run = kernel(spmm_request(how, x.dtype, activation), device)
     for start in range(0, out.shape[0], MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
-            (how.parts * table.heads.shape[0], -(-width // how.wide), to.shape[0]),
+            (table.heads.shape[0], -(-width // how.wide), to.shape[0]),
             how.threads,
             (
                 operand_map(right.mT, how.wide),
                 weights.data_ptr() + part.starts[0] * values.element_size(),
                 np.int64(weights.shape[1]),
                 table.heads.data_ptr(),
-                table.steps.data_ptr(),
+                table.pieces.data_ptr(),
                 table.spots.data_ptr(),
                 table.slots.data_ptr(),
                 table.bounds.data_ptr(),
