@@ -7,7 +7,7 @@
 #ifndef MG_TOKENS
 #define MG_TOKENS 0
 #endif
-constexpr bool kTokens = MG_TOKENS;
+[[maybe_unused]] constexpr bool kTokens = MG_TOKENS;
 
 // Shared-memory descriptor of an operand whose rows are kBytes of K (128, 64, 32), in the swizzle of as many; a
 // step along K by 16 elements is 32 bytes.

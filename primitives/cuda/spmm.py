@@ -15,7 +15,7 @@ from mixgrain.cuda.launch import kernel
 
 from ..activations import CODES as ACTIVATIONS
 from ..plans.plan import PartPlan, Plan, split
-from . import block, block_few, expand_sm90, nm, nm_within, panel, row, row_few, tile
+from . import block, block_few, expand_sm90, nm, nm_within, panel, row, row_few, strew_sm90, tile
 from .block_sm90 import Tokens
 from .finish import finish
 from .nm_parts import within
@@ -210,7 +210,7 @@ def _few(
     transposed: bool,
     bias: Tensor | None,
 ) -> Tensor | None:
-    """The product by the kernels of blocks or rows for few tokens; None where there is none."""
+    """The product by kernels that take rows of tokens; None where there is none."""
     free, entries, _, width = x.shape
     if block_few.takes(parts, values, x, keep, dtype, transposed):
         out = x.new_empty((free, entries, lines, width))
@@ -219,6 +219,10 @@ def _few(
     if not transposed and row_few.takes(parts, values, x, keep, dtype):
         out = x.new_empty((free, entries, width, lines))
         row_few.spmm(out, values, x, parts[0], scale, bias)
+        return out.mT.contiguous()
+    if strew_sm90.takes(parts, values, x, keep, dtype, transposed, lines):
+        out = x.new_empty((free, entries, width, lines))
+        strew_sm90.spmm(out, values.contiguous(), x, parts[0], scale, transposed, bias)
         return out.mT.contiguous()
     return None
 
@@ -245,12 +249,15 @@ def rows_of_tokens(
         return None
     few = block_few.takes(parts, values, x, keep, x.dtype, transposed)
     by_rows = not transposed and row_few.takes(parts, values, x, keep, x.dtype)
-    if not (few or by_rows or block.takes_tokens(values, x, parts[0], outer)):
+    strewn = not by_rows and strew_sm90.takes(parts, values, x, keep, x.dtype, transposed, outer)
+    if not (few or strewn or by_rows or block.takes_tokens(values, x, parts[0], outer)):
         return None
     out = x.new_empty((free, 1, width, outer))
     bias = None if bias is None else bias.contiguous()
     if by_rows:
         row_few.spmm(out, values, x, parts[0], 1.0, bias, activation)
+    elif strewn:
+        strew_sm90.spmm(out, values.contiguous(), x, parts[0], 1.0, transposed, bias, activation)
     elif few:
         block_few.spmm(out.mT, values, x, parts[0], 1.0, transposed, bias, activation)
     else:

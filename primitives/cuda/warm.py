@@ -34,6 +34,7 @@ from . import (
     launch_code,
     pair_sm90,
     row_few,
+    strew_sm90,
     union_sm90,
 )
 from .calls import describe
@@ -201,8 +202,11 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
         for partial in (False, True):  # asked for by large products only
             yield pair_sm90.spmm_request(dtype, transposed, partial)
         yield pair_sm90.spmm_request(dtype, transposed, False, 0)
-    for size in block_sm90.TOKEN_CUTS if arch == "90a" else ():
-        yield block_weights_sm90.sddmm_request(size, dtype)
+    if arch == "90a":
+        for size in block_sm90.TOKEN_CUTS:
+            yield block_weights_sm90.sddmm_request(size, dtype)
+        for strewn in strew_sm90.COSTS:
+            yield strew_sm90.spmm_request(strewn, dtype)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

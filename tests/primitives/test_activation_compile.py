@@ -37,7 +37,7 @@ EVERYWHERE = {
 ELSEWHERE = {"spmm_nm"}
 HOPPER = {
     "spmm_nm_sm90", "spmm_nm_thin_sm90", "spmm_tile_thin_sm90",
-    "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90",
+    "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90", "spmm_strew_sm90",
 }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_the_last_kernel_activates(kind: str, tokens: int, arch: str) -> None:
                 assert [activating(wanted) for wanted in found[:-1]] == [0] * (len(found) - 1)
                 assert activating(found[-1]) == code
                 direct = kind.startswith("tile") or (kind == "row" and tokens <= 16)
-                direct |= kind.startswith("block") and arch == "90a"
+                direct |= (kind.startswith("block") or kind == "row") and arch == "90a"
                 direct |= kind.startswith("block, ") and tokens < 100
                 if (direct and dtype == HALF) or kind.startswith("nm"):
                     assert len(found) == 1
@@ -128,7 +128,7 @@ def chosen(arch: str) -> list[service.Request]:
             ("block, whole", 1),
             ("block, whole", 1 << 16),
         ]
-        calls += [("block, large", 8192), ("block, small", 8192)]
+        calls += [("block, large", 8192), ("block, small", 8192), ("panel", 8192)]
         found = [wanted for call in calls for wanted in asked(*call, HALF, "gelu")]
     return list({wanted.name: wanted for wanted in found if activating(wanted)}.values())
 

@@ -50,8 +50,8 @@ def weight(rows: int, columns: int, d: float) -> SparseTensor:
     return sparsify(dense, "row")
 
 
-def there(w: SparseTensor, dtype: torch.dtype) -> SparseTensor:
-    return SparseTensor(w.layout.to(DEVICE), w.values.to(DEVICE, dtype))
+def there(w: SparseTensor, dtype: torch.dtype, where: str = DEVICE) -> SparseTensor:
+    return SparseTensor(w.layout.to(where), w.values.to(where, dtype))
 
 
 def exact(w, count, dtype, taken, biased=False, lead=()):

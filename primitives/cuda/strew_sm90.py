@@ -1,0 +1,202 @@
+"""Rows of single entries times rows of tokens on sm_90a: spmm_strew_sm90."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+
+from ..plans import cuda_strew
+from ..plans.plan import PartPlan
+from .block_sm90 import operand_map, runs_here
+from .parts import CODES, MOST_MATRICES, activation_constant, ready
+from .tile_tables import in_tokens
+
+# A grid counts tiles of tokens in 16 bits.
+WIDEST = 65_535 * 64
+
+
+class Cut(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+        tall: rows of a CTA, 64 or 128.
+        wide: tokens of a CTA.
+        deep: inner positions of a step, 64 or 128.
+        parts: CTAs of a cluster, which share the steps of a line.
+        stages: of a step.
+    """
+
+    tall: int
+    wide: int
+    deep: int
+    parts: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA; sums of 256 tokens leave registers to fewer producers."""
+        return 2 * self.tall + (128 if self.wide == 256 else 256)
+
+    @property
+    def piece(self) -> int:
+        """Bundles of entries that a team of producers has at once, of an eighth of a tile."""
+        return self.tall * self.deep // (8 * cuda_strew.BUNDLE)
+
+    @property
+    def shared(self) -> int:
+        """Dynamic shared memory of a CTA, bytes."""
+        # Two pieces of each team, 6 bytes an entry; what results leave through, room to align.
+        tables = 2 * cuda_strew.TEAMS * self.piece * cuda_strew.BUNDLE * 6
+        return (
+            self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 64 * self.tall + 1024
+        )
+
+
+# Cycles of a multiprocessor until a CTA has its first step and after its last; of turning x and
+# sums for kernels that gather; bytes of rows of x that those gather in a cycle.
+START, TURN, GATHER = 4000, 12_000, 44
+# Cycles of a step, by cut.
+COSTS = {
+    Cut(64, 64, 128, 1, 6): 1200,
+    Cut(64, 64, 128, 2, 6): 1200,
+    Cut(128, 64, 64, 1, 8): 800,
+    Cut(128, 64, 64, 2, 8): 800,
+    Cut(128, 128, 64, 1, 6): 1100,
+    Cut(128, 128, 64, 2, 6): 1100,
+    Cut(128, 256, 64, 1, 4): 1500,
+}
+
+
+def takes(
+    parts: list[PartPlan],
+    values: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    dtype: torch.dtype,
+    transposed: bool,
+    outer: int,
+) -> bool:
+    """Whether ``spmm`` is for this product, and faster than gathering rows of x for each entry.
+
+    Args:
+        parts: of the plan.
+        values: (F, slots).
+        x: (F, E, inner, T), any strides.
+        keep: run-time mask or None.
+        dtype: of the result.
+        transposed: multiply by the transpose.
+        outer: rows of the result.
+    """
+    part = parts[0]
+    if len(parts) > 1 or part.kind != "crow" or keep is not None or x.shape[1] > 1:
+        return False
+    order = part.tensors[4]
+    if order.dtype != torch.int32 or not order.numel() or outer % 8 or x.shape[3] > WIDEST:
+        return False
+    if not (runs_here(8, x.dtype, values.dtype, dtype) and facts(x.device.index).hopper):
+        return False
+    if not in_tokens(x) or not ready(x, 2, 3):
+        return False
+    inner, width = x.shape[2:]
+    return faster(facts(x.device.index).multiprocessors, outer, inner, width, order.numel())
+
+
+def faster(several: int, outer: int, inner: int, width: int, positions: int) -> bool:
+    """Whether this beats kernels that gather, whatever the number of matrices."""
+    how = cut(several, outer, inner, width)
+    return cycles(how, several, outer, inner, width) < TURN + positions * width * 2 / (
+        GATHER * several
+    )
+
+
+def spmm(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    part: PartPlan,
+    scale: float,
+    transposed: bool,
+    bias: Tensor | None = None,
+    activation: int = 0,
+) -> None:
+    """Scale · S x, or scale · Sᵀ x, plus the bias of each row, activated, to rows of tokens.
+
+    Args:
+        out: (F, 1, T, outer), contiguous.
+        values: (F, slots), contiguous.
+        x: (F, 1, inner, T), as ``takes`` says.
+        part: from ``plans.cuda_row``.
+        scale: multiplies the product.
+        transposed: multiply by the transpose.
+        bias: (outer,) of x's dtype, contiguous, or None.
+        activation: a code of ``activations``, applied before rounding; 0 = none.
+    """
+    _, _, width, outer = out.shape
+    inner, device = x.shape[2], x.device.index
+    indices, items = (part.tensors[n] for n in ((3, 5) if transposed else (0, 1)))
+    order = part.tensors[4] if transposed else None
+    how = cut(facts(device).multiprocessors, outer, inner, width)
+    table = derived(
+        items,
+        ("strewn", *how),
+        lambda: cuda_strew.table(
+            items, indices, order, outer, inner, how.tall, how.deep, how.parts, how.piece
+        ),
+    )
+    run = kernel(spmm_request(how, x.dtype, activation), device)
+    for start in range(0, out.shape[0], MOST_MATRICES):
+        to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
+        run(
+            (table.heads.shape[0], -(-width // how.wide), to.shape[0]),
+            how.threads,
+            (
+                operand_map(right.mT, how.wide),
+                weights.data_ptr() + part.starts[0] * values.element_size(),
+                np.int64(weights.shape[1]),
+                table.heads.data_ptr(),
+                table.pieces.data_ptr(),
+                table.spots.data_ptr(),
+                table.slots.data_ptr(),
+                table.bounds.data_ptr(),
+                indices.data_ptr(),
+                0 if order is None else order.data_ptr(),
+                right.data_ptr(),
+                np.int64(right.stride(0)),
+                np.int64(right.stride(3)),
+                np.float32(scale),
+                0 if bias is None else bias.data_ptr(),
+                to.data_ptr(),
+                np.int32(outer),
+                np.int32(width),
+            ),
+            how.shared,
+        )
+
+
+def cut(several: int, outer: int, inner: int, width: int) -> Cut:
+    """How the work is cut, whatever the number of matrices: all add up the same way."""
+    return min(COSTS, key=lambda how: cycles(how, several, outer, inner, width))
+
+
+def cycles(how: Cut, several: int, outer: int, inner: int, width: int) -> float:
+    """What one matrix takes, of which every step is there."""
+    ctas = -(-outer // how.tall) * how.parts * -(-width // how.wide)
+    return -(-ctas // several) * (START + COSTS[how] * -(-inner // (how.deep * how.parts)))
+
+
+@functools.lru_cache(maxsize=256)
+def spmm_request(how: Cut, dtype: torch.dtype, activation: int = 0) -> Request:
+    """The kernel."""
+    constants = {"ROWS": how.tall, "WIDE": how.wide, "DEEP": how.deep, "PARTS": how.parts}
+    constants |= {"STAGES": how.stages, "DTYPE": CODES[dtype]}
+    constants |= activation_constant(activation)
+    return request("spmm_strew_sm90", constants, flush=True)

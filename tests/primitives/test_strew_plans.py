@@ -1,0 +1,142 @@
+"""Rows of single entries that are strewn over dense tiles: plans, cuts, and who takes them."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layer_plans import asked, entries
+
+from mixgrain.cuda import device
+from mixgrain.cuda.device import pretending
+from mixgrain.formats.sparsify import sparsify
+from mixgrain.primitives.cuda import strew_sm90
+from mixgrain.primitives.plans import cuda_row, cuda_strew
+
+SIZES = sorted({(how.tall, how.deep) for how in strew_sm90.COSTS})
+
+
+def made(dense: torch.Tensor, transposed: bool, *cut: int):
+    """The table of a matrix, its values by slot, and what it is to say."""
+    s = sparsify(dense, "row")
+    part = cuda_row.part(s.layout)
+    items, indices = (part.tensors[n] for n in ((5, 3) if transposed else (1, 0)))
+    order = part.tensors[4] if transposed else None
+    right = dense.T if transposed else dense
+    return cuda_strew.table(items, indices, order, *right.shape, *cut), s.values, right
+
+
+def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, piece):
+    """The matrix as the kernel spreads it, and how often each element is written."""
+    lines, across = -(-shape[0] // tall), -(-shape[1] // deep)
+    parts = len(table.heads) // lines
+    found, counts = (torch.zeros(lines * tall, across * deep) for _ in range(2))
+    end, done = 0, [-1] * lines
+    for n, (begin, one, other, steps) in enumerate(table.heads.tolist()):
+        line, mine = n // parts, []
+        assert begin == end
+        end = begin + one + other
+        for team in (table.pieces[begin : begin + one], table.pieces[begin + one : end]):
+            # Pieces of a step follow each other; the first opens it, the last closes it.
+            opens, closes = team[:, 3] % 2 == 1, team[:, 3] // 2 == 1
+            assert opens.sum() == closes.sum() and opens[:1].all() and closes[-1:].all()
+            assert torch.equal(opens[1:], closes[:-1])
+            assert torch.equal(team[1:][~opens[1:], 2], team[:-1][~closes[:-1], 2])
+            assert (team[:, 1] > 0).all() and (team[:, 1] <= piece).all()
+            mine.append(team[opens, 2].tolist())
+        # Teams take turns, parts follow each other.
+        both = [mine[i % 2][i // 2] for i in range(steps)]
+        assert len(both) == len(mine[0]) + len(mine[1]) == steps and both == sorted(set(both))
+        assert not both or both[0] > done[line]
+        done[line] = max([done[line], *both])
+        for first, bundles, inner, _ in table.pieces[begin:end].tolist():
+            spots = table.spots[first : first + bundles].long() & 0xFFFF
+            panel, byte = spots // (tall * 128), spots % (tall * 128)
+            row, column = byte // 128, panel * 64 + ((byte % 128) ^ (byte // 128 % 8 * 16)) // 2
+            at = line * tall + row, inner * deep + column
+            assert (column < deep).all()
+            found[at] = values[table.slots[first : first + bundles].long()]
+            counts.index_put_(at, torch.ones_like(found[at]), accumulate=True)
+    return found[: shape[0], : shape[1]], counts[: shape[0], : shape[1]]
+
+
+@pytest.mark.parametrize(("tall", "deep"), SIZES)
+@pytest.mark.parametrize("transposed", [False, True])
+@given(
+    parts=st.sampled_from([1, 2, 4]),
+    small=st.booleans(),
+    rows=st.integers(1, 300),
+    columns=st.integers(1, 300),
+    d=st.sampled_from([0.003, 0.1, 0.6, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_every_entry_has_its_place(rows, columns, d, seed, parts, small, transposed, tall, deep):
+    """The last entry of a step fills its bundles up; all others come once."""
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand(rows, columns, generator=g) < d
+    dense = torch.where(kept, torch.arange(1.0, rows * columns + 1).view(rows, columns), 0)
+    piece = 32 if small else tall * deep // 64
+    table, values, right = made(dense, transposed, tall, deep, parts, piece)
+    found, counts = strewn(table, values, right.shape, tall, deep, piece)
+    assert torch.equal(found, right)
+    assert torch.equal(counts > 0, right != 0)
+    steps = int(table.heads[:, 3].sum())
+    assert (counts > 1).sum() <= steps and len(table.heads) == parts * -(-right.shape[0] // tall)
+    most = table.heads[:, 3].view(-1, parts).max(1).values
+    assert (most - table.heads[:, 3].view(-1, parts).min(1).values <= 1).all()
+    ends = torch.cat([torch.zeros(1), (right != 0).sum(1).cumsum(0)])
+    assert torch.equal(table.bounds.long(), ends.long())
+
+
+def test_warps_look_up_neighbours():
+    """What 32 threads of a warp look up at once are slots side by side."""
+    table, _, _ = made(torch.ones(128, 256), False, 128, 128, 1, 256)
+    assert table.pieces[:, 1].tolist() == [256] * 16
+    slots = table.slots.view(-1, cuda_strew.DEALT, cuda_strew.BUNDLE)
+    assert (slots[:, 1:] - slots[:, :-1]).float().eq(1).double().mean() > 0.99
+
+
+def test_cuts_fit():
+    """Shared memory and threads of a multiprocessor."""
+    for how in strew_sm90.COSTS:
+        assert how.shared + 1024 <= 228 * 1024 - 1024
+        assert how.threads <= 512
+
+
+@pytest.mark.parametrize(
+    ("shape", "d", "tokens", "taken"),
+    [
+        ((4096, 4096), 0.1, 64, True),
+        ((4096, 4096), 0.1, 4096, True),
+        ((1024, 4096), 0.05, 512, True),
+        # Little to gather.
+        ((4096, 4096), 0.001, 64, False),
+        # Few tokens have a kernel of their own.
+        ((4096, 4096), 0.1, 16, False),
+        # Rows that TMA cannot read, or whole stores not write.
+        ((1024, 1028), 0.2, 256, False),
+        ((1028, 1024), 0.2, 256, False),
+    ],
+)
+def test_who_takes_a_layer(shape, d, tokens, taken):
+    layout = entries(*shape, d).layout
+    for name in ("tokens", "linear"):
+        found = asked(layout, tokens, "90a", name)
+        assert (found == ["spmm_strew_sm90"]) == taken, found
+        assert "spmm_strew_sm90" not in asked(layout, tokens, "90", name)
+    transposed = asked(layout, tokens, "90a", "token_gradients")
+    assert (transposed == ["spmm_strew_sm90"]) == taken, transposed
+
+
+def test_the_number_of_matrices_has_no_part_in_the_choice():
+    """A row's sum is the same in any batch."""
+    with pretending("90a"):
+        device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
+        layout = entries(1024, 1024, 0.1).layout
+        part = cuda_row.part(layout)
+        for free in (1, 3, 1000):
+            values = torch.empty(free, layout.slots, dtype=torch.half, device="meta")
+            x = torch.empty(free, 1, 256, 1024, dtype=torch.half, device="meta").mT
+            assert strew_sm90.takes([part], values, x, None, torch.half, False, 1024)
