@@ -61,18 +61,16 @@ class Cut(NamedTuple):
         )
 
 
-# Cycles of a multiprocessor until a CTA has its first step and after its last; of turning x and
-# sums for kernels that gather; bytes of rows of x that those gather in a cycle.
-START, TURN, GATHER = 4000, 12_000, 44
+# Cycles of a multiprocessor until a CTA has its first step and after its last, of an entry; what
+# kernels that gather take to start, bytes that they turn and of rows of x that they gather a cycle.
+START, ENTRY, LAUNCHES, TURN, GATHER = 2400, 0.54, 15_000, 12, 44
 # Cycles of a step, by cut.
 COSTS = {
-    Cut(64, 64, 128, 1, 6): 1200,
-    Cut(64, 64, 128, 2, 6): 1200,
-    Cut(128, 64, 64, 1, 8): 800,
-    Cut(128, 64, 64, 2, 8): 800,
-    Cut(128, 128, 64, 1, 6): 1100,
-    Cut(128, 128, 64, 2, 6): 1100,
-    Cut(128, 256, 64, 1, 4): 1500,
+    Cut(64, 64, 128, 1, 6): 660,
+    Cut(64, 64, 128, 2, 6): 840,
+    Cut(128, 128, 64, 1, 6): 790,
+    Cut(128, 128, 64, 2, 6): 970,
+    Cut(128, 256, 64, 1, 4): 1200,
 }
 
 
@@ -112,10 +110,10 @@ def takes(
 
 def faster(several: int, outer: int, inner: int, width: int, positions: int) -> bool:
     """Whether this beats kernels that gather, whatever the number of matrices."""
-    how = cut(several, outer, inner, width)
-    return cycles(how, several, outer, inner, width) < TURN + positions * width * 2 / (
-        GATHER * several
-    )
+    how = cut(several, outer, inner, width, positions)
+    turned = (outer + inner) * width * 4 / (TURN * several)
+    gathered = positions * width * 2 / (GATHER * several)
+    return cycles(how, several, outer, inner, width, positions) < LAUNCHES + turned + gathered
 
 
 def spmm(
@@ -144,7 +142,7 @@ def spmm(
     inner, device = x.shape[2], x.device.index
     indices, items = (part.tensors[n] for n in ((3, 5) if transposed else (0, 1)))
     order = part.tensors[4] if transposed else None
-    how = cut(facts(device).multiprocessors, outer, inner, width)
+    how = cut(facts(device).multiprocessors, outer, inner, width, len(indices))
     table = derived(
         items,
         ("strewn", *how),
@@ -182,15 +180,17 @@ def spmm(
         )
 
 
-def cut(several: int, outer: int, inner: int, width: int) -> Cut:
+def cut(several: int, outer: int, inner: int, width: int, positions: int) -> Cut:
     """How the work is cut, whatever the number of matrices: all add up the same way."""
-    return min(COSTS, key=lambda how: cycles(how, several, outer, inner, width))
+    return min(COSTS, key=lambda how: cycles(how, several, outer, inner, width, positions))
 
 
-def cycles(how: Cut, several: int, outer: int, inner: int, width: int) -> float:
+def cycles(how: Cut, several: int, outer: int, inner: int, width: int, positions: int) -> float:
     """What one matrix takes, of which every step is there."""
-    ctas = -(-outer // how.tall) * how.parts * -(-width // how.wide)
-    return -(-ctas // several) * (START + COSTS[how] * -(-inner // (how.deep * how.parts)))
+    ctas = -(-outer // how.tall) * how.parts
+    steps = -(-inner // (how.deep * how.parts))
+    one = START + steps * COSTS[how] + ENTRY * positions / ctas
+    return -(-ctas * -(-width // how.wide) // several) * one
 
 
 @functools.lru_cache(maxsize=256)

@@ -106,28 +106,29 @@ def test_cuts_fit():
 
 
 @pytest.mark.parametrize(
-    ("shape", "d", "tokens", "taken"),
+    ("shape", "d", "tokens", "taken", "backward"),
     [
-        ((4096, 4096), 0.1, 64, True),
-        ((4096, 4096), 0.1, 4096, True),
-        ((1024, 4096), 0.05, 512, True),
+        ((4096, 4096), 0.1, 64, True, True),
+        ((4096, 4096), 0.1, 4096, True, True),
+        ((1024, 4096), 0.05, 512, True, True),
         # Little to gather.
-        ((4096, 4096), 0.001, 64, False),
-        # Few tokens have a kernel of their own.
-        ((4096, 4096), 0.1, 16, False),
+        ((4096, 4096), 0.001, 300, False, False),
+        # Few tokens have a kernel of their own, forward.
+        ((4096, 4096), 0.1, 16, False, True),
+        ((4096, 4096), 0.1, 2, False, False),
         # Rows that TMA cannot read, or whole stores not write.
-        ((1024, 1028), 0.2, 256, False),
-        ((1028, 1024), 0.2, 256, False),
+        ((1024, 1028), 0.2, 256, False, False),
+        ((1028, 1024), 0.2, 256, False, False),
     ],
 )
-def test_who_takes_a_layer(shape, d, tokens, taken):
+def test_who_takes_a_layer(shape, d, tokens, taken, backward):
     layout = entries(*shape, d).layout
     for name in ("tokens", "linear"):
         found = asked(layout, tokens, "90a", name)
         assert (found == ["spmm_strew_sm90"]) == taken, found
         assert "spmm_strew_sm90" not in asked(layout, tokens, "90", name)
     transposed = asked(layout, tokens, "90a", "token_gradients")
-    assert (transposed == ["spmm_strew_sm90"]) == taken, transposed
+    assert (transposed == ["spmm_strew_sm90"]) == backward, transposed
 
 
 def test_the_number_of_matrices_has_no_part_in_the_choice():
