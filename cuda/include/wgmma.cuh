@@ -44,7 +44,39 @@ template <int kN>
 struct Wgmma;
 
 template <>
+struct Wgmma<16> {
+  // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
+  template <int kTransA, int kTransB>
+  __device__ __forceinline__ static void ss(float (&d)[8], unsigned long long a,
+                                            unsigned long long b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." MG_WGMMA_TYPE " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, %8, %9, p, 1, 1, %11, %12;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+  }
+};
+
+template <>
 struct Wgmma<32> {
+  // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
+  template <int kTransA, int kTransB>
+  __device__ __forceinline__ static void ss(float (&d)[16], unsigned long long a,
+                                            unsigned long long b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." MG_WGMMA_TYPE " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, p, 1, 1, %19, %20;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+          "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
+  }
+
   template <int kTransB>
   __device__ __forceinline__ static void rs(float (&d)[16], const unsigned (&a)[4],
                                             unsigned long long b, int accumulate = 1) {

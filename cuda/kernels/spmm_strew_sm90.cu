@@ -9,12 +9,12 @@
 //   out      (F, T, rows)    contiguous, rows % 8 == 0; plus the bias of each line (nullptr: none), activated
 //   x        (F, T, inner)   by a 4-D tensor map (inner, T, 1, F), boxes of 64 × kWide
 //   values   (F, slots)      16-bit elements
-//   heads    (kParts · lines of tiles) int4: first piece of the first team, pieces of the first and of the second (which
-//                            follow), steps
-//   pieces   (n) int4        first bundle, number of bundles, inner positions / kDeep; 1 if it opens its step + 2 if it
-//                            closes it
-//   spots    (bundles, 8) u16: byte of an entry in its tile, swizzled; slots (bundles, 8) int of its value; by slot.
-//                            The last bundle of a step repeats its last entry.
+//   heads    (kParts · lines of tiles, 5) int4: first piece of the first team, pieces of the first and of the second
+//                            (which follow), steps; then the first two pieces of each team
+//   pieces   (n) int4        first bundle; number of bundles; 4 · (inner positions / kDeep) + 1 if it opens its step + 2
+//                            if it closes it; slot from which its slots count
+//   spots    (bundles, 8) u16: byte of an entry in its tile, swizzled; slots (bundles, 8) u16 of its value; by slot.
+//                            The last bundle of a piece repeats its last entry.
 //   bounds   (rows + 1), indices (positions), order (positions): CSR of what is summed up again; order: slot of each
 //            position (nullptr: itself)
 //
@@ -22,7 +22,7 @@
 //   block  2 · kRows consumers; two teams of kTeam producers
 //   smem   kStages of kRows × kDeep of S and kWide × kDeep of x; two pieces of spots and slots for each team; 4 KiB a
 //          warpgroup that results leave through
-//   floor  2 · steps · kRows · kDeep · T FLOP at 800 TFLOP/s; a multiprocessor takes in 33 B a cycle: x, some 10 B an
+//   floor  2 · steps · kRows · kDeep · T FLOP at 800 TFLOP/s; a multiprocessor takes in 33 B a cycle: x, 6 B an
 //          entry; shared memory 128 B a cycle: the tile zeroed, strewn and read, x written and read
 //   needs  sm_90a, rows of tokens at multiples of 16 bytes, fewer than 2³¹ slots, no run-time mask
 //
@@ -35,7 +35,8 @@
 
 constexpr int kRows = MG_ROWS, kWide = MG_WIDE, kDeep = MG_DEEP, kParts = MG_PARTS, kStages = MG_STAGES;
 static_assert(kRows == 64 || kRows == 128, "ROWS must be 64 or 128");
-static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
+static_assert(kWide == 64 || kWide == 128 || kWide == 256 || (kParts > 1 && (kWide == 16 || kWide == 32)),
+              "WIDE must be 64, 128 or 256, or 16 or 32 of a cluster");
 static_assert(kDeep == 64 || kDeep == 128, "DEEP must be 64 or 128");
 static_assert(kParts == 1 || kParts == 2 || kParts == 4, "PARTS must be 1, 2 or 4");
 constexpr bool kUneven = kWide == 256;  // sums leave no room for a fair share of registers
@@ -46,7 +47,7 @@ constexpr u32 kPanel = kRows * 128, kLeft = kPanels * kPanel, kPanelX = kWide * 
 constexpr u32 kStage = kLeft + kRight;
 // Bundles of 8 entries that a team, that a thread has at once: an eighth of a tile. What they are: two pieces a team.
 constexpr int kPiece = kRows * kDeep / 64, kEach = kPiece / kTeam;
-constexpr u32 kTable = kPiece * 48, kTables = kStages * kStage, kStaging = kTables + 2 * kTeams * kTable;
+constexpr u32 kTable = kPiece * 32, kTables = kStages * kStage, kStaging = kTables + 2 * kTeams * kTable;
 constexpr int kNotes = 8;  // of pieces, that a team has at once
 constexpr int kSums = kWide / 2, kSlice = kConsumers / 32 / kParts;  // warps whose lines a CTA finishes
 static_assert(kParts == 1 || kParts * kSlice * 128 * kSums <= kStages * kStage, "what a cluster sends has room");
@@ -77,7 +78,8 @@ __launch_bounds__(kThreads, 1)
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const int line = blockIdx.x / kParts, rank = blockIdx.x % kParts, token = blockIdx.y * kWide, f = blockIdx.z;
 
-    const int4 head = __ldg(heads + blockIdx.x);
+    const int4 *const begins = heads + 5 * blockIdx.x;
+    const int4 head = __ldg(begins);
     if (threadIdx.x == kConsumers) tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)  // each warp of a team says that its entries are there, and one that x is
@@ -97,62 +99,66 @@ __launch_bounds__(kThreads, 1)
         const u32 tables = ring + kTables + 2 * team * kTable, arrived = known + 16 * team;
         const int mine = team ? head.z : head.y;
         const int4 *const from = pieces + head.x + (team ? head.y : 0);
-        // What is known of pieces comes with the tables of pieces before: no load is waited for but those of values.
-        if (thread < min(mine, kNotes)) notes[team][thread] = __ldg(from + thread);
-        named_barrier(4 + team, kTeam);
         const u32 noted = shared_address(notes[team]);
         auto note = [&](int n) {
             uint4 v = make_uint4(0u, 0u, 0u, 0u);
             if (n < mine) shared16(v.x, v.y, v.z, v.w, noted + n % kNotes * 16);
             return make_int4(v.x, v.y, v.z, v.w);
         };
-        auto ask = [&](int n) {
-            if (thread || n >= mine) return;
-            const int4 piece = note(n);
+        // What is known of pieces comes with the tables of pieces before: no load is waited for but those of values.
+        auto ask = [&](int n, const int4 &piece) {
             const u32 to = tables + n % 2 * kTable, barrier = arrived + n % 2 * 8;
             const int later = n + kNotes - 2;  // takes the place of what this team is strewing
             const bool more = n >= 2 && later < mine;
-            barrier_expect(barrier, piece.y * 48 + (more ? 16 : 0));
+            barrier_expect(barrier, piece.y * 32 + (more ? 16 : 0));
             bulk_load(to, spots + piece.x, piece.y * 16, barrier);
-            bulk_load(to + kPiece * 16, slots + 2 * static_cast<i64>(piece.x), piece.y * 32, barrier);
+            bulk_load(to + kPiece * 16, slots + piece.x, piece.y * 16, barrier);
             if (more) bulk_load(noted + later % kNotes * 16, from + later, 16, barrier);
         };
+        if (thread == 0) {
+            const int4 first = __ldg(begins + 1 + 2 * team), second = __ldg(begins + 2 + 2 * team);
+            if (first.y) ask(0, first);
+            if (second.y) ask(1, second);
+        }
+        if (thread < min(mine, kNotes)) notes[team][thread] = __ldg(from + thread);
+        named_barrier(4 + team, kTeam);
         u32 spot[kEach][4];
         u16 value[kEach][8];
         // Threads beyond the last bundle take it too: the same values go to the same places twice.
-        auto look_up = [&](int n, int have) {
-            if (!have) return;
+        auto look_up = [&](int n) {
+            if (n >= mine) return;
+            const int4 piece = note(n);
+            const int have = piece.y;
+            const u16 *const base = source + piece.w;
             barrier_wait(arrived + n % 2 * 8, n / 2 % 2);
             const u32 from = tables + n % 2 * kTable;
 #pragma unroll
             for (int u = 0; u < kEach; ++u) {
                 const u32 at = min(kTeam * u + thread, have - 1);
                 if (u && kTeam * u >= have) break;
-                u32 slot[8];
+                u32 slot[4];
                 // Slots last: addresses need them before the barrier that gives the table away.
                 shared16(spot[u][0], spot[u][1], spot[u][2], spot[u][3], from + at * 16);
-                shared16(slot[0], slot[1], slot[2], slot[3], from + kPiece * 16 + at * 32);
-                shared16(slot[4], slot[5], slot[6], slot[7], from + kPiece * 16 + at * 32 + 16);
+                shared16(slot[0], slot[1], slot[2], slot[3], from + kPiece * 16 + at * 16);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) value[u][i] = __ldg(source + slot[i]);
+                for (int i = 0; i < 8; ++i) value[u][i] = __ldg(base + (slot[i / 2] >> i % 2 * 16 & 0xFFFF));
             }
         };
         // Values are looked up a piece ahead, what they are asked for two.
-        ask(0), ask(1);
-        look_up(0, note(0).y);
+        look_up(0);
         int number = team;
 #pragma unroll 1
         for (int n = 0; n < mine; ++n) {
             const int4 piece = note(n);
             const u32 stage = number % kStages, tile = ring + stage * kStage, done = full + 8 * stage;
-            if (piece.w & 1) {
+            if (piece.z & 1) {
                 // Barriers of an empty ring let the first round pass.
                 barrier_wait(empty + 8 * stage, number / kStages % 2 ^ 1);
                 if (thread == 0) {
                     barrier_expect(done, kRight);
 #pragma unroll
                     for (int p = 0; p < kPanels; ++p)
-                        tma_load(tile + kLeft + p * kPanelX, x_map, done, piece.z * kDeep + 64 * p, token, 0, f);
+                        tma_load(tile + kLeft + p * kPanelX, x_map, done, piece.z / 4 * kDeep + 64 * p, token, 0, f);
                 }
 #pragma unroll
                 for (int i = 0; i < kLeft / (16 * kTeam); ++i)
@@ -160,20 +166,20 @@ __launch_bounds__(kThreads, 1)
                                  : "memory");
             }
             named_barrier(4 + team, kTeam);  // nothing is strewn over what is not zero yet; all have looked up
-            ask(n + 2);
+            if (thread == 0 && n + 2 < mine) ask(n + 2, note(n + 2));
 #pragma unroll
             for (int u = 0; u < kEach; ++u) {
                 if (u && kTeam * u >= piece.y) break;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) put(tile + (spot[u][i / 2] >> i % 2 * 16 & 0xFFFF), value[u][i]);
             }
-            if (piece.w & 2) {
+            if (piece.z & 2) {
                 proxy_fence();
                 __syncwarp();
                 if (lane == 0) barrier_arrive(done);
                 number += kTeams;
             }
-            look_up(n + 1, note(n + 1).y);
+            look_up(n + 1);
         }
         __syncwarp();
         if constexpr (kParts > 1) cluster_here(), cluster_wait();

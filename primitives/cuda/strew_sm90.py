@@ -54,8 +54,8 @@ class Cut(NamedTuple):
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        # Two pieces of each team, 6 bytes an entry; what results leave through, room to align.
-        tables = 2 * cuda_strew.TEAMS * self.piece * cuda_strew.BUNDLE * 6
+        # Two pieces of each team, 4 bytes an entry; what results leave through, room to align.
+        tables = 2 * cuda_strew.TEAMS * self.piece * cuda_strew.BUNDLE * 4
         return (
             self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 64 * self.tall + 1024
         )
@@ -66,6 +66,8 @@ class Cut(NamedTuple):
 START, ENTRY, LAUNCHES, TURN, GATHER = 2400, 0.54, 15_000, 12, 44
 # Cycles of a step, by cut.
 COSTS = {
+    Cut(64, 16, 128, 2, 8): 660,
+    Cut(64, 32, 128, 2, 8): 700,
     Cut(64, 64, 128, 1, 6): 660,
     Cut(64, 64, 128, 2, 6): 840,
     Cut(128, 128, 64, 1, 6): 790,

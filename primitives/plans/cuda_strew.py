@@ -3,16 +3,18 @@
 A line of tiles is 64 or 128 (``tall``) rows of the result, a step 64 or 128 (``deep``) inner
 positions at which some row of a line keeps something. Entries come in bundles of 8, which a thread
 takes; 32 bundles are dealt theirs in turn, so that what a warp looks up at once lies side by side.
-What is missing at the end of a step is its last entry once more. The steps of a line are cut into
-``parts``, of which two teams take every other step in pieces of at most ``piece`` bundles. In
-bundles of 2:
+The steps of a line are cut into ``parts``, of which two teams take every other step in pieces of at
+most ``piece`` bundles, whose slots count in 16 bits from the first. What is missing at the end of a
+piece is its last entry once more. In bundles of 2:
 
-    4 × 6, in lines of 2 and steps of 3         slots   (a c) (b b) (d e)
-        a . . . . b                             pieces  (0, 1, 0, 3) (1, 1, 1, 3) (2, 1, 1, 3):
-        c . . . . .                                     first bundle, number, place along the inner
-        . . . d . .                                     side, opens and closes its step
-        . . . . e .                             heads   (0, 1, 1, 2) (2, 1, 0, 1): first piece,
-                                                        pieces of each team, steps
+    4 × 6, in lines of 2 and steps of 3         slots   (0 2) (0 0) (0 1), of values a b c d e
+        a . . . . b                             pieces  (0, 1, 3, 0) (1, 1, 7, 1) (2, 1, 7, 3):
+        c . . . . .                                     first bundle, number, 4 · place along the
+        . . . d . .                                     inner side + 1: opens + 2: closes its step,
+        . . . . e .                                     slot from which its slots count
+                                                heads   (0, 1, 1, 2) (2, 1, 0, 1): first piece,
+                                                        pieces of each team, steps; then the first
+                                                        two pieces of each team
 """
 
 from __future__ import annotations
@@ -26,18 +28,20 @@ from .cuda_block import running
 from .cuda_expand import row_bounds
 
 BUNDLE, DEALT, TEAMS = 8, 32, 2
+# Slots that 16 bits count.
+FAR = 1 << 16
 
 
 class Table(NamedTuple):
     """What a row part, or its transpose, keeps.
 
     Attributes:
-        heads: int32 (lines * parts, 4), first piece, pieces of the first team and of the second,
-            which follow, steps.
-        pieces: int32 (n, 4), first bundle, number of bundles, inner positions / deep; 1 if it opens
-            its step + 2 if it closes it.
+        heads: int32 (lines * parts, 1 + 2 * TEAMS, 4), first piece, pieces of the first team and of
+            the second, which follow, steps; then the first two pieces of each team.
+        pieces: int32 (n, 4), first bundle; number of bundles; 4 * (inner positions / deep) + 1 if
+            it opens its step + 2 if it closes it; slot from which its slots count.
         spots: int16 (bundles, BUNDLE), byte of an entry in its swizzled tile.
-        slots: int32 (bundles, BUNDLE), of its value, counted from the part's first.
+        slots: int16 (bundles, BUNDLE), of its value, 0 … 65535 after that of its piece.
         bounds: int32 (rows + 1,), first position of each row.
     """
 
@@ -83,26 +87,32 @@ def table(
         slot, row, indices = slot[by_slot], row[by_slot], indices[by_slot]
     place, line = indices.long() % deep, row // tall
     key, sorting = torch.sort(line * across + indices.long() // deep, stable=True)
-    row = row % tall
+    row, slot = row % tall, slot[sorting]
     # Panels of 64 inner positions; 16-byte pieces are exchanged within each row of 128 bytes.
-    spot = (place // 64 * tall + row) * 128 + ((place % 64 * 2) ^ (row % 8 * 16))
-    found, counts = torch.unique_consecutive(key, return_counts=True)
+    spot = ((place // 64 * tall + row) * 128 + ((place % 64 * 2) ^ (row % 8 * 16)))[sorting]
+    # Slots too far from the first of their step to count in 16 bits make runs of their own.
+    found, of_step, counts = torch.unique_consecutive(key, True, True)
+    far = (slot - slot[(counts.cumsum(0) - counts)[of_step]]) // FAR
+    runs, counts = torch.unique_consecutive(key * (len(slot) // FAR + 1) + far, return_counts=True)
+    step = of_step[(begin := counts.cumsum(0) - counts)]
     bundles = (counts + BUNDLE - 1) // BUNDLE
-    first, begin = running(bundles)[:-1].long(), counts.cumsum(0) - counts
+    first = running(bundles)[:-1].long()
     # Entry of each place of each bundle.
-    step = torch.repeat_interleave(torch.arange(len(found), device=key.device), bundles * BUNDLE)
-    number = torch.arange(len(step), device=key.device) - first[step] * BUNDLE
+    run = torch.repeat_interleave(torch.arange(len(runs), device=key.device), bundles * BUNDLE)
+    number = torch.arange(len(run), device=key.device) - first[run] * BUNDLE
     # Of several bundles at once the first entries come first, then the second ones.
     block, within = number // (BUNDLE * DEALT), number % (BUNDLE * DEALT)
-    together = (bundles[step] - block * DEALT).clamp(max=DEALT)
+    together = (bundles[run] - block * DEALT).clamp(max=DEALT)
     number = block * (BUNDLE * DEALT) + within % BUNDLE * together + within // BUNDLE
-    entry = sorting[begin[step] + torch.minimum(number, counts[step] - 1)]
-    heads, pieces = _dealt(found // across, found % across, first, bundles, lines, parts, piece)
+    entry = begin[run] + torch.minimum(number, counts[run] - 1)
+    heads, pieces = _dealt(
+        found // across, found % across, step, first, bundles, slot[begin], lines, parts, piece
+    )
     return Table(
         heads,
         pieces,
         spot[entry].to(torch.int16).view(-1, BUNDLE),
-        slot[entry].to(torch.int32).view(-1, BUNDLE),
+        (slot[entry] - slot[begin][run]).to(torch.int16).view(-1, BUNDLE),
         bounds,
     )
 
@@ -110,29 +120,54 @@ def table(
 def _dealt(
     line: Tensor,
     place: Tensor,
+    step: Tensor,
     first: Tensor,
     bundles: Tensor,
+    slot: Tensor,
     lines: int,
     parts: int,
     piece: int,
 ) -> tuple[Tensor, Tensor]:
-    """``heads`` and ``pieces`` of steps, given by line, place, first bundle and number of them."""
+    """``heads`` and ``pieces``.
+
+    Args:
+        line: of each step.
+        place: of each step.
+        step: of each run of entries, ascending.
+        first: bundle of each run.
+        bundles: of each run.
+        slot: first of each run.
+        lines: in all.
+        parts: as in ``table``.
+        piece: as in ``table``.
+    """
+    device = line.device
     of_line = torch.bincount(line, minlength=lines)
-    number = torch.arange(len(line), device=line.device) - (of_line.cumsum(0) - of_line)[line]
+    number = torch.arange(len(line), device=device) - (of_line.cumsum(0) - of_line)[line]
     part = ((number + 1) * parts - 1) // of_line[line]
     number = number - of_line[line] * part // parts
-    team, sorting = torch.sort((line * parts + part) * TEAMS + number % TEAMS, stable=True)
-    place, first, bundles = place[sorting], first[sorting], bundles[sorting]
-    cuts = (bundles + piece - 1) // piece
-    step = torch.repeat_interleave(torch.arange(len(cuts), device=cuts.device), cuts)
-    cut = torch.arange(len(step), device=cuts.device) - (cuts.cumsum(0) - cuts)[step]
-    begin = cut * piece
-    ends = (cut == 0).long() + 2 * (cut == cuts[step] - 1).long()
-    length = torch.clamp(bundles[step] - begin, max=piece)
-    pieces = torch.stack([first[step] + begin, length, place[step], ends], 1)
+    team = (line * parts + part) * TEAMS + number % TEAMS
     groups = lines * parts * TEAMS
-    number = torch.bincount(team[step], minlength=groups)
     steps = torch.bincount(team, minlength=groups).view(-1, TEAMS).sum(1)
-    start = (number.cumsum(0) - number).view(-1, TEAMS)[:, 0]
-    heads = torch.stack([start, *number.view(-1, TEAMS).unbind(1), steps], 1)
-    return heads.to(torch.int32).contiguous(), pieces.to(torch.int32).contiguous()
+    # Pieces in the order of steps, then of teams.
+    cuts = (bundles + piece - 1) // piece
+    run = torch.repeat_interleave(torch.arange(len(cuts), device=device), cuts)
+    begin = (torch.arange(len(run), device=device) - (cuts.cumsum(0) - cuts)[run]) * piece
+    length = torch.clamp(bundles[run] - begin, max=piece)
+    of_step = step[run]
+    opens = torch.ones_like(of_step)
+    opens[1:] = of_step[1:] != of_step[:-1]
+    ends = opens + 2 * opens.roll(-1)
+    pieces = torch.stack([first[run] + begin, length, 4 * place[of_step] + ends, slot[run]], 1)
+    team, sorting = torch.sort(team[of_step], stable=True)
+    pieces = pieces[sorting]
+    number = torch.bincount(team, minlength=groups)
+    start = (number.cumsum(0) - number).view(-1, TEAMS)
+    heads = torch.zeros(lines * parts, 1 + 2 * TEAMS, 4, dtype=torch.int64, device=device)
+    heads[:, 0, 0], heads[:, 0, 3] = start[:, 0], steps
+    for t, several in enumerate(number.view(-1, TEAMS).unbind(1)):
+        heads[:, 0, 1 + t] = several
+        for n in range(2 if len(pieces) else 0):
+            which = pieces[(start[:, t] + n).clamp(max=len(pieces) - 1)]
+            heads[:, 1 + 2 * t + n] = torch.where((n < several)[:, None], which, 0)
+    return heads.to(torch.int32), pieces.to(torch.int32).contiguous()

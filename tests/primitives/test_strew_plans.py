@@ -1,6 +1,7 @@
 """Rows of single entries that are strewn over dense tiles: plans, cuts, and who takes them."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -33,30 +34,35 @@ def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, pie
     parts = len(table.heads) // lines
     found, counts = (torch.zeros(lines * tall, across * deep) for _ in range(2))
     end, done = 0, [-1] * lines
-    for n, (begin, one, other, steps) in enumerate(table.heads.tolist()):
+    for n, head in enumerate(table.heads):
+        begin, one, other, steps = head[0].tolist()
         line, mine = n // parts, []
         assert begin == end
         end = begin + one + other
+        for t, (start, several) in enumerate(((begin, one), (begin + one, other))):
+            early = table.pieces[start : start + min(several, 2)]
+            assert torch.equal(head[1 + 2 * t :][: len(early)], early)
+            assert not head[1 + 2 * t :][len(early) : 2].any()
         for team in (table.pieces[begin : begin + one], table.pieces[begin + one : end]):
             # Pieces of a step follow each other; the first opens it, the last closes it.
-            opens, closes = team[:, 3] % 2 == 1, team[:, 3] // 2 == 1
+            opens, closes = team[:, 2] % 2 == 1, team[:, 2] // 2 % 2 == 1
             assert opens.sum() == closes.sum() and opens[:1].all() and closes[-1:].all()
             assert torch.equal(opens[1:], closes[:-1])
-            assert torch.equal(team[1:][~opens[1:], 2], team[:-1][~closes[:-1], 2])
+            assert torch.equal(team[1:][~opens[1:], 2] // 4, team[:-1][~closes[:-1], 2] // 4)
             assert (team[:, 1] > 0).all() and (team[:, 1] <= piece).all()
-            mine.append(team[opens, 2].tolist())
+            mine.append((team[opens, 2] // 4).tolist())
         # Teams take turns, parts follow each other.
         both = [mine[i % 2][i // 2] for i in range(steps)]
         assert len(both) == len(mine[0]) + len(mine[1]) == steps and both == sorted(set(both))
         assert not both or both[0] > done[line]
         done[line] = max([done[line], *both])
-        for first, bundles, inner, _ in table.pieces[begin:end].tolist():
+        for first, bundles, inner, base in table.pieces[begin:end].tolist():
             spots = table.spots[first : first + bundles].long() & 0xFFFF
             panel, byte = spots // (tall * 128), spots % (tall * 128)
             row, column = byte // 128, panel * 64 + ((byte % 128) ^ (byte // 128 % 8 * 16)) // 2
-            at = line * tall + row, inner * deep + column
+            at = line * tall + row, inner // 4 * deep + column
             assert (column < deep).all()
-            found[at] = values[table.slots[first : first + bundles].long()]
+            found[at] = values[base + (table.slots[first : first + bundles].long() & 0xFFFF)]
             counts.index_put_(at, torch.ones_like(found[at]), accumulate=True)
     return found[: shape[0], : shape[1]], counts[: shape[0], : shape[1]]
 
@@ -70,31 +76,46 @@ def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, pie
     columns=st.integers(1, 300),
     d=st.sampled_from([0.003, 0.1, 0.6, 1.0]),
     seed=st.integers(0, 99),
+    far=st.sampled_from([100, 1 << 16]),
 )
 @settings(max_examples=25, deadline=None)
-def test_every_entry_has_its_place(rows, columns, d, seed, parts, small, transposed, tall, deep):
-    """The last entry of a step fills its bundles up; all others come once."""
+def test_every_entry_has_its_place(
+    rows, columns, d, seed, parts, small, far, transposed, tall, deep
+):
+    """The last entry of a piece fills its bundles up; all others come once."""
     g = torch.Generator().manual_seed(seed)
     kept = torch.rand(rows, columns, generator=g) < d
     dense = torch.where(kept, torch.arange(1.0, rows * columns + 1).view(rows, columns), 0)
     piece = 32 if small else tall * deep // 64
-    table, values, right = made(dense, transposed, tall, deep, parts, piece)
+    with mock.patch.object(cuda_strew, "FAR", far):
+        table, values, right = made(dense, transposed, tall, deep, parts, piece)
+    assert not len(table.slots) or (table.slots.long() & 0xFFFF).max() < far
     found, counts = strewn(table, values, right.shape, tall, deep, piece)
     assert torch.equal(found, right)
     assert torch.equal(counts > 0, right != 0)
-    steps = int(table.heads[:, 3].sum())
-    assert (counts > 1).sum() <= steps and len(table.heads) == parts * -(-right.shape[0] // tall)
-    most = table.heads[:, 3].view(-1, parts).max(1).values
-    assert (most - table.heads[:, 3].view(-1, parts).min(1).values <= 1).all()
+    assert (counts > 1).sum() <= len(table.pieces)
+    assert len(table.heads) == parts * -(-right.shape[0] // tall)
+    steps = table.heads[:, 0, 3].view(-1, parts)
+    assert (steps.max(1).values - steps.min(1).values <= 1).all()
     ends = torch.cat([torch.zeros(1), (right != 0).sum(1).cumsum(0)])
     assert torch.equal(table.bounds.long(), ends.long())
+
+
+def test_slots_far_apart():
+    """Rows so long that slots of one step are further apart than 16 bits count."""
+    dense = torch.arange(1.0, 64 * 4096 + 1).view(64, 4096)
+    for transposed, far in ((False, 4), (True, 8)):
+        table, values, right = made(dense, transposed, 64, 128, 1, 128)
+        found, counts = strewn(table, values, right.shape, 64, 128, 128)
+        assert torch.equal(found, right) and (counts == 1).all()
+        assert len(table.pieces[:, 3].unique()) >= far
 
 
 def test_warps_look_up_neighbours():
     """What 32 threads of a warp look up at once are slots side by side."""
     table, _, _ = made(torch.ones(128, 256), False, 128, 128, 1, 256)
     assert table.pieces[:, 1].tolist() == [256] * 16
-    slots = table.slots.view(-1, cuda_strew.DEALT, cuda_strew.BUNDLE)
+    slots = (table.slots.long() & 0xFFFF).view(-1, cuda_strew.DEALT, cuda_strew.BUNDLE)
     assert (slots[:, 1:] - slots[:, :-1]).float().eq(1).double().mean() > 0.99
 
 
