@@ -9,8 +9,8 @@
 //   out      (F, T, rows)    contiguous, rows % 8 == 0; plus the bias of each line (nullptr: none), activated
 //   x        (F, T, inner)   by a 4-D tensor map (inner, T, 1, F), boxes of 64 × kWide
 //   values   (F, slots)      16-bit elements
-//   heads    (kParts · lines of tiles, 5) int4: first piece of the first team, pieces of the first and of the second
-//                            (which follow), steps; then the first two pieces of each team
+//   heads    (kParts · lines of tiles, kTeams, 3) int4: first piece of a team, number of them, steps of the CTA; then
+//                            the team's first two pieces
 //   pieces   (n) int4        first bundle; number of bundles; 4 · (inner positions / kDeep) + 1 if it opens its step + 2
 //                            if it closes it; slot from which its slots count
 //   spots    (bundles, 8) u16: byte of an entry in its tile, swizzled; slots (bundles, 8) u16 of its value; by slot.
@@ -19,7 +19,7 @@
 //            position (nullptr: itself)
 //
 //   grid   (kParts · lines of tiles, tiles of tokens, F) in clusters of kParts
-//   block  2 · kRows consumers; two teams of kTeam producers
+//   block  2 · kRows consumers; kTeams teams of kTeam producers
 //   smem   kStages of kRows × kDeep of S and kWide × kDeep of x; two pieces of spots and slots for each team; 4 KiB a
 //          warpgroup that results leave through
 //   floor  2 · steps · kRows · kDeep · T FLOP at 800 TFLOP/s; a multiprocessor takes in 33 B a cycle: x, 6 B an
@@ -40,7 +40,8 @@ static_assert(kWide == 64 || kWide == 128 || kWide == 256 || (kParts > 1 && (kWi
 static_assert(kDeep == 64 || kDeep == 128, "DEEP must be 64 or 128");
 static_assert(kParts == 1 || kParts == 2 || kParts == 4, "PARTS must be 1, 2 or 4");
 constexpr bool kUneven = kWide == 256;  // sums leave no room for a fair share of registers
-constexpr int kConsumers = 2 * kRows, kTeams = 2, kTeam = kUneven ? 64 : 128, kThreads = kConsumers + kTeams * kTeam;
+constexpr int kConsumers = 2 * kRows, kTeams = MG_TEAMS, kTeam = (kUneven ? 128 : 256) / kTeams;
+constexpr int kThreads = kConsumers + kTeams * kTeam;
 // Panels are 64 inner positions, rows of 128 bytes.
 constexpr int kPanels = kDeep / 64;
 constexpr u32 kPanel = kRows * 128, kLeft = kPanels * kPanel, kPanelX = kWide * 128, kRight = kPanels * kPanelX;
@@ -78,7 +79,8 @@ __launch_bounds__(kThreads, 1)
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
     const int line = blockIdx.x / kParts, rank = blockIdx.x % kParts, token = blockIdx.y * kWide, f = blockIdx.z;
 
-    const int4 *const begins = heads + 5 * blockIdx.x;
+    const int team = max(warp - kConsumers / 32, 0) / (kTeam / 32);
+    const int4 *const begins = heads + (blockIdx.x * kTeams + team) * 3;
     const int4 head = __ldg(begins);
     if (threadIdx.x == kConsumers) tma_prefetch(x_map);
     if (threadIdx.x == 0) {
@@ -94,11 +96,10 @@ __launch_bounds__(kThreads, 1)
 
     if (warp >= kConsumers / 32) {  // producers
         if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
-        const int team = (warp - kConsumers / 32) / (kTeam / 32), thread = threadIdx.x % kTeam;
+        const int thread = threadIdx.x % kTeam, mine = head.y;
         const u16 *const source = reinterpret_cast<const u16 *>(weights);
         const u32 tables = ring + kTables + 2 * team * kTable, arrived = known + 16 * team;
-        const int mine = team ? head.z : head.y;
-        const int4 *const from = pieces + head.x + (team ? head.y : 0);
+        const int4 *const from = pieces + head.x;
         const u32 noted = shared_address(notes[team]);
         auto note = [&](int n) {
             uint4 v = make_uint4(0u, 0u, 0u, 0u);
@@ -116,7 +117,7 @@ __launch_bounds__(kThreads, 1)
             if (more) bulk_load(noted + later % kNotes * 16, from + later, 16, barrier);
         };
         if (thread == 0) {
-            const int4 first = __ldg(begins + 1 + 2 * team), second = __ldg(begins + 2 + 2 * team);
+            const int4 first = __ldg(begins + 1), second = __ldg(begins + 2);
             if (first.y) ask(0, first);
             if (second.y) ask(1, second);
         }
@@ -194,7 +195,7 @@ __launch_bounds__(kThreads, 1)
     int stage = 0;
     u32 parity = 0, held = 0;  // held: barrier of the stage that the product in flight reads
 #pragma unroll 1
-    for (int i = 0; i < head.w; ++i) {
+    for (int i = 0; i < head.z; ++i) {
         barrier_wait(full + 8 * stage, parity);
         wgmma_fence();
 #pragma unroll

@@ -33,6 +33,7 @@ class Cut(NamedTuple):
         deep: inner positions of a step, 64 or 128.
         parts: CTAs of a cluster, which share the steps of a line.
         stages: of a step.
+        teams: of producers.
     """
 
     tall: int
@@ -40,6 +41,7 @@ class Cut(NamedTuple):
     deep: int
     parts: int
     stages: int
+    teams: int
 
     @property
     def threads(self) -> int:
@@ -55,7 +57,7 @@ class Cut(NamedTuple):
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
         # Two pieces of each team, 4 bytes an entry; what results leave through, room to align.
-        tables = 2 * cuda_strew.TEAMS * self.piece * cuda_strew.BUNDLE * 4
+        tables = 2 * self.teams * self.piece * cuda_strew.BUNDLE * 4
         return (
             self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 64 * self.tall + 1024
         )
@@ -66,13 +68,13 @@ class Cut(NamedTuple):
 START, ENTRY, LAUNCHES, TURN, GATHER = 2400, 0.54, 15_000, 12, 44
 # Cycles of a step, by cut.
 COSTS = {
-    Cut(64, 16, 128, 2, 8): 660,
-    Cut(64, 32, 128, 2, 8): 700,
-    Cut(64, 64, 128, 1, 6): 660,
-    Cut(64, 64, 128, 2, 6): 840,
-    Cut(128, 128, 64, 1, 6): 790,
-    Cut(128, 128, 64, 2, 6): 970,
-    Cut(128, 256, 64, 1, 4): 1200,
+    Cut(64, 16, 128, 2, 8, 4): 660,
+    Cut(64, 32, 128, 2, 7, 4): 700,
+    Cut(64, 64, 128, 1, 5, 4): 660,
+    Cut(64, 64, 128, 2, 5, 4): 840,
+    Cut(128, 128, 64, 1, 5, 4): 790,
+    Cut(128, 128, 64, 2, 5, 4): 970,
+    Cut(128, 256, 64, 1, 4, 2): 1200,
 }
 
 
@@ -149,7 +151,7 @@ def spmm(
         items,
         ("strewn", *how),
         lambda: cuda_strew.table(
-            items, indices, order, outer, inner, how.tall, how.deep, how.parts, how.piece
+            items, indices, order, outer, inner, how.tall, how.deep, how.parts, how.teams, how.piece
         ),
     )
     run = kernel(spmm_request(how, x.dtype, activation), device)
@@ -199,6 +201,6 @@ def cycles(how: Cut, several: int, outer: int, inner: int, width: int, positions
 def spmm_request(how: Cut, dtype: torch.dtype, activation: int = 0) -> Request:
     """The kernel."""
     constants = {"ROWS": how.tall, "WIDE": how.wide, "DEEP": how.deep, "PARTS": how.parts}
-    constants |= {"STAGES": how.stages, "DTYPE": CODES[dtype]}
+    constants |= {"STAGES": how.stages, "TEAMS": how.teams, "DTYPE": CODES[dtype]}
     constants |= activation_constant(activation)
     return request("spmm_strew_sm90", constants, flush=True)

@@ -3,18 +3,19 @@
 A line of tiles is 64 or 128 (``tall``) rows of the result, a step 64 or 128 (``deep``) inner
 positions at which some row of a line keeps something. Entries come in bundles of 8, which a thread
 takes; 32 bundles are dealt theirs in turn, so that what a warp looks up at once lies side by side.
-The steps of a line are cut into ``parts``, of which two teams take every other step in pieces of at
+The steps of a line are cut into ``parts``, of which ``teams`` take steps in turn, in pieces of at
 most ``piece`` bundles, whose slots count in 16 bits from the first. What is missing at the end of a
-piece is its last entry once more. In bundles of 2:
+piece is its last entry once more. In bundles of 2, with two teams:
 
     4 × 6, in lines of 2 and steps of 3         slots   (0 2) (0 0) (0 1), of values a b c d e
         a . . . . b                             pieces  (0, 1, 3, 0) (1, 1, 7, 1) (2, 1, 7, 3):
         c . . . . .                                     first bundle, number, 4 · place along the
         . . . d . .                                     inner side + 1: opens + 2: closes its step,
         . . . . e .                                     slot from which its slots count
-                                                heads   (0, 1, 1, 2) (2, 1, 0, 1): first piece,
-                                                        pieces of each team, steps; then the first
-                                                        two pieces of each team
+                                                heads   (0, 1, 2, 0) (1, 1, 2, 0); (2, 1, 1, 0)
+                                                        (3, 0, 1, 0): a team's first piece and
+                                                        number of them, steps of its part; then its
+                                                        first two pieces
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from .cuda_block import running
 from .cuda_expand import row_bounds
 
-BUNDLE, DEALT, TEAMS = 8, 32, 2
+BUNDLE, DEALT = 8, 32
 # Slots that 16 bits count.
 FAR = 1 << 16
 
@@ -36,8 +37,8 @@ class Table(NamedTuple):
     """What a row part, or its transpose, keeps.
 
     Attributes:
-        heads: int32 (lines * parts, 1 + 2 * TEAMS, 4), first piece, pieces of the first team and of
-            the second, which follow, steps; then the first two pieces of each team.
+        heads: int32 (lines * parts, teams, 3, 4), a team's first piece and number of them, steps of
+            its part; then its first two pieces.
         pieces: int32 (n, 4), first bundle; number of bundles; 4 * (inner positions / deep) + 1 if
             it opens its step + 2 if it closes it; slot from which its slots count.
         spots: int16 (bundles, BUNDLE), byte of an entry in its swizzled tile.
@@ -61,6 +62,7 @@ def table(
     tall: int,
     deep: int,
     parts: int,
+    teams: int,
     piece: int,
 ) -> Table:
     """All entries of one matrix by line, step and slot.
@@ -74,6 +76,7 @@ def table(
         tall: rows of a line.
         deep: inner positions of a step.
         parts: that share the steps of a line.
+        teams: that share the steps of a part.
         piece: bundles of a piece, at most.
     """
     bounds = row_bounds(items, rows)
@@ -106,7 +109,16 @@ def table(
     number = block * (BUNDLE * DEALT) + within % BUNDLE * together + within // BUNDLE
     entry = begin[run] + torch.minimum(number, counts[run] - 1)
     heads, pieces = _dealt(
-        found // across, found % across, step, first, bundles, slot[begin], lines, parts, piece
+        found // across,
+        found % across,
+        step,
+        first,
+        bundles,
+        slot[begin],
+        lines,
+        parts,
+        teams,
+        piece,
     )
     return Table(
         heads,
@@ -126,6 +138,7 @@ def _dealt(
     slot: Tensor,
     lines: int,
     parts: int,
+    teams: int,
     piece: int,
 ) -> tuple[Tensor, Tensor]:
     """``heads`` and ``pieces``.
@@ -139,6 +152,7 @@ def _dealt(
         slot: first of each run.
         lines: in all.
         parts: as in ``table``.
+        teams: as in ``table``.
         piece: as in ``table``.
     """
     device = line.device
@@ -146,9 +160,9 @@ def _dealt(
     number = torch.arange(len(line), device=device) - (of_line.cumsum(0) - of_line)[line]
     part = ((number + 1) * parts - 1) // of_line[line]
     number = number - of_line[line] * part // parts
-    team = (line * parts + part) * TEAMS + number % TEAMS
-    groups = lines * parts * TEAMS
-    steps = torch.bincount(team, minlength=groups).view(-1, TEAMS).sum(1)
+    team = (line * parts + part) * teams + number % teams
+    groups = lines * parts * teams
+    steps = torch.bincount(team, minlength=groups).view(-1, teams).sum(1)
     # Pieces in the order of steps, then of teams.
     cuts = (bundles + piece - 1) // piece
     run = torch.repeat_interleave(torch.arange(len(cuts), device=device), cuts)
@@ -162,12 +176,10 @@ def _dealt(
     team, sorting = torch.sort(team[of_step], stable=True)
     pieces = pieces[sorting]
     number = torch.bincount(team, minlength=groups)
-    start = (number.cumsum(0) - number).view(-1, TEAMS)
-    heads = torch.zeros(lines * parts, 1 + 2 * TEAMS, 4, dtype=torch.int64, device=device)
-    heads[:, 0, 0], heads[:, 0, 3] = start[:, 0], steps
-    for t, several in enumerate(number.view(-1, TEAMS).unbind(1)):
-        heads[:, 0, 1 + t] = several
-        for n in range(2 if len(pieces) else 0):
-            which = pieces[(start[:, t] + n).clamp(max=len(pieces) - 1)]
-            heads[:, 1 + 2 * t + n] = torch.where((n < several)[:, None], which, 0)
-    return heads.to(torch.int32), pieces.to(torch.int32).contiguous()
+    start = number.cumsum(0) - number
+    heads = torch.zeros(groups, 3, 4, dtype=torch.int64, device=device)
+    heads[:, 0, 0], heads[:, 0, 1], heads[:, 0, 2] = start, number, steps.repeat_interleave(teams)
+    for n in range(2 if len(pieces) else 0):
+        early = pieces[(start + n).clamp(max=len(pieces) - 1)]
+        heads[:, 1 + n] = torch.where((n < number)[:, None], early, 0)
+    return heads.view(-1, teams, 3, 4).to(torch.int32), pieces.to(torch.int32).contiguous()

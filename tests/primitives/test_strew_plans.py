@@ -31,19 +31,18 @@ def made(dense: torch.Tensor, transposed: bool, *cut: int):
 def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, piece):
     """The matrix as the kernel spreads it, and how often each element is written."""
     lines, across = -(-shape[0] // tall), -(-shape[1] // deep)
-    parts = len(table.heads) // lines
+    parts, teams = len(table.heads) // lines, table.heads.shape[1]
     found, counts = (torch.zeros(lines * tall, across * deep) for _ in range(2))
     end, done = 0, [-1] * lines
     for n, head in enumerate(table.heads):
-        begin, one, other, steps = head[0].tolist()
-        line, mine = n // parts, []
-        assert begin == end
-        end = begin + one + other
-        for t, (start, several) in enumerate(((begin, one), (begin + one, other))):
-            early = table.pieces[start : start + min(several, 2)]
-            assert torch.equal(head[1 + 2 * t :][: len(early)], early)
-            assert not head[1 + 2 * t :][len(early) : 2].any()
-        for team in (table.pieces[begin : begin + one], table.pieces[begin + one : end]):
+        line, mine, begin = n // parts, [], end
+        steps = int(head[0, 0, 2])
+        for start, several, of_part, _ in head[:, 0].tolist():
+            assert start == end and of_part == steps
+            end += several
+            team = table.pieces[start:end]
+            assert torch.equal(head[len(mine), 1:][: len(team)], team[:2])
+            assert not head[len(mine), 1:][len(team) :].any()
             # Pieces of a step follow each other; the first opens it, the last closes it.
             opens, closes = team[:, 2] % 2 == 1, team[:, 2] // 2 % 2 == 1
             assert opens.sum() == closes.sum() and opens[:1].all() and closes[-1:].all()
@@ -52,8 +51,8 @@ def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, pie
             assert (team[:, 1] > 0).all() and (team[:, 1] <= piece).all()
             mine.append((team[opens, 2] // 4).tolist())
         # Teams take turns, parts follow each other.
-        both = [mine[i % 2][i // 2] for i in range(steps)]
-        assert len(both) == len(mine[0]) + len(mine[1]) == steps and both == sorted(set(both))
+        both = [mine[i % teams][i // teams] for i in range(steps)]
+        assert sum(map(len, mine)) == steps and both == sorted(set(both))
         assert not both or both[0] > done[line]
         done[line] = max([done[line], *both])
         for first, bundles, inner, base in table.pieces[begin:end].tolist():
@@ -72,6 +71,7 @@ def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, pie
 @given(
     parts=st.sampled_from([1, 2, 4]),
     small=st.booleans(),
+    teams=st.sampled_from([2, 4]),
     rows=st.integers(1, 300),
     columns=st.integers(1, 300),
     d=st.sampled_from([0.003, 0.1, 0.6, 1.0]),
@@ -80,7 +80,7 @@ def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, pie
 )
 @settings(max_examples=25, deadline=None)
 def test_every_entry_has_its_place(
-    rows, columns, d, seed, parts, small, far, transposed, tall, deep
+    rows, columns, d, seed, parts, teams, small, far, transposed, tall, deep
 ):
     """The last entry of a piece fills its bundles up; all others come once."""
     g = torch.Generator().manual_seed(seed)
@@ -88,14 +88,14 @@ def test_every_entry_has_its_place(
     dense = torch.where(kept, torch.arange(1.0, rows * columns + 1).view(rows, columns), 0)
     piece = 32 if small else tall * deep // 64
     with mock.patch.object(cuda_strew, "FAR", far):
-        table, values, right = made(dense, transposed, tall, deep, parts, piece)
+        table, values, right = made(dense, transposed, tall, deep, parts, teams, piece)
     assert not len(table.slots) or (table.slots.long() & 0xFFFF).max() < far
     found, counts = strewn(table, values, right.shape, tall, deep, piece)
     assert torch.equal(found, right)
     assert torch.equal(counts > 0, right != 0)
     assert (counts > 1).sum() <= len(table.pieces)
     assert len(table.heads) == parts * -(-right.shape[0] // tall)
-    steps = table.heads[:, 0, 3].view(-1, parts)
+    steps = table.heads[:, 0, 0, 2].view(-1, parts)
     assert (steps.max(1).values - steps.min(1).values <= 1).all()
     ends = torch.cat([torch.zeros(1), (right != 0).sum(1).cumsum(0)])
     assert torch.equal(table.bounds.long(), ends.long())
@@ -105,7 +105,7 @@ def test_slots_far_apart():
     """Rows so long that slots of one step are further apart than 16 bits count."""
     dense = torch.arange(1.0, 64 * 4096 + 1).view(64, 4096)
     for transposed, far in ((False, 4), (True, 8)):
-        table, values, right = made(dense, transposed, 64, 128, 1, 128)
+        table, values, right = made(dense, transposed, 64, 128, 1, 4, 128)
         found, counts = strewn(table, values, right.shape, 64, 128, 128)
         assert torch.equal(found, right) and (counts == 1).all()
         assert len(table.pieces[:, 3].unique()) >= far
@@ -113,7 +113,7 @@ def test_slots_far_apart():
 
 def test_warps_look_up_neighbours():
     """What 32 threads of a warp look up at once are slots side by side."""
-    table, _, _ = made(torch.ones(128, 256), False, 128, 128, 1, 256)
+    table, _, _ = made(torch.ones(128, 256), False, 128, 128, 1, 2, 256)
     assert table.pieces[:, 1].tolist() == [256] * 16
     slots = (table.slots.long() & 0xFFFF).view(-1, cuda_strew.DEALT, cuda_strew.BUNDLE)
     assert (slots[:, 1:] - slots[:, :-1]).float().eq(1).double().mean() > 0.99
