@@ -20,8 +20,7 @@
 //
 //   grid   (kParts · lines of tiles, tiles of tokens, F) in clusters of kParts
 //   block  2 · kRows consumers; kTeams teams of kTeam producers
-//   smem   kStages of kRows × kDeep of S and kWide × kDeep of x; two pieces of spots and slots for each team; 4 KiB a
-//          warpgroup that results leave through
+//   smem   kStages of kRows × kDeep of S and kWide × kDeep of x; two pieces of spots and slots for each team
 //   floor  2 · steps · kRows · kDeep · T FLOP at 800 TFLOP/s; a multiprocessor takes in 33 B a cycle: x, 6 B an
 //          entry; shared memory 128 B a cycle: the tile zeroed, strewn and read, x written and read
 //   needs  sm_90a, rows of tokens at multiples of 16 bytes, fewer than 2³¹ slots, no run-time mask
@@ -40,15 +39,19 @@ static_assert(kWide == 64 || kWide == 128 || kWide == 256 || (kParts > 1 && (kWi
 static_assert(kDeep == 64 || kDeep == 128, "DEEP must be 64 or 128");
 static_assert(kParts == 1 || kParts == 2 || kParts == 4, "PARTS must be 1, 2 or 4");
 constexpr bool kUneven = kWide == 256;  // sums leave no room for a fair share of registers
-constexpr int kConsumers = 2 * kRows, kTeams = MG_TEAMS, kTeam = (kUneven ? 128 : 256) / kTeams;
+static_assert(!kUneven || MG_TEAMS * MG_TEAM == 128, "what producers give consumers take");
+constexpr int kConsumers = 2 * kRows, kTeams = MG_TEAMS, kTeam = MG_TEAM;
 constexpr int kThreads = kConsumers + kTeams * kTeam;
+// A team that waits for a stage knows that it was given back once but for the last time: it would not tell two rounds
+// from none.
+static_assert(kTeams <= kStages, "a team asks for a stage at most a round ahead");
 // Panels are 64 inner positions, rows of 128 bytes.
 constexpr int kPanels = kDeep / 64;
 constexpr u32 kPanel = kRows * 128, kLeft = kPanels * kPanel, kPanelX = kWide * 128, kRight = kPanels * kPanelX;
 constexpr u32 kStage = kLeft + kRight;
 // Bundles of 8 entries that a team, that a thread has at once: an eighth of a tile. What they are: two pieces a team.
 constexpr int kPiece = kRows * kDeep / 64, kEach = kPiece / kTeam;
-constexpr u32 kTable = kPiece * 32, kTables = kStages * kStage, kStaging = kTables + 2 * kTeams * kTable;
+constexpr u32 kTable = kPiece * 32, kTables = kStages * kStage;
 constexpr int kNotes = 8;  // of pieces, that a team has at once
 constexpr int kSums = kWide / 2, kSlice = kConsumers / 32 / kParts;  // warps whose lines a CTA finishes
 static_assert(kParts == 1 || kParts * kSlice * 128 * kSums <= kStages * kStage, "what a cluster sends has room");
@@ -249,8 +252,8 @@ __launch_bounds__(kThreads, 1)
     operand_t *const to = out + static_cast<i64>(f) * width * rows;
     const int row0 = line * kRows + 16 * warp;
     if constexpr (kParts == 1) {
-        const u32 staging = ring + kStaging + warp / 4 * 4096;
-        store_turned<kWide>(acc, scale, bias, staging, to, line * kRows + warp / 4 * 64, rows, token, width);
+        // Through what a warpgroup alone has read of S.
+        store_turned<kWide>(acc, scale, bias, ring + warp / 4 * 64 * 128, to, line * kRows + warp / 4 * 64, rows, token, width);
         named_barrier(2 + warp / 4, 128);  // what other lanes stored is written again below
     } else {
         float more[2] = {0.f, 0.f};

@@ -34,6 +34,7 @@ class Cut(NamedTuple):
         parts: CTAs of a cluster, which share the steps of a line.
         stages: of a step.
         teams: of producers.
+        team: threads of a team.
     """
 
     tall: int
@@ -42,11 +43,12 @@ class Cut(NamedTuple):
     parts: int
     stages: int
     teams: int
+    team: int
 
     @property
     def threads(self) -> int:
-        """Of a CTA; sums of 256 tokens leave registers to fewer producers."""
-        return 2 * self.tall + (128 if self.wide == 256 else 256)
+        """Of a CTA."""
+        return 2 * self.tall + self.teams * self.team
 
     @property
     def piece(self) -> int:
@@ -56,11 +58,9 @@ class Cut(NamedTuple):
     @property
     def shared(self) -> int:
         """Dynamic shared memory of a CTA, bytes."""
-        # Two pieces of each team, 4 bytes an entry; what results leave through, room to align.
+        # Two pieces of each team, 4 bytes an entry; room to align.
         tables = 2 * self.teams * self.piece * cuda_strew.BUNDLE * 4
-        return (
-            self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 64 * self.tall + 1024
-        )
+        return self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 1024
 
 
 # Cycles of a multiprocessor until a CTA has its first step and after its last, of an entry; what
@@ -68,13 +68,13 @@ class Cut(NamedTuple):
 START, ENTRY, LAUNCHES, TURN, GATHER = 2400, 0.54, 15_000, 12, 44
 # Cycles of a step, by cut.
 COSTS = {
-    Cut(64, 16, 128, 2, 8, 4): 660,
-    Cut(64, 32, 128, 2, 7, 4): 700,
-    Cut(64, 64, 128, 1, 5, 4): 660,
-    Cut(64, 64, 128, 2, 5, 4): 840,
-    Cut(128, 128, 64, 1, 5, 4): 790,
-    Cut(128, 128, 64, 2, 5, 4): 970,
-    Cut(128, 256, 64, 1, 4, 2): 1200,
+    Cut(64, 16, 128, 2, 8, 4, 64): 660,
+    Cut(64, 32, 128, 2, 7, 4, 64): 700,
+    Cut(64, 64, 128, 1, 5, 4, 64): 660,
+    Cut(64, 64, 128, 2, 5, 4, 64): 840,
+    Cut(128, 128, 64, 1, 5, 4, 64): 790,
+    Cut(128, 128, 64, 2, 5, 4, 64): 970,
+    Cut(128, 256, 64, 1, 4, 4, 32): 1200,
 }
 
 
@@ -201,6 +201,6 @@ def cycles(how: Cut, several: int, outer: int, inner: int, width: int, positions
 def spmm_request(how: Cut, dtype: torch.dtype, activation: int = 0) -> Request:
     """The kernel."""
     constants = {"ROWS": how.tall, "WIDE": how.wide, "DEEP": how.deep, "PARTS": how.parts}
-    constants |= {"STAGES": how.stages, "TEAMS": how.teams, "DTYPE": CODES[dtype]}
+    constants |= {"STAGES": how.stages, "TEAMS": how.teams, "TEAM": how.team, "DTYPE": CODES[dtype]}
     constants |= activation_constant(activation)
     return request("spmm_strew_sm90", constants, flush=True)
