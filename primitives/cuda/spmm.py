@@ -216,15 +216,16 @@ def _few(
         out = x.new_empty((free, entries, lines, width))
         block_few.spmm(out, values, x, parts[0], scale, transposed, bias)
         return out
-    if not transposed and row_few.takes(parts, values, x, keep, dtype):
-        out = x.new_empty((free, entries, width, lines))
-        row_few.spmm(out, values, x, parts[0], scale, bias)
-        return out.mT.contiguous()
-    if strew_sm90.takes(parts, values, x, keep, dtype, transposed, lines):
-        out = x.new_empty((free, entries, width, lines))
+    by_rows = not transposed and row_few.takes(parts, values, x, keep, dtype)
+    strewn = strew_sm90.takes(parts, values, x, keep, dtype, transposed, lines, by_rows)
+    if not (by_rows or strewn):
+        return None
+    out = x.new_empty((free, entries, width, lines))
+    if strewn:
         strew_sm90.spmm(out, values.contiguous(), x, parts[0], scale, transposed, bias)
-        return out.mT.contiguous()
-    return None
+    else:
+        row_few.spmm(out, values, x, parts[0], scale, bias)
+    return out.mT.contiguous()
 
 
 def rows_of_tokens(
@@ -249,15 +250,15 @@ def rows_of_tokens(
         return None
     few = block_few.takes(parts, values, x, keep, x.dtype, transposed)
     by_rows = not transposed and row_few.takes(parts, values, x, keep, x.dtype)
-    strewn = not by_rows and strew_sm90.takes(parts, values, x, keep, x.dtype, transposed, outer)
+    strewn = strew_sm90.takes(parts, values, x, keep, x.dtype, transposed, outer, by_rows)
     if not (few or strewn or by_rows or block.takes_tokens(values, x, parts[0], outer)):
         return None
     out = x.new_empty((free, 1, width, outer))
     bias = None if bias is None else bias.contiguous()
-    if by_rows:
-        row_few.spmm(out, values, x, parts[0], 1.0, bias, activation)
-    elif strewn:
+    if strewn:
         strew_sm90.spmm(out, values.contiguous(), x, parts[0], 1.0, transposed, bias, activation)
+    elif by_rows:
+        row_few.spmm(out, values, x, parts[0], 1.0, bias, activation)
     elif few:
         block_few.spmm(out.mT, values, x, parts[0], 1.0, transposed, bias, activation)
     else:

@@ -63,18 +63,22 @@ class Cut(NamedTuple):
         return self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 1024
 
 
-# Cycles of a multiprocessor until a CTA has its first step and after its last, of an entry; what
-# kernels that gather take to start, bytes that they turn and of rows of x that they gather a cycle.
-START, ENTRY, LAUNCHES, TURN, GATHER = 2400, 0.54, 15_000, 12, 44
+# Cycles of a multiprocessor until a CTA has its first step and after its last, and of an entry.
+START, ENTRY = 4200, 0.28
+# What kernels that gather take to start; bytes that they turn, and of rows of x that they gather,
+# in a cycle.
+LAUNCHES, TURN, GATHER = 17_600, 12, 44
+# What spmm_row_few takes to start, and for each of up to eight tokens; bytes of x that it gathers.
+FEW, FEW_TOKEN, FEW_GATHER = 4800, 900, 32
 # Cycles of a step, by cut.
 COSTS = {
-    Cut(64, 16, 128, 2, 8, 4, 64): 660,
-    Cut(64, 32, 128, 2, 7, 4, 64): 700,
-    Cut(64, 64, 128, 1, 5, 4, 64): 660,
-    Cut(64, 64, 128, 2, 5, 4, 64): 840,
-    Cut(128, 128, 64, 1, 5, 4, 64): 790,
-    Cut(128, 128, 64, 2, 5, 4, 64): 970,
-    Cut(128, 256, 64, 1, 4, 4, 32): 1200,
+    Cut(64, 16, 128, 2, 8, 4, 64): 470,
+    Cut(64, 32, 128, 2, 7, 4, 64): 540,
+    Cut(64, 64, 128, 1, 5, 4, 64): 620,
+    Cut(64, 64, 128, 2, 5, 4, 64): 680,
+    Cut(128, 128, 64, 1, 5, 4, 64): 770,
+    Cut(128, 128, 64, 2, 5, 4, 64): 920,
+    Cut(128, 256, 64, 1, 4, 4, 32): 1180,
 }
 
 
@@ -86,6 +90,7 @@ def takes(
     dtype: torch.dtype,
     transposed: bool,
     outer: int,
+    few: bool,
 ) -> bool:
     """Whether ``spmm`` is for this product, and faster than gathering rows of x for each entry.
 
@@ -97,6 +102,7 @@ def takes(
         dtype: of the result.
         transposed: multiply by the transpose.
         outer: rows of the result.
+        few: ``row_few`` takes it too.
     """
     part = parts[0]
     if len(parts) > 1 or part.kind != "crow" or keep is not None or x.shape[1] > 1:
@@ -109,15 +115,19 @@ def takes(
     if not in_tokens(x) or not ready(x, 2, 3):
         return False
     inner, width = x.shape[2:]
-    return faster(facts(x.device.index).multiprocessors, outer, inner, width, order.numel())
+    return faster(facts(x.device.index).multiprocessors, outer, inner, width, order.numel(), few)
 
 
-def faster(several: int, outer: int, inner: int, width: int, positions: int) -> bool:
+def faster(several: int, outer: int, inner: int, width: int, positions: int, few: bool) -> bool:
     """Whether this beats kernels that gather, whatever the number of matrices."""
     how = cut(several, outer, inner, width, positions)
-    turned = (outer + inner) * width * 4 / (TURN * several)
-    gathered = positions * width * 2 / (GATHER * several)
-    return cycles(how, several, outer, inner, width, positions) < LAUNCHES + turned + gathered
+    gathered = positions * width * 2 / several
+    if few:
+        others = FEW + FEW_TOKEN * min(width, 8) + gathered / FEW_GATHER
+    else:
+        turned = (outer + inner) * width * 4 / (TURN * several)
+        others = LAUNCHES + turned + gathered / GATHER
+    return cycles(how, several, outer, inner, width, positions) < others
 
 
 def spmm(

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from mixgrain.cuda.device import facts
 from mixgrain.formats import patterns as P
+from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.primitives.activations import ACTIVATIONS
-from mixgrain.primitives.cuda import row_few
+from mixgrain.primitives.cuda import row_few, strew_sm90
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sparse_linear import SparseLinear
 from mixgrain.primitives.spmm import spmm
@@ -24,8 +25,10 @@ TOKENS = (1, 2, 3, 4, 7, 8, 9, 16)
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch):
-    """Tokens of a CTA of each kernel that was asked for."""
+    """Tokens of a CTA of each kernel that was asked for, whoever else is faster."""
     found = []
+    monkeypatch.setattr(strew_sm90, "faster", lambda *_: False)
+    clear_caches()
     plain = row_few.few_request
 
     def few_request(tokens, *rest):
@@ -33,7 +36,8 @@ def taken(monkeypatch):
         return plain(tokens, *rest)
 
     monkeypatch.setattr(row_few, "few_request", few_request)
-    return found
+    yield found
+    clear_caches()
 
 
 def integers(*shape: int, seed: int = 0) -> Tensor:

@@ -134,9 +134,10 @@ def test_cuts_fit():
         ((1024, 4096), 0.05, 512, True, True),
         # Little to gather.
         ((4096, 4096), 0.001, 300, False, False),
+        ((4096, 4096), 0.1, 16, True, True),
         # Few tokens have a kernel of their own, forward.
-        ((4096, 4096), 0.1, 16, False, True),
-        ((4096, 4096), 0.1, 2, False, False),
+        ((4096, 4096), 0.1, 4, False, True),
+        ((11008, 4096), 0.02, 8, False, False),
         # Rows that TMA cannot read, or whole stores not write.
         ((1024, 1028), 0.2, 256, False, False),
         ((1028, 1024), 0.2, 256, False, False),
@@ -161,4 +162,4 @@ def test_the_number_of_matrices_has_no_part_in_the_choice():
         for free in (1, 3, 1000):
             values = torch.empty(free, layout.slots, dtype=torch.half, device="meta")
             x = torch.empty(free, 1, 256, 1024, dtype=torch.half, device="meta").mT
-            assert strew_sm90.takes([part], values, x, None, torch.half, False, 1024)
+            assert strew_sm90.takes([part], values, x, None, torch.half, False, 1024, False)
