@@ -12,8 +12,7 @@
 //   floor  2 · nnz · T FLOP at 800 TFLOP/s; L2: 8 KiB for y and each panel of a CTA's 64 tokens, 8.6 TB/s
 //   needs  sm_90a, rows of tokens at multiples of 16 bytes
 #include "types.cuh"
-#include "tma.cuh"
-#include "wgmma.cuh"
+#include "ring.cuh"
 #include "staged.cuh"
 
 constexpr int kSize = MG_SIZE, kStages = MG_STAGES, kMost = 8, kEach = 4;
@@ -70,25 +69,13 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #pragma unroll
     for (int i = 0; i < kEach * 32; ++i) acc[i] = 0.f;
     const u64 left = wgmma_descriptor(ring, kPanel), right = wgmma_descriptor(ring + (1 + group * kEach) * kPanel, kPanel);
-    int stage = 0;
-    u32 parity = 0, held = 0;
-#pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-        barrier_wait(full + 8 * stage, parity);
-        wgmma_fence();
-        // Of panels that are not there nobody looks at the sums.
+    // Of panels that are not there nobody looks at the sums.
+    multiply_ring<kStages>(steps, full, empty, lane, [&](int stage) {
 #pragma unroll
         for (int kk = 0; kk < 4; ++kk)
             Wgmma<64 * kEach>::ss<1, 1>(acc, left + ((stage * kStage + kk * 2048) >> 4),
                                         right + ((stage * kStage + kk * 2048) >> 4), 1);
-        wgmma_commit();
-        // The product before this one is done, and what it read is free.
-        wgmma_wait<1>();
-        if (lane == 0 && held) barrier_arrive(held);
-        held = empty + 8 * stage;
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-    wgmma_wait<0>();
+    });
 
 #pragma unroll
     for (int p = 0; p < kEach; ++p) {

@@ -28,9 +28,9 @@
 // A dense tile multiplies elements of x that a line has no use for by zero, and 0 · NaN is NaN. So all that is not
 // finite in x shows: every sum that met it is not finite. Those sums alone are made again, entry by entry.
 #include "cluster.cuh"
+#include "ring.cuh"
 #include "tile.cuh"
 #include "token_rows.cuh"
-#include "wgmma.cuh"
 
 constexpr int kRows = MG_ROWS, kWide = MG_WIDE, kDeep = MG_DEEP, kParts = MG_PARTS, kStages = MG_STAGES;
 static_assert(kRows == 64 || kRows == 128, "ROWS must be 64 or 128");
@@ -195,24 +195,12 @@ __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kSums; ++i) acc[i] = 0.f;
     const u64 left = wgmma_descriptor(ring + warp / 4 * 64 * 128, 0), right = wgmma_rows<128>(ring + kLeft);
-    int stage = 0;
-    u32 parity = 0, held = 0;  // held: barrier of the stage that the product in flight reads
-#pragma unroll 1
-    for (int i = 0; i < head.z; ++i) {
-        barrier_wait(full + 8 * stage, parity);
-        wgmma_fence();
+    multiply_ring<kStages>(head.z, full, empty, lane, [&](int stage) {
 #pragma unroll
         for (int k = 0; k < kDeep / 16; ++k)
             Wgmma<kWide>::template ss<0, 0>(acc, left + ((stage * kStage + k / 4 * kPanel + k % 4 * 32) >> 4),
                                             right + ((stage * kStage + k / 4 * kPanelX + k % 4 * 32) >> 4), 1);
-        wgmma_commit();
-        // The product before this one is done, and what it read is free.
-        wgmma_wait<1>();
-        if (lane == 0 && held) barrier_arrive(held);
-        held = empty + 8 * stage;
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-    wgmma_wait<0>();
+    });
     if constexpr (kParts > 1) {
         cluster_here(), cluster_wait();  // nobody reads a ring any more: what the others send takes its place
         // Each CTA finishes the lines of kSlice warps; all send theirs to it, this one too, to be added in their order.

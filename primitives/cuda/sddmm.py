@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plans.plan import PartPlan, Plan, split
-from . import block, block_weights_sm90, nm, nm_scores, panel, row, tile_sddmm
+from . import block, block_weights_sm90, nm, nm_scores, panel, row, row_weights_sm90, tile_sddmm
 from .parts import aligned, at_once, check_dtypes, gaps
 
 _KINDS = {
@@ -15,6 +15,11 @@ _KINDS = {
     "crow": row.sddmm_row,
     "nm": nm_scores.sddmm,
     "nm_t": nm_scores.sddmm,
+}
+#: Of layers, from rows of tokens as they are: what says whether it does, and what does it.
+BY_TOKENS = {
+    "cblock": (block_weights_sm90.takes, block_weights_sm90.sddmm),
+    "crow": (row_weights_sm90.takes, row_weights_sm90.sddmm),
 }
 
 
@@ -46,8 +51,8 @@ def sddmm(
         return tile_sddmm.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
     for start, stop in gaps(parts, slots):
         values[:, start:stop].zero_()
-    if len(parts) == 1 and block_weights_sm90.takes(parts[0], q, k, keep, dtype):
-        block_weights_sm90.sddmm(values, q, k, parts[0], scale)
+    if by_tokens(parts, q, k, keep, dtype):
+        BY_TOKENS[parts[0].kind][1](values, q, k, parts[0], scale)
         return values
     q, k = aligned(q), aligned(k)
 
@@ -56,3 +61,12 @@ def sddmm(
 
     at_once(parts, write, values.shape[0])
     return values
+
+
+def by_tokens(
+    parts: list[PartPlan], q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype
+) -> bool:
+    """Whether a product is best made from rows of tokens as they are, which q and k view."""
+    if len(parts) != 1 or parts[0].kind not in BY_TOKENS or 0 in (*q.shape, *k.shape):
+        return False
+    return BY_TOKENS[parts[0].kind][0](parts[0], q, k, keep, dtype)

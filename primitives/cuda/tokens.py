@@ -16,7 +16,7 @@ from mixgrain.cuda.recording import strides_of
 
 from ..activations import CODES as ACTIVATIONS
 from ..plans.plan import Plan, split
-from . import block_weights_sm90, sddmm, spmm, turn
+from . import sddmm, spmm, turn
 from .finish import finish
 from .nm import KINDS
 from .parts import CODES, together
@@ -107,7 +107,7 @@ def token_gradients(
     elif wanted[1]:
         dx = _direct(weights, _columns(above), None, keep, plan, True)
     mask, left, right = _mask(keep), _columns(above), _columns(rows)
-    plain = wanted[0] and _by_tokens(plan, left, right, mask, values.dtype)
+    plain = wanted[0] and sddmm.by_tokens(split(plan)[3], left, right, mask, values.dtype)
     turns = (wanted[0] and not plain) or (wanted[1] and dx is None)
     tops = turned(above) if turns else left
     shared = (mask, keep_rows, *plan, 1.0)
@@ -142,16 +142,6 @@ def _direct(
     if plan.name not in ("cblock", "crow"):
         return None
     return spmm.rows_of_tokens(weights, columns, bias, keep, *plan, transposed, activation)
-
-
-def _by_tokens(
-    plan: Plan, left: Tensor, right: Tensor, keep: Tensor | None, dtype: torch.dtype
-) -> bool:
-    """Whether the gradient of the values is best made from rows of tokens as they are."""
-    if plan.name != "cblock" or 0 in (*left.shape, *right.shape):
-        return False
-    parts = split(plan)[3]
-    return len(parts) == 1 and block_weights_sm90.takes(parts[0], left, right, keep, dtype)
 
 
 def direct(name: str, keep: Tensor | None) -> bool:

@@ -34,6 +34,7 @@ from . import (
     launch_code,
     pair_sm90,
     row_few,
+    row_weights_sm90,
     strew_sm90,
     union_sm90,
 )
@@ -205,6 +206,8 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
     if arch == "90a":
         for size in block_sm90.TOKEN_CUTS:
             yield block_weights_sm90.sddmm_request(size, dtype)
+        for wide in row_weights_sm90.STAGES:
+            yield row_weights_sm90.sddmm_request(wide, dtype)
         for strewn in strew_sm90.COSTS:
             yield strew_sm90.spmm_request(strewn, dtype)
 

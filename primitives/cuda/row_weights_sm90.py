@@ -1,0 +1,115 @@
+"""The gradient of a layer's single entries on sm_90a, from rows of tokens: sddmm_pick_sm90."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+
+from ..plans import cuda_pick
+from ..plans.plan import PartPlan
+from .block_sm90 import CODES, operand_map, runs_here
+from .parts import MOST_MATRICES, ready
+from .tile_tables import in_tokens
+
+# Rows of a tile.
+TALL = 128
+# Stages of 64 tokens; cycles of a step, and of a tile beside its steps, by columns of a tile.
+STAGES = {256: 4, 128: 6}
+STEP = {256: 1280, 128: 770}
+START = {256: 5600, 128: 4000}
+# Cycles of an entry. What kernels that gather take to start, bytes that they turn, and of rows of
+# features that they gather, in a cycle.
+ENTRY, LAUNCHES, TURN, GATHER = 0.65, 17_600, 12, 33
+
+
+def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether ``sddmm`` is for q (F, E, nq, T) and k (F, E, nk, T), rows of tokens transposed.
+
+    And faster than gathering rows of features for each entry.
+    """
+    if part.kind != "crow" or keep is not None or q.shape[1] > 1:
+        return False
+    order = part.tensors[4]
+    if order.dtype != torch.int32 or not order.numel():
+        return False
+    if not (runs_here(8, q.dtype, k.dtype, dtype) and facts(q.device.index).hopper):
+        return False
+    if not all(in_tokens(t) and ready(t, 2, 3) for t in (q, k)):
+        return False
+    rows, columns, tokens = q.shape[2], k.shape[2], q.shape[3]
+    several, positions = facts(q.device.index).multiprocessors, order.numel()
+    turned = (rows + columns) * tokens * 4 / (TURN * several)
+    gathered = positions * tokens * 2 / (GATHER * several)
+    wide = wide_of(several, rows, columns, tokens)
+    picked = ENTRY * positions / several + cycles(wide, several, rows, columns, tokens)
+    return picked < LAUNCHES + turned + gathered
+
+
+def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) -> None:
+    """Write scale · q kᵀ to the slots of a row part.
+
+    Args:
+        values: (F, slots), contiguous; the part's slots are written.
+        q: (F, 1, nq, T), as ``takes`` says.
+        k: (F, 1, nk, T), likewise.
+        part: from ``plans.cuda_row``.
+        scale: multiplies the products.
+    """
+    indices, items = part.tensors[:2]
+    rows, columns, tokens = q.shape[2], k.shape[2], q.shape[3]
+    wide = wide_of(facts(q.device.index).multiprocessors, rows, columns, tokens)
+    table = derived(
+        items,
+        ("picks", wide),
+        lambda: cuda_pick.picks(items, indices, rows, columns, TALL, wide),
+    )
+    run = kernel(sddmm_request(wide, q.dtype), q.device.index)
+    for start in range(0, values.shape[0], MOST_MATRICES):
+        out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+        run(
+            (table.tiles.shape[0], out.shape[0]),
+            2 * TALL + 128,
+            (
+                operand_map(left.mT, 64),
+                operand_map(right.mT, 64),
+                table.tiles.data_ptr(),
+                table.spots.data_ptr(),
+                table.slots.data_ptr(),
+                out.data_ptr() + part.starts[0] * out.element_size(),
+                np.int64(out.shape[1]),
+                np.float32(scale),
+                np.int32(tokens),
+            ),
+            memory(wide),
+        )
+
+
+def memory(wide: int) -> int:
+    """Dynamic shared memory of a CTA, bytes: stages, and room to align."""
+    return STAGES[wide] * (TALL + wide) * 128 + 1024
+
+
+def wide_of(several: int, rows: int, columns: int, tokens: int) -> int:
+    """Columns of a tile, whatever the number of matrices: each sum is the same for any."""
+    return min(STEP, key=lambda wide: cycles(wide, several, rows, columns, tokens))
+
+
+def cycles(wide: int, several: int, rows: int, columns: int, tokens: int) -> float:
+    """What one matrix takes that keeps something of every tile, beside its entries."""
+    tiles = -(-rows // TALL) * -(-columns // wide)
+    return -(-tiles // several) * (START[wide] + STEP[wide] * -(-tokens // 64))
+
+
+@functools.lru_cache(maxsize=64)
+def sddmm_request(wide: int, dtype: torch.dtype) -> Request:
+    """The kernel."""
+    constants = {"WIDE": wide, "STAGES": STAGES[wide], "DTYPE": CODES[dtype]}
+    return request("sddmm_pick_sm90", constants, flush=True)
