@@ -24,9 +24,10 @@ def linear(
     """Product x @ w.T + bias with a sparse weight; otherwise ``torch.nn.functional.linear``.
 
     With an activation it is that function of the sums and the bias, rounded once. On CUDA tiles,
-    N:M, mostly blocks, and single entries for few tokens need no other kernel for it; all others
-    have one that adds the bias, too. Where gradients are recorded it is torch's own function of
-    linear(x, w, bias), which is rounded and kept for them. The two agree within rounding.
+    N:M, mostly blocks, and single entries on Hopper or for few tokens need no other kernel for it;
+    all others have one that adds the bias, too. Where gradients are recorded it is torch's own
+    function of linear(x, w, bias), which is rounded and kept for them. The two agree within
+    rounding.
 
     Args:
         x: (..., n_in), float16, bfloat16, float32 or float64.

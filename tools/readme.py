@@ -26,8 +26,14 @@ SPEED_BEGIN = (
     "<!-- benchmarks: written by python -m mixgrain.tools.readme from benchmarks/h200.json -->"
 )
 SPEED_END = "<!-- end of benchmarks -->"
-# Works of one table: a layer with some kind of weight and so many tokens.
-LAYER = re.compile(r"layer-[a-z0-9]+-(\d+)")
+# Works of a table each: a layer with some kind of weight and so many tokens.
+LAYER = re.compile(r"([a-z]+)-[a-z0-9]+-(\d+)")
+LAYERS = {
+    "layer": "One pruned layer, y = x Wᵀ with W of 4096 × 4096 float16, by tokens; in brackets how "
+    "many times as fast as the dense one:",
+    "training": "The same layers forward and backward, with the gradients of x and of what is kept "
+    "of W:",
+}
 TUNED = README.parent / "benchmarks" / "finetune.json"
 TUNED_BEGIN = (
     "<!-- fine-tuning: written by python -m mixgrain.tools.readme from benchmarks/finetune.json -->"
@@ -107,7 +113,7 @@ def speed_section(measured: dict[str, Any] | None) -> str:
     works: dict[str, list[dict[str, Any]]] = {}
     for row in measured["rows"]:
         works.setdefault(row["work"], []).append(row)
-    layers = layers_table(works)
+    layers = [line for kind in LAYERS for line in layers_table(works, kind)]
     for name, rows in works.items():
         ours = next(row for row in rows if row["engine"] == "mixgrain")
         if "ms" not in ours:
@@ -146,8 +152,8 @@ def speed_section(measured: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def layers_table(works: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Lines of a table of single layers by weights and tokens; none where none was measured.
+def layers_table(works: dict[str, list[dict[str, Any]]], kind: str) -> list[str]:
+    """Lines of a table of LAYERS by weights and tokens; none where none was measured.
 
     Works that it shows are taken out; what failed is left to the list of all.
     """
@@ -156,21 +162,21 @@ def layers_table(works: dict[str, list[dict[str, Any]]]) -> list[str]:
         match = LAYER.fullmatch(name)
         times = {row["engine"]: row for row in works[name] if "ms" in row}
         ours, dense = times.get("mixgrain"), times.get("F.linear") or times.get("cuBLAS dense")
-        if match is None or ours is None or dense is None:
+        if match is None or match[1] != kind or ours is None or dense is None:
             continue
         del works[name]
-        # "… -> … float16, what is kept, … tokens", or without the first.
-        kept = next(p for p in ours["shape"].split(", ") if "float16" not in p and "tok" not in p)
+        # "… -> … float16, what is kept, … tokens", or in another order.
+        parts = [p for p in ours["shape"].split(", ") if "float16" not in p and "tok" not in p]
+        kept = parts[0]
         us = ours["ms"] * 1e3
         cell = f"{us:.1f} µs ({dense['ms'] / ours['ms']:.2f}×)"
-        found.setdefault(kept, {})[int(match[1])] = cell
+        found.setdefault(kept, {})[int(match[2])] = cell
     if not found:
         return []
     tokens = sorted(set().union(*found.values()))
     lines = [
         "",
-        "One pruned layer, y = x Wᵀ with W of 4096 × 4096 float16, by tokens; in brackets how many "
-        "times as fast as the dense one:",
+        LAYERS[kind],
         "",
         "| of W is kept | " + " | ".join(f"{n:,}" for n in tokens) + " |",
         "| --- |" + " ---: |" * len(tokens),

@@ -5,6 +5,7 @@
 //     d[4j], d[4j + 1]  (g, 8j + 2t), (g, 8j + 2t + 1)        d[4j + 2], d[4j + 3]  row g + 8
 // B lies in shared memory in the 128-byte swizzle; A too (ss), or in registers (rs): a lane's four hold
 // (g, k = 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..), pairs of neighbours.
+// kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
 #pragma once
 
 #include "types.cuh"
@@ -18,34 +19,29 @@
 template <int kN>
 struct Wgmma;
 
-template <>
-struct Wgmma<16> {
-  // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
+template <> struct Wgmma<16> {
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[8], unsigned long long a,
                                             unsigned long long b, int accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32." MG_WGMMA_TYPE " {"
-        "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, %8, %9, p, 1, 1, %11, %12;\n}\n"
+        "%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, %12;\n}\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
           "+f"(d[7])
         : "l"(a), "l"(b), "r"(accumulate), "n"(kTransA), "n"(kTransB));
   }
 };
 
-template <>
-struct Wgmma<32> {
-  // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
+template <> struct Wgmma<32> {
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[16], unsigned long long a,
                                             unsigned long long b, int accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32." MG_WGMMA_TYPE " {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %16, %17, p, 1, 1, %19, %20;\n}\n"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "%16, %17, p, 1, 1, %19, %20;\n}\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
           "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
           "+f"(d[14]), "+f"(d[15])
@@ -67,9 +63,7 @@ struct Wgmma<32> {
   }
 };
 
-template <>
-struct Wgmma<64> {
-  // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
+template <> struct Wgmma<64> {
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[32], unsigned long long a,
                                             unsigned long long b, int accumulate) {
@@ -107,8 +101,7 @@ struct Wgmma<64> {
   }
 };
 
-template <>
-struct Wgmma<96> {
+template <> struct Wgmma<96> {
   template <int kTransB>
   __device__ __forceinline__ static void rs(float (&d)[48], const unsigned (&a)[4],
                                             unsigned long long b, int accumulate = 1) {
@@ -131,9 +124,7 @@ struct Wgmma<96> {
   }
 };
 
-template <>
-struct Wgmma<128> {
-  // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
+template <> struct Wgmma<128> {
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[64], unsigned long long a,
                                             unsigned long long b, int accumulate) {
@@ -185,8 +176,7 @@ struct Wgmma<128> {
   }
 };
 
-template <>
-struct Wgmma<192> {
+template <> struct Wgmma<192> {
   template <int kTransB>
   __device__ __forceinline__ static void rs(float (&d)[96], const unsigned (&a)[4],
                                             unsigned long long b, int accumulate = 1) {
@@ -220,9 +210,7 @@ struct Wgmma<192> {
   }
 };
 
-template <>
-struct Wgmma<256> {
-  // kTransA says that M is the contiguous dimension of A, kTransB that N is that of B.
+template <> struct Wgmma<256> {
   template <int kTransA, int kTransB>
   __device__ __forceinline__ static void ss(float (&d)[128], unsigned long long a,
                                             unsigned long long b, int accumulate) {

@@ -20,6 +20,7 @@ from . import sddmm, spmm, turn
 from .finish import finish
 from .nm import KINDS
 from .parts import CODES, together
+from .sddmm import by_tokens
 
 #: Kinds of parts whose kernels take and write rows of features.
 TURNED = {"cblock", "cpanel", "crow"}
@@ -107,7 +108,7 @@ def token_gradients(
     elif wanted[1]:
         dx = _direct(weights, _columns(above), None, keep, plan, True)
     mask, left, right = _mask(keep), _columns(above), _columns(rows)
-    plain = wanted[0] and sddmm.by_tokens(split(plan)[3], left, right, mask, values.dtype)
+    plain = wanted[0] and by_tokens(split(plan)[3], left, right, mask, values.dtype)
     turns = (wanted[0] and not plain) or (wanted[1] and dx is None)
     tops = turned(above) if turns else left
     shared = (mask, keep_rows, *plan, 1.0)

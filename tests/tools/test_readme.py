@@ -201,20 +201,24 @@ def test_layers_have_a_table_of_their_own() -> None:
             *rows("layer-block64-1024", f"{blocks}, 1024 tokens", 0.04),
             *rows("layer-nm24-16", "16 tokens, 4096² float16, 2:4", 0.016, "cuBLAS dense"),
             *rows("layer-row-16", "4096 -> 4096 float16, 10 % of the elements, 16 tokens", None),
+            *rows("training-block64-64", f"{blocks}, 64 tokens, forward and backward", 0.01),
         ],
         **dict.fromkeys(("device", "torch", "cuda", "cupy", "mixgrain"), "x"),
     }
     text = readme.speed_section(measured)
-    assert "| tile-decode-1 |" in text and text.count("layer-") == 1
+    assert "| tile-decode-1 |" in text and text.count("layer-") == 1 and "training-" not in text
     assert (
         "| layer-row-16 | 4096 -> 4096 float16, 10 % of the elements, 16 tokens | failed |" in text
     )
-    lines = [line for line in text.splitlines() if line.startswith("|")][-4:]
+    lines = [line for line in text.splitlines() if line.startswith("|")][-7:]
     assert lines == [
         "| of W is kept | 1 | 16 | 1,024 |",
         "| --- | ---: | ---: | ---: |",
         "| 20 % of 64-blocks | 8.0 µs (2.50×) |  | 40.0 µs (0.50×) |",
         "| 2:4 |  | 16.0 µs (1.25×) |  |",
+        "| of W is kept | 64 |",
+        "| --- | ---: |",
+        "| 20 % of 64-blocks | 10.0 µs (2.00×) |",
     ]
     measured["rows"] = measured["rows"][:2]
     assert "by tokens" not in readme.speed_section(measured)
