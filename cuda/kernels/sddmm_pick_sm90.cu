@@ -12,7 +12,7 @@
 //   block  2 warpgroups of consumers, 64 rows each, and one that produces
 //   smem   kStages of 64 tokens of y and x; in their place the tile's results
 //   floor  2 · tiles · kRows · kWide · T FLOP at 800 TFLOP/s; 6 B a pick to read, 2 to write
-//   needs  sm_90a, rows of tokens at multiples of 16 bytes, fewer than 2³¹ picks
+//   needs  sm_90a, rows of tokens at multiples of 16 bytes, fewer than 2³¹ − 2¹⁴ picks
 #include "types.cuh"
 #include "ring.cuh"
 #include "tile.cuh"

@@ -14,7 +14,7 @@
 //   pieces   (n) int4        first bundle; number of bundles; 4 · (inner positions / kDeep) + 1 if it opens its step + 2
 //                            if it closes it; slot from which its slots count
 //   spots    (bundles, 8) u16: byte of an entry in its tile, swizzled; slots (bundles, 8) u16 of its value; by slot.
-//                            The last bundle of a piece repeats its last entry.
+//                            Where a step, or slots in reach of 16 bits, end, the last entry is there several times.
 //   bounds   (rows + 1), indices (positions), order (positions): CSR of what is summed up again; order: slot of each
 //            position (nullptr: itself)
 //
@@ -62,6 +62,13 @@ __device__ __forceinline__ void shared16(u32 &a, u32 &b, u32 &c, u32 &d, u32 at)
     asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at) : "memory");
 }
 __device__ __forceinline__ void put(u32 at, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(v) : "memory"); }
+
+// Stays where it is written, before the barrier that gives away what its address is made of.
+__device__ __forceinline__ u16 fetch(const u16 *from) {
+    u16 v;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(from));
+    return v;
+}
 
 extern "C" __global__ void
 #if MG_PARTS > 1
@@ -145,7 +152,7 @@ __launch_bounds__(kThreads, 1)
                 shared16(spot[u][0], spot[u][1], spot[u][2], spot[u][3], from + at * 16);
                 shared16(slot[0], slot[1], slot[2], slot[3], from + kPiece * 16 + at * 16);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) value[u][i] = __ldg(base + (slot[i / 2] >> i % 2 * 16 & 0xFFFF));
+                for (int i = 0; i < 8; ++i) value[u][i] = fetch(base + (slot[i / 2] >> i % 2 * 16 & 0xFFFF));
             }
         };
         // Values are looked up a piece ahead, what they are asked for two.

@@ -162,19 +162,24 @@ def together() -> Iterator[None]:
         yield
 
 
-def gaps(parts: list[PartPlan], slots: int) -> list[tuple[int, int]]:
+def gaps(parts: list[PartPlan], slots: int, cleared: bool = True) -> list[tuple[int, int]]:
     """Slots between the parts that no kernel clears: panel kernels clear theirs, row kernels too.
+
+    Args:
+        parts: of a plan.
+        slots: in all.
+        cleared: kernels of rows clear what is behind theirs.
 
     Returns:
         (start, stop) of each gap.
     """
-    found, at, cleared = [], 0, 0
+    found, at = [], 0
     for part in parts:
-        if at + cleared < part.starts[0]:
-            found.append((at + cleared, part.starts[0]))
-        at, cleared = part.starts[-1], part.scalars[-1] if is_fine(part) else 0
-    if at + cleared < slots:
-        found.append((at + cleared, slots))
+        if at < part.starts[0]:
+            found.append((at, part.starts[0]))
+        at = part.starts[-1] + (part.scalars[-1] if cleared and is_fine(part) else 0)
+    if at < slots:
+        found.append((at, slots))
     return found
 
 

@@ -21,6 +21,8 @@ from .tile_tables import in_tokens
 
 # Rows of a tile.
 TALL = 128
+# Entries whose tables are worth their memory: while they are made, some 60 bytes each.
+MOST_ENTRIES = 1 << 27
 # Stages of 64 tokens; cycles of a step, and of a tile beside its steps, by columns of a tile.
 STAGES = {256: 4, 128: 6}
 STEP = {256: 1280, 128: 770}
@@ -38,7 +40,7 @@ def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torc
     if part.kind != "crow" or keep is not None or q.shape[1] > 1:
         return False
     order = part.tensors[4]
-    if order.dtype != torch.int32 or not order.numel():
+    if order.dtype != torch.int32 or not 0 < order.numel() <= MOST_ENTRIES:
         return False
     if not (runs_here(8, q.dtype, k.dtype, dtype) and facts(q.device.index).hopper):
         return False

@@ -49,9 +49,10 @@ def sddmm(
         return nm.sddmm(q, k, keep, keep_rows, parts[0], shape, slots, scale, dtype)
     if parts and parts[0].kind == "ctile":
         return tile_sddmm.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
-    for start, stop in gaps(parts, slots):
+    tokens = by_tokens(parts, q, k, keep, dtype)
+    for start, stop in gaps(parts, slots, cleared=not tokens):
         values[:, start:stop].zero_()
-    if by_tokens(parts, q, k, keep, dtype):
+    if tokens:
         BY_TOKENS[parts[0].kind][1](values, q, k, parts[0], scale)
         return values
     q, k = aligned(q), aligned(k)

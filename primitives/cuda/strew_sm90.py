@@ -20,8 +20,10 @@ from .block_sm90 import operand_map, runs_here
 from .parts import CODES, MOST_MATRICES, activation_constant, ready
 from .tile_tables import in_tokens
 
-# A grid counts tiles of tokens in 16 bits.
-WIDEST = 65_535 * 64
+# Tiles of tokens that a grid counts.
+MOST_TILES = 65_535
+# Entries whose tables are worth their memory: while they are made, some 150 bytes each.
+MOST_ENTRIES = 1 << 27
 
 
 class Cut(NamedTuple):
@@ -63,8 +65,9 @@ class Cut(NamedTuple):
         return self.stages * 2 * self.deep * (self.tall + self.wide) + tables + 1024
 
 
-# Cycles of a multiprocessor until a CTA has its first step and after its last, and of an entry.
-START, ENTRY = 4200, 0.28
+# Cycles of a multiprocessor until a CTA has its first step and after its last, of an entry, and of
+# each piece of a step but one: slots that are far apart are in several.
+START, ENTRY, PIECE = 4200, 0.28, 150
 # What kernels that gather take to start; bytes that they turn, and of rows of x that they gather,
 # in a cycle.
 LAUNCHES, TURN, GATHER = 17_600, 12, 44
@@ -108,7 +111,9 @@ def takes(
     if len(parts) > 1 or part.kind != "crow" or keep is not None or x.shape[1] > 1:
         return False
     order = part.tensors[4]
-    if order.dtype != torch.int32 or not order.numel() or outer % 8 or x.shape[3] > WIDEST:
+    if order.dtype != torch.int32 or not 0 < order.numel() <= MOST_ENTRIES:
+        return False
+    if outer % 8 or x.shape[3] > MOST_TILES * max(how.wide for how in COSTS):
         return False
     if not (runs_here(8, x.dtype, values.dtype, dtype) and facts(x.device.index).hopper):
         return False
@@ -159,23 +164,26 @@ def spmm(
     how = cut(facts(device).multiprocessors, outer, inner, width, len(indices))
     table = derived(
         items,
-        ("strewn", *how),
-        lambda: cuda_strew.table(
-            items, indices, order, outer, inner, how.tall, how.deep, how.parts, how.teams, how.piece
-        ),
+        ("strewn", how.tall, how.deep),
+        lambda: cuda_strew.strewn(items, indices, order, outer, inner, how.tall, how.deep),
+    )
+    dealt = derived(
+        items,
+        ("dealt", *how),
+        lambda: cuda_strew.dealt(table, how.parts, how.teams, how.piece),
     )
     run = kernel(spmm_request(how, x.dtype, activation), device)
     for start in range(0, out.shape[0], MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
-            (table.heads.shape[0], -(-width // how.wide), to.shape[0]),
+            (dealt.heads.shape[0], -(-width // how.wide), to.shape[0]),
             how.threads,
             (
                 operand_map(right.mT, how.wide),
                 weights.data_ptr() + part.starts[0] * values.element_size(),
                 np.int64(weights.shape[1]),
-                table.heads.data_ptr(),
-                table.pieces.data_ptr(),
+                dealt.heads.data_ptr(),
+                dealt.pieces.data_ptr(),
                 table.spots.data_ptr(),
                 table.slots.data_ptr(),
                 table.bounds.data_ptr(),
@@ -196,14 +204,16 @@ def spmm(
 
 def cut(several: int, outer: int, inner: int, width: int, positions: int) -> Cut:
     """How the work is cut, whatever the number of matrices: all add up the same way."""
-    return min(COSTS, key=lambda how: cycles(how, several, outer, inner, width, positions))
+    fitting = (how for how in COSTS if -(-width // how.wide) <= MOST_TILES)
+    return min(fitting, key=lambda how: cycles(how, several, outer, inner, width, positions))
 
 
 def cycles(how: Cut, several: int, outer: int, inner: int, width: int, positions: int) -> float:
     """What one matrix takes, of which every step is there."""
     ctas = -(-outer // how.tall) * how.parts
     steps = -(-inner // (how.deep * how.parts))
-    one = START + steps * COSTS[how] + ENTRY * positions / ctas
+    further = max(how.tall * positions / (outer * cuda_strew.FAR) - 1, 0)
+    one = START + steps * (COSTS[how] + PIECE * further) + ENTRY * positions / ctas
     return -(-ctas * -(-width // how.wide) // several) * one
 
 

@@ -4,8 +4,9 @@ A line of tiles is 64 or 128 (``tall``) rows of the result, a step 64 or 128 (``
 positions at which some row of a line keeps something. Entries come in bundles of 8, which a thread
 takes; 32 bundles are dealt theirs in turn, so that what a warp looks up at once lies side by side.
 The steps of a line are cut into ``parts``, of which ``teams`` take steps in turn, in pieces of at
-most ``piece`` bundles, whose slots count in 16 bits from the first. What is missing at the end of a
-piece is its last entry once more. In bundles of 2, with two teams:
+most ``piece`` bundles. Slots count in 16 bits from the first of a run, which is a step or what is
+left of one too far on; what is missing at the end of a run is its last entry once more. In bundles
+of 2, with two teams:
 
     4 × 6, in lines of 2 and steps of 3         slots   (0 2) (0 0) (0 1), of values a b c d e
         a . . . . b                             pieces  (0, 1, 3, 0) (1, 1, 7, 1) (2, 1, 7, 3):
@@ -33,27 +34,49 @@ BUNDLE, DEALT = 8, 32
 FAR = 1 << 16
 
 
-class Table(NamedTuple):
-    """What a row part, or its transpose, keeps.
+class Strewn(NamedTuple):
+    """What a row part, or its transpose, keeps, by line, step and slot.
+
+    Attributes:
+        spots: int16 (bundles, BUNDLE), byte of an entry in its swizzled tile.
+        slots: int16 (bundles, BUNDLE), of its value, 0 … 65535 after that of its run.
+        bounds: int32 (rows + 1,), first position of each row.
+        lines: number of them, with those that keep nothing.
+        line: int64, of each step that keeps something, ascending; its
+        place: along the inner side.
+        step: int64, of each run; its
+        first: bundle, its number of
+        bundles: and its first
+        slot: counted from the part's first.
+    """
+
+    spots: Tensor
+    slots: Tensor
+    bounds: Tensor
+    lines: int
+    line: Tensor
+    place: Tensor
+    step: Tensor
+    first: Tensor
+    bundles: Tensor
+    slot: Tensor
+
+
+class Dealt(NamedTuple):
+    """Who strews what of it.
 
     Attributes:
         heads: int32 (lines * parts, teams, 3, 4), a team's first piece and number of them, steps of
             its part; then its first two pieces.
         pieces: int32 (n, 4), first bundle; number of bundles; 4 * (inner positions / deep) + 1 if
             it opens its step + 2 if it closes it; slot from which its slots count.
-        spots: int16 (bundles, BUNDLE), byte of an entry in its swizzled tile.
-        slots: int16 (bundles, BUNDLE), of its value, 0 … 65535 after that of its piece.
-        bounds: int32 (rows + 1,), first position of each row.
     """
 
     heads: Tensor
     pieces: Tensor
-    spots: Tensor
-    slots: Tensor
-    bounds: Tensor
 
 
-def table(
+def strewn(
     items: Tensor,
     indices: Tensor,
     order: Tensor | None,
@@ -61,11 +84,8 @@ def table(
     inner: int,
     tall: int,
     deep: int,
-    parts: int,
-    teams: int,
-    piece: int,
-) -> Table:
-    """All entries of one matrix by line, step and slot.
+) -> Strewn:
+    """All entries of one matrix.
 
     Args:
         items: int32 (NI, 4), of ``cuda_row.part``, those of columns for the transpose.
@@ -75,9 +95,6 @@ def table(
         inner: positions that are summed over.
         tall: rows of a line.
         deep: inner positions of a step.
-        parts: that share the steps of a line.
-        teams: that share the steps of a part.
-        piece: bundles of a piece, at most.
     """
     bounds = row_bounds(items, rows)
     lines, across = -(-rows // tall), -(-inner // deep)
@@ -108,53 +125,31 @@ def table(
     together = (bundles[run] - block * DEALT).clamp(max=DEALT)
     number = block * (BUNDLE * DEALT) + within % BUNDLE * together + within // BUNDLE
     entry = begin[run] + torch.minimum(number, counts[run] - 1)
-    heads, pieces = _dealt(
+    del number, block, within, together  # of entries, 8 bytes each
+    return Strewn(
+        spot[entry].to(torch.int16).view(-1, BUNDLE),
+        (slot[entry] - slot[begin][run]).to(torch.int16).view(-1, BUNDLE),
+        bounds,
+        lines,
         found // across,
         found % across,
         step,
         first,
         bundles,
         slot[begin],
-        lines,
-        parts,
-        teams,
-        piece,
-    )
-    return Table(
-        heads,
-        pieces,
-        spot[entry].to(torch.int16).view(-1, BUNDLE),
-        (slot[entry] - slot[begin][run]).to(torch.int16).view(-1, BUNDLE),
-        bounds,
     )
 
 
-def _dealt(
-    line: Tensor,
-    place: Tensor,
-    step: Tensor,
-    first: Tensor,
-    bundles: Tensor,
-    slot: Tensor,
-    lines: int,
-    parts: int,
-    teams: int,
-    piece: int,
-) -> tuple[Tensor, Tensor]:
-    """``heads`` and ``pieces``.
+def dealt(of: Strewn, parts: int, teams: int, piece: int) -> Dealt:
+    """The steps of each line dealt to CTAs and their teams.
 
     Args:
-        line: of each step.
-        place: of each step.
-        step: of each run of entries, ascending.
-        first: bundle of each run.
-        bundles: of each run.
-        slot: first of each run.
-        lines: in all.
-        parts: as in ``table``.
-        teams: as in ``table``.
-        piece: as in ``table``.
+        of: what is dealt.
+        parts: CTAs that share the steps of a line.
+        teams: that share the steps of a part.
+        piece: bundles of a piece, at most.
     """
+    lines, line, step, bundles = of.lines, of.line, of.step, of.bundles
     device = line.device
     of_line = torch.bincount(line, minlength=lines)
     number = torch.arange(len(line), device=device) - (of_line.cumsum(0) - of_line)[line]
@@ -172,7 +167,8 @@ def _dealt(
     opens = torch.ones_like(of_step)
     opens[1:] = of_step[1:] != of_step[:-1]
     ends = opens + 2 * opens.roll(-1)
-    pieces = torch.stack([first[run] + begin, length, 4 * place[of_step] + ends, slot[run]], 1)
+    place = 4 * of.place[of_step] + ends
+    pieces = torch.stack([of.first[run] + begin, length, place, of.slot[run]], 1)
     team, sorting = torch.sort(team[of_step], stable=True)
     pieces = pieces[sorting]
     number = torch.bincount(team, minlength=groups)
@@ -182,4 +178,4 @@ def _dealt(
     for n in range(2 if len(pieces) else 0):
         early = pieces[(start + n).clamp(max=len(pieces) - 1)]
         heads[:, 1 + n] = torch.where((n < number)[:, None], early, 0)
-    return heads.view(-1, teams, 3, 4).to(torch.int32), pieces.to(torch.int32).contiguous()
+    return Dealt(heads.view(-1, teams, 3, 4).to(torch.int32), pieces.to(torch.int32).contiguous())

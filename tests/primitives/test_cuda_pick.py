@@ -7,6 +7,7 @@ from test_cuda_row_layers import HALVES, integers, there, weight
 from torch import Tensor
 
 from mixgrain.cuda.device import facts
+from mixgrain.formats import patterns as P
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
@@ -79,6 +80,14 @@ def test_tiles_that_keep_everything_and_nothing(wide, taken):
     exact(sparsify(dense, "row"), 70, torch.float16)
     exact(weight(200, 1032, 1.0), 70, torch.float16)
     assert taken
+
+
+def test_slots_that_nothing_keeps_are_zero(wide, taken):
+    """A mixed layout of single entries has some behind them."""
+    layout = P.random(0.02, 0).to_layout("mixed", 1024, 1024)
+    assert layout.slots > layout.nnz
+    exact(SparseTensor(layout, integers(layout.slots, seed=3)), 70, torch.float16)
+    assert taken == [wide]
 
 
 def test_large_layers_are_exact(taken):

@@ -10,9 +10,13 @@ from test_layer_plans import asked, entries
 
 from mixgrain.cuda import device
 from mixgrain.cuda.device import pretending
+from mixgrain.formats import patterns as P
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.primitives.cuda import row_weights_sm90
+from mixgrain.primitives.cuda.parts import gaps
+from mixgrain.primitives.dispatch import TABLE
 from mixgrain.primitives.plans import cuda_pick, cuda_row
+from mixgrain.primitives.plans.plan import split
 
 
 @pytest.mark.parametrize("wide", row_weights_sm90.STAGES)
@@ -73,6 +77,16 @@ def test_who_takes_a_gradient(shape, d, tokens, taken):
     assert (found == ["sddmm_pick_sm90"]) == taken, found
     other = asked(layout, tokens, "80", "token_gradients", of=0)
     assert other[:2] == ["turn", "turn"] and set(other[2:]) == {"sddmm_row"}
+
+
+def test_slots_that_nothing_keeps():
+    """A mixed layout has some behind its rows, which kernels that gather clear and this not."""
+    layout = P.random(0.02, 0).to_layout("mixed", 1024, 1024)
+    slots, _, _, parts = split(TABLE["linear"][type(layout)]["cuda"](layout))
+    assert [part.kind for part in parts] == ["crow"] and slots == layout.slots > layout.nnz
+    assert gaps(parts, slots) == []
+    assert gaps(parts, slots, cleared=False) == [(layout.nnz, slots)]
+    assert asked(layout, 2048, "90a", "token_gradients", of=0) == ["sddmm_pick_sm90"]
 
 
 def test_the_number_of_matrices_has_no_part_in_the_choice():

@@ -19,28 +19,37 @@ SIZES = sorted({(how.tall, how.deep) for how in strew_sm90.COSTS})
 
 
 def made(dense: torch.Tensor, transposed: bool, *cut: int):
-    """The table of a matrix, its values by slot, and what it is to say."""
+    """The tables of a matrix, its values by slot, and what they are to say."""
     s = sparsify(dense, "row")
     part = cuda_row.part(s.layout)
     items, indices = (part.tensors[n] for n in ((5, 3) if transposed else (1, 0)))
     order = part.tensors[4] if transposed else None
     right = dense.T if transposed else dense
-    return cuda_strew.table(items, indices, order, *right.shape, *cut), s.values, right
+    table = cuda_strew.strewn(items, indices, order, *right.shape, *cut[:2])
+    return table, cuda_strew.dealt(table, *cut[2:]), s.values, right
 
 
-def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, piece):
+def strewn(
+    table: cuda_strew.Strewn,
+    dealt: cuda_strew.Dealt,
+    values: torch.Tensor,
+    shape,
+    tall,
+    deep,
+    piece,
+):
     """The matrix as the kernel spreads it, and how often each element is written."""
     lines, across = -(-shape[0] // tall), -(-shape[1] // deep)
-    parts, teams = len(table.heads) // lines, table.heads.shape[1]
+    parts, teams = len(dealt.heads) // lines, dealt.heads.shape[1]
     found, counts = (torch.zeros(lines * tall, across * deep) for _ in range(2))
     end, done = 0, [-1] * lines
-    for n, head in enumerate(table.heads):
+    for n, head in enumerate(dealt.heads):
         line, mine, begin = n // parts, [], end
         steps = int(head[0, 0, 2])
         for start, several, of_part, _ in head[:, 0].tolist():
             assert start == end and of_part == steps
             end += several
-            team = table.pieces[start:end]
+            team = dealt.pieces[start:end]
             assert torch.equal(head[len(mine), 1:][: len(team)], team[:2])
             assert not head[len(mine), 1:][len(team) :].any()
             # Pieces of a step follow each other; the first opens it, the last closes it.
@@ -55,7 +64,7 @@ def strewn(table: cuda_strew.Table, values: torch.Tensor, shape, tall, deep, pie
         assert sum(map(len, mine)) == steps and both == sorted(set(both))
         assert not both or both[0] > done[line]
         done[line] = max([done[line], *both])
-        for first, bundles, inner, base in table.pieces[begin:end].tolist():
+        for first, bundles, inner, base in dealt.pieces[begin:end].tolist():
             spots = table.spots[first : first + bundles].long() & 0xFFFF
             panel, byte = spots // (tall * 128), spots % (tall * 128)
             row, column = byte // 128, panel * 64 + ((byte % 128) ^ (byte // 128 % 8 * 16)) // 2
@@ -88,14 +97,14 @@ def test_every_entry_has_its_place(
     dense = torch.where(kept, torch.arange(1.0, rows * columns + 1).view(rows, columns), 0)
     piece = 32 if small else tall * deep // 64
     with mock.patch.object(cuda_strew, "FAR", far):
-        table, values, right = made(dense, transposed, tall, deep, parts, teams, piece)
+        table, dealt, values, right = made(dense, transposed, tall, deep, parts, teams, piece)
     assert not len(table.slots) or (table.slots.long() & 0xFFFF).max() < far
-    found, counts = strewn(table, values, right.shape, tall, deep, piece)
+    found, counts = strewn(table, dealt, values, right.shape, tall, deep, piece)
     assert torch.equal(found, right)
     assert torch.equal(counts > 0, right != 0)
-    assert (counts > 1).sum() <= len(table.pieces)
-    assert len(table.heads) == parts * -(-right.shape[0] // tall)
-    steps = table.heads[:, 0, 0, 2].view(-1, parts)
+    assert (counts > 1).sum() <= len(dealt.pieces)
+    assert len(dealt.heads) == parts * -(-right.shape[0] // tall)
+    steps = dealt.heads[:, 0, 0, 2].view(-1, parts)
     assert (steps.max(1).values - steps.min(1).values <= 1).all()
     ends = torch.cat([torch.zeros(1), (right != 0).sum(1).cumsum(0)])
     assert torch.equal(table.bounds.long(), ends.long())
@@ -105,16 +114,16 @@ def test_slots_far_apart():
     """Rows so long that slots of one step are further apart than 16 bits count."""
     dense = torch.arange(1.0, 64 * 4096 + 1).view(64, 4096)
     for transposed, far in ((False, 4), (True, 8)):
-        table, values, right = made(dense, transposed, 64, 128, 1, 4, 128)
-        found, counts = strewn(table, values, right.shape, 64, 128, 128)
+        table, dealt, values, right = made(dense, transposed, 64, 128, 1, 4, 128)
+        found, counts = strewn(table, dealt, values, right.shape, 64, 128, 128)
         assert torch.equal(found, right) and (counts == 1).all()
-        assert len(table.pieces[:, 3].unique()) >= far
+        assert len(dealt.pieces[:, 3].unique()) >= far
 
 
 def test_warps_look_up_neighbours():
     """What 32 threads of a warp look up at once are slots side by side."""
-    table, _, _ = made(torch.ones(128, 256), False, 128, 128, 1, 2, 256)
-    assert table.pieces[:, 1].tolist() == [256] * 16
+    table, dealt, _, _ = made(torch.ones(128, 256), False, 128, 128, 1, 2, 256)
+    assert dealt.pieces[:, 1].tolist() == [256] * 16
     slots = (table.slots.long() & 0xFFFF).view(-1, cuda_strew.DEALT, cuda_strew.BUNDLE)
     assert (slots[:, 1:] - slots[:, :-1]).float().eq(1).double().mean() > 0.99
 
