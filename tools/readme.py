@@ -166,8 +166,7 @@ def layers_table(works: dict[str, list[dict[str, Any]]], kind: str) -> list[str]
             continue
         del works[name]
         # "… -> … float16, what is kept, … tokens", or in another order.
-        parts = [p for p in ours["shape"].split(", ") if "float16" not in p and "tok" not in p]
-        kept = parts[0]
+        kept = next(p for p in ours["shape"].split(", ") if "float16" not in p and "tok" not in p)
         us = ours["ms"] * 1e3
         cell = f"{us:.1f} µs ({dense['ms'] / ours['ms']:.2f}×)"
         found.setdefault(kept, {})[int(match[2])] = cell
