@@ -39,3 +39,32 @@ __device__ __forceinline__ void store_staged(const float (&acc)[kWide / 2], floa
             }
         }
 }
+
+// Writes a warp's 16 × kWide accumulators times scale, kWide 16 or 32, to 16 rows that follow each other in memory.
+//   stage   as above
+//   out     of the first row, at a multiple of 16 bytes
+template <int kWide>
+__device__ __forceinline__ void store_rows(const float (&acc)[kWide / 2], float scale, u32 stage, operand_t *out) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // what was here has been read
+#pragma unroll
+    for (int j = 0; j < kWide / 8; j += 2) {
+        u32 v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)  // rows from 0 and 8, then the same of the next eight columns
+            v[i] = pack2<operand_t>(acc[4 * j + 2 * i] * scale, acc[4 * j + 2 * i + 1] * scale);
+        stmatrix4(chunk_of_row<2 * kWide>(stage, lane % 16, j + lane / 16), v[0], v[1], v[2], v[3]);
+    }
+    __syncwarp();
+    constexpr int kChunks = kWide / 8;  // of a row
+#pragma unroll
+    for (int q = 0; q < kChunks / 2; ++q) {
+        const int i = 32 * q + lane;
+        uint4 v;
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(chunk_of_row<2 * kWide>(stage, i / kChunks, i % kChunks))
+                     : "memory");
+        __stcs(reinterpret_cast<uint4 *>(out) + i, v);
+    }
+}

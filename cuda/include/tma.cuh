@@ -117,6 +117,11 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 __device__ __forceinline__ u32 swizzled(u32 panel, int row, int chunk) {
     return panel + row * 128 + ((chunk ^ (row & 7)) << 4);
 }
+// The same of rows of kBytes (128, 64, 32) in the swizzle of as many.
+template <int kBytes> __device__ __forceinline__ u32 chunk_of_row(u32 rows, int row, int chunk) {
+    constexpr int kShift = kBytes == 128 ? 0 : kBytes == 64 ? 1 : 2;
+    return rows + row * kBytes + ((chunk ^ (row >> kShift & (kBytes / 16 - 1))) << 4);
+}
 __device__ __forceinline__ void stmatrix4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
                  "r"(b), "r"(c), "r"(d)

@@ -16,11 +16,6 @@ template <int kBytes> __device__ __forceinline__ u64 wgmma_rows(u32 address) {
     constexpr u64 kSwizzle = kBytes == 128 ? 1 : kBytes == 64 ? 2 : 3;
     return ((address & 0x3FFFF) >> 4) | u64(8 * kBytes >> 4) << 32 | kSwizzle << 62;
 }
-// Where TMA puts a 16-byte chunk of such a row.
-template <int kBytes> __device__ __forceinline__ u32 chunk_of_row(u32 rows, int row, int chunk) {
-    constexpr int kShift = kBytes == 128 ? 0 : kBytes == 64 ? 1 : 2;
-    return rows + row * kBytes + ((chunk ^ (row >> kShift & (kBytes / 16 - 1))) << 4);
-}
 
 __device__ __forceinline__ void stmatrix4_turned(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),

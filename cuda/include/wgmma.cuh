@@ -28,3 +28,13 @@ __device__ __forceinline__ unsigned long long wgmma_descriptor(unsigned address,
          ((unsigned long long)((leading & 0x3FFFF) >> 4) << 16) |
          ((unsigned long long)(1024 >> 4) << 32) | (1ull << 62);
 }
+// The same of an MN-major operand whose rows are kBytes of N (128, 64, 32), in the swizzle of as many: atoms of
+// 8 rows, a step along K by 16 rows; `leading` is the byte distance from one panel of so many to the next.
+template <int kBytes>
+__device__ __forceinline__ unsigned long long wgmma_columns(unsigned address, unsigned leading) {
+  static_assert(kBytes == 128 || kBytes == 64 || kBytes == 32, "rows of 32, 64 or 128 bytes");
+  constexpr unsigned long long kSwizzle = kBytes == 128 ? 1 : kBytes == 64 ? 2 : 3;
+  return (unsigned long long)((address & 0x3FFFF) >> 4) |
+         ((unsigned long long)((leading & 0x3FFFF) >> 4) << 16) |
+         ((unsigned long long)(8 * kBytes >> 4) << 32) | (kSwizzle << 62);
+}

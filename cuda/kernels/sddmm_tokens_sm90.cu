@@ -1,38 +1,63 @@
 // sddmm_tokens_sm90: values of kept blocks, scale · Σ yᵀ x over rows of tokens: the gradient of a layer's weight.
 //
-//   y       (F, T, rows)     by a 4-D tensor map (rows, T, 1, F); x (F, T, columns) alike; boxes of 64 × 64 tokens
-//   values  (F, slots)       blocks of S × S elements
-//   table   (CTAs, 1 + kMost) int4: first row, number of panels, half of the block that the rows are, 0; then of each
-//           panel of 64 columns: first column, first slot / 64, mask (−1 = full), half of the block that it is
+// A CTA takes a strip of 64 rows, of one line of blocks or of several, times up to kMost panels of columns, as wide as
+// a block, at which any line of the strip keeps one.
+//
+//   y       (F, T, rows)     by a 4-D tensor map (rows, T, 1, F), boxes of 64 × 64 tokens
+//   x       (F, T, columns)  alike; boxes of kWide × 64 tokens, in the swizzle of as many bytes
+//   values  (F, slots)       blocks of S × S elements, by rows, or with kFragments in the order of tile.cuh
+//   table   (CTAs, kInts) int: first row, number of panels, which 64 rows of their blocks the strip is, 0; first
+//           column of each panel; of each panel and line of blocks two: first slot / 64 (−1 = no block), mask (−1 = full)
 //   masks   (M, S, S / 8)    bits of partial blocks
 //
-//   grid   (CTAs, F); a CTA takes 64 rows of one line of blocks times up to kMost panels
-//   block  2 warpgroups of consumers, four panels each, and one that produces
+//   grid   (CTAs, F)
+//   block  2 warpgroups of consumers, 256 columns each, and one that produces
 //   smem   kStages of 64 tokens of y and of every panel; kStaging bytes a warp
-//   floor  2 · nnz · T FLOP at 800 TFLOP/s; L2: 8 KiB for y and each panel of a CTA's 64 tokens, 8.6 TB/s
+//   floor  2 · nnz · T FLOP at 800 TFLOP/s; L2: 8 KiB for y and 128 · kWide bytes for each panel of a CTA's 64
+//          tokens, 8.6 TB/s
 //   needs  sm_90a, rows of tokens at multiples of 16 bytes
 #include "types.cuh"
 #include "ring.cuh"
 #include "staged.cuh"
 
-constexpr int kSize = MG_SIZE, kStages = MG_STAGES, kMost = 8, kEach = 4;
-static_assert(kSize == 64 || kSize == 128, "SIZE must be 64 or 128");
+constexpr int kSize = MG_SIZE, kStages = MG_STAGES;
+constexpr bool kFragments = MG_FRAGMENTS;
+static_assert(kSize == 16 || kSize == 32 || kSize == 64 || kSize == 128, "SIZE must be 16, 32, 64 or 128");
+static_assert(!kFragments || kSize == 16, "tiles are 16 × 16");
+constexpr int kWide = kSize < 64 ? kSize : 64, kLines = 64 / kWide;  // columns of a panel, lines of blocks of a strip
+constexpr int kMost = 512 / kWide, kEach = kMost / 2;
+constexpr int kInts = 4 + kMost + 2 * kMost * kLines;
 constexpr int kConsumers = 2 * 128;
-constexpr u32 kPanel = 64 * 128, kStage = (1 + kMost) * kPanel;
+constexpr u32 kLeft = 64 * 128, kPanel = kWide * 128, kStage = kLeft + kMost * kPanel;
+template <int kBits> struct Bits { using type = u64; };
+template <> struct Bits<32> { using type = u32; };
+template <> struct Bits<16> { using type = u16; };
+using bits_t = Bits<kWide>::type;  // of a row of a panel
+
+// A warp's sums of a panel; `out` is where the first of its rows that the strip has begins.
+template <int kWide>
+__device__ __forceinline__ void store_panel(const float (&sums)[kWide / 2], float scale, u32 stage, operand_t *out, int row16) {
+    if constexpr (kWide < 64)
+        store_rows<kWide>(sums, scale, stage, out + row16 % kWide * kWide);
+    else
+        store_staged<64>(sums, scale, stage, out, row16, 64, 0, kSize);
+}
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     sddmm_tokens_sm90(const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap x_map,
-                      const int4 *__restrict__ table, const u8 *__restrict__ masks, operand_t *__restrict__ values,
+                      const int *__restrict__ table, const u8 *__restrict__ masks, operand_t *__restrict__ values,
                       i64 slots, float scale, int tokens) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u, staging = ring + kStages * kStage;
     __shared__ alignas(8) u64 barriers[2 * kStages];
+    __shared__ alignas(16) int columns[kMost];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = uniform_warp(), lane = threadIdx.x % 32, matrix = blockIdx.y;
-    const int4 *const mine = table + static_cast<i64>(blockIdx.x) * (1 + kMost);
-    const int4 head = __ldg(mine);
+    const int *const mine = table + static_cast<i64>(blockIdx.x) * kInts;
+    const int4 head = __ldg(reinterpret_cast<const int4 *>(mine));
     const int steps = (tokens + 63) / 64;
 
+    if (threadIdx.x < kMost) columns[threadIdx.x] = __ldg(mine + 4 + threadIdx.x);
     if (threadIdx.x == kConsumers) tma_prefetch(y_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         // Those of a warpgroup that has no panel leave at once.
@@ -44,55 +69,69 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     if (warp >= kConsumers / 32) {  // producer
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x != kConsumers) return;
-        int column[kMost];
-#pragma unroll
-        for (int p = 0; p < kMost; ++p) column[p] = __ldg(&mine[1 + p].x);
         int stage = 0;
         u32 parity = 1;
         for (int i = 0; i < steps; ++i) {
             const u32 to = ring + stage * kStage, done = full + 8 * stage;
             barrier_wait(empty + 8 * stage, parity);
-            barrier_expect(done, (1 + head.y) * kPanel);
+            barrier_expect(done, kLeft + head.y * kPanel);
             tma_load(to, y_map, done, head.x, 64 * i, 0, matrix);
+            for (int p = 0; p < head.y; p += 4) {
+                const int4 four = *reinterpret_cast<const int4 *>(columns + p);
+                const int at[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-            for (int p = 0; p < kMost; ++p)
-                if (p < head.y) tma_load(to + (1 + p) * kPanel, x_map, done, column[p], 64 * i, 0, matrix);
+                for (int j = 0; j < 4; ++j)
+                    if (p + j < head.y) tma_load(to + kLeft + (p + j) * kPanel, x_map, done, at[j], 64 * i, 0, matrix);
+            }
             if (++stage == kStages) stage = 0, parity ^= 1;
         }
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int group = warp / 4, row16 = warp % 4 * 16;
-    if (group * kEach >= head.y) return;
-    float acc[kEach * 32];
+    const int first = warp / 4 * kEach, count = min(head.y - first, kEach), row16 = warp % 4 * 16;
+    if (count <= 0) return;
+    // Lane p: where the values of panel p in this warp's rows go, and which of them are kept.
+    int2 place{-1, -1};
+    if (lane < count) place = __ldg(reinterpret_cast<const int2 *>(mine + 4 + kMost) + (first + lane) * kLines + row16 / kWide);
+    float acc[kEach * kWide / 2];
 #pragma unroll
-    for (int i = 0; i < kEach * 32; ++i) acc[i] = 0.f;
-    const u64 left = wgmma_descriptor(ring, kPanel), right = wgmma_descriptor(ring + (1 + group * kEach) * kPanel, kPanel);
+    for (int i = 0; i < kEach * kWide / 2; ++i) acc[i] = 0.f;
+    const u64 left = wgmma_descriptor(ring, kLeft), right = wgmma_columns<2 * kWide>(ring + kLeft + first * kPanel, kPanel);
     // Of panels that are not there nobody looks at the sums.
     multiply_ring<kStages>(steps, full, empty, lane, [&](int stage) {
 #pragma unroll
         for (int kk = 0; kk < 4; ++kk)
-            Wgmma<64 * kEach>::ss<1, 1>(acc, left + ((stage * kStage + kk * 2048) >> 4),
-                                        right + ((stage * kStage + kk * 2048) >> 4), 1);
+            Wgmma<kEach * kWide>::template ss<1, 1>(acc, left + ((stage * kStage + kk * 2048) >> 4),
+                                                    right + ((stage * kStage + kk * 32 * kWide) >> 4), 1);
     });
 
+    const u32 stage = staging + warp * kStaging;
+    const int row = kSize < 64 ? row16 % kSize : 64 * head.z + row16;  // of a block
 #pragma unroll
     for (int p = 0; p < kEach; ++p) {
-        if (group * kEach + p >= head.y) break;
-        const int4 panel = __ldg(mine + 1 + group * kEach + p);
-        float (&sums)[32] = reinterpret_cast<float(&)[32]>(acc[32 * p]);
-        if (panel.z >= 0) {
-            const int row = 64 * head.z + row16 + lane / 4;
-            const u8 *bits = masks + (static_cast<i64>(panel.z) * kSize + row) * (kSize / 8) + 8 * panel.w;
-            const u64 low = *reinterpret_cast<const u64 *>(bits), high = *reinterpret_cast<const u64 *>(bits + kSize);
+        if (p >= count) break;
+        const int to = __shfl_sync(~0u, place.x, p), mask = __shfl_sync(~0u, place.y, p);
+        if (to < 0) continue;
+        float (&sums)[kWide / 2] = reinterpret_cast<float(&)[kWide / 2]>(acc[kWide / 2 * p]);
+        if (mask >= 0) {
+            const int half = kSize > 64 ? columns[first + p] / 64 % (kSize / 64) : 0;
+            const u8 *bits = masks + (static_cast<i64>(mask) * kSize + row + lane / 4) * (kSize / 8) + 8 * half;
+            const bits_t low = *reinterpret_cast<const bits_t *>(bits), high = *reinterpret_cast<const bits_t *>(bits + kSize);
 #pragma unroll
-            for (int at = 0; at < 32; ++at) {
+            for (int at = 0; at < kWide / 2; ++at) {
                 const u32 live = static_cast<u32>((at & 2 ? high : low) >> (at / 4 * 8 + 2 * (lane % 4)));
                 sums[at] = live >> (at % 2) & 1 ? sums[at] : 0.f;
             }
         }
-        operand_t *to = values + matrix * slots + static_cast<i64>(panel.y) * 64;
-        store_staged<64>(sums, scale, staging + warp * kStaging, to, row16, 64, 0, kSize);
+        operand_t *out = values + matrix * slots + static_cast<i64>(to) * 64;
+        if constexpr (kFragments) {
+            uint4 v;
+            v.x = pack2<operand_t>(sums[0] * scale, sums[1] * scale), v.y = pack2<operand_t>(sums[2] * scale, sums[3] * scale);
+            v.z = pack2<operand_t>(sums[4] * scale, sums[5] * scale), v.w = pack2<operand_t>(sums[6] * scale, sums[7] * scale);
+            __stcs(reinterpret_cast<uint4 *>(out) + lane, v);
+        } else {
+            store_panel<kWide>(sums, scale, stage, out, row16);
+        }
     }
 }

@@ -10,8 +10,7 @@ from mixgrain.cuda.device import facts
 
 from ..plans.plan import PartPlan
 from . import block_sm90, pair_sm90, union_sm90
-from .parts import THREADS, dense, mask, mask_side, ready, runs, tf32, wide_of
-from .tile_tables import in_tokens
+from .parts import THREADS, dense, mask, mask_side, of_layer, runs, tf32, wide_of
 from .tiles import sddmm_kernel, spmm_kernel
 
 
@@ -174,9 +173,7 @@ def takes_tokens(values: Tensor, x: Tensor, part: PartPlan, outer: int) -> bool:
     # Of blocks of 16 TMA would read rows of 32 bytes, which takes longer than to turn x.
     if part.kind != "cblock" or not part.tensors[0].shape[0] or outer % 8 or part.scalars[0] < 32:
         return False
-    if not (block_sm90.runs_here(8, x.dtype, values.dtype) and facts(x.device.index).hopper):
-        return False
-    return ready(x, 2, 3) and in_tokens(x)
+    return of_layer(None, (values.dtype,), x) and facts(x.device.index).hopper
 
 
 def tokens(

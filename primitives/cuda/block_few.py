@@ -16,8 +16,7 @@ from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_block, cuda_tile
 from ..plans.plan import PartPlan
-from .parts import CODES, MOST_MATRICES, activation_constant, aligned_values, in_fours, ready
-from .tile_tables import HALVES, in_tokens
+from .parts import CODES, MOST_MATRICES, activation_constant, aligned_values, in_fours, of_layer
 
 # Microseconds on an H200: for any such work, for an element that is kept, and for each of its
 # products by the size of a block; of the kernels for many columns, turns included, for any work and
@@ -77,14 +76,12 @@ def takes(
         transposed: multiply by the transpose.
     """
     part = parts[0]
-    if len(parts) > 1 or part.kind != "cblock" or keep is not None or x.shape[1] > 1:
-        return False
-    if x.dtype not in HALVES or values.dtype != x.dtype or dtype != x.dtype:
+    if len(parts) > 1 or part.kind != "cblock" or not of_layer(keep, (values.dtype, dtype), x):
         return False
     items, masks, width = part.tensors[0], part.tensors[6], x.shape[3]
     if not items.shape[0] or masks.shape[0] or part.starts[0] % 8 or width > WIDEST:
         return False
-    if not in_tokens(x) or not ready(x, 2, 3) or (width > 1 and x.stride(3) >= 1 << 30):
+    if width > 1 and x.stride(3) >= 1 << 30:
         return False
     return faster(part, facts(x.device.index).multiprocessors, width, transposed)
 

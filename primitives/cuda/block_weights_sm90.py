@@ -1,4 +1,4 @@
-"""The gradient of a layer's blocks of 64 or 128 on sm_90a, from rows of tokens."""
+"""The gradient of a layer's blocks or tiles on sm_90a, from rows of tokens: sddmm_tokens_sm90."""
 
 from __future__ import annotations
 
@@ -13,44 +13,61 @@ from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
-from ..plans import cuda_block
+from ..plans import cuda_strips
 from ..plans.plan import PartPlan
-from .block_sm90 import CODES, operand_map, runs_here
-from .parts import MOST_MATRICES, ready
-from .tile_tables import in_tokens
+from .block_sm90 import CODES, operand_map
+from .parts import MOST_MATRICES, of_layer
+from .tile_tables import blocks_of
 
 STAGES = 3
 # Dynamic shared memory of a CTA, bytes: stages, what results leave through, and room to align.
-MEMORY = STAGES * (1 + cuda_block.PANELS) * 64 * 128 + 8 * 1024 + 1024
-# Up to this many tokens CTAs of other kernels hold all of a row.
+MEMORY = STAGES * (cuda_strips.ROWS + cuda_strips.COLUMNS) * 128 + 8 * 1024 + 1024
+# Up to this many tokens CTAs of other kernels hold all of a row of blocks of 64 or 128.
 FEW = 256
+# Cycles of a CTA beside its steps, and bytes that a multiprocessor reads in a cycle where all do.
+START, READ = 6000, 37
+# Of kernels for all devices: cycles to start, where operands are turned first and where not; bytes
+# that they turn, and operations, in a cycle of a multiprocessor.
+LAUNCHES, TURN, RATE = {"cblock": 17_600, "ctile": 6000}, 12, 390
 
 
 def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether ``sddmm`` is for q (F, E, nq, T) and k (F, E, nk, T), rows of tokens transposed."""
-    if part.kind != "cblock" or keep is not None or q.shape[1] > 1 or q.shape[3] <= FEW:
+    """Whether ``sddmm`` is for q (F, E, nq, T) and k (F, E, nk, T), rows of tokens transposed.
+
+    And faster than the kernels for all devices.
+    """
+    if part.kind not in LAUNCHES or not of_layer(keep, (dtype,), q, k):
         return False
-    if part.scalars[0] < 64 or not part.tensors[0].shape[0] or part.starts[0] % 64:
+    if not facts(q.device.index).hopper:
         return False
-    if not (runs_here(8, q.dtype, k.dtype, dtype) and facts(q.device.index).hopper):
+    if not part.tensors[0].shape[0] or part.starts[0] % 64:
         return False
-    return all(in_tokens(t) and ready(t, 2, 3) for t in (q, k))
+    items, _, size = _blocks(part)
+    tokens, several = q.shape[3], facts(q.device.index).multiprocessors
+    if size >= 64:
+        return tokens > FEW
+    made = _strips(items, size)
+    ctas = made.table.shape[0]
+    read = (cuda_strips.ROWS + size * made.panels / ctas) * 128 / READ
+    cost = START + max(1, ctas / several) * -(-tokens // 64) * read
+    turned = (q.shape[2] + k.shape[2]) * tokens * 4 / TURN if part.kind == "cblock" else 0
+    work = 2 * len(items) * size * size * tokens / RATE
+    return cost < LAUNCHES[part.kind] + (turned + work) / several
 
 
 def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) -> None:
-    """Write scale · q kᵀ to the slots of a block part.
+    """Write scale · q kᵀ to the slots of a block part, or of tiles.
 
     Args:
         values: (F, slots), contiguous; the part's slots are written.
         q: (F, 1, nq, T), as ``takes`` says.
         k: (F, 1, nk, T), likewise.
-        part: from ``plans.cuda_block``.
+        part: from ``plans.cuda_block`` or ``plans.cuda_tile``.
         scale: multiplies the products.
     """
-    items, row_ptr, masks = part.tensors[0], part.tensors[1], part.tensors[6]
-    (size,) = part.scalars
-    table = derived(items, "panels", lambda: cuda_block.panels(items, row_ptr, size))
-    run = kernel(sddmm_request(size, q.dtype), q.device.index)
+    items, masks, size = _blocks(part)
+    table, wide = _strips(items, size).table, min(size, 64)
+    run = kernel(sddmm_request(size, q.dtype, part.kind == "ctile"), q.device.index)
     for start in range(0, values.shape[0], MOST_MATRICES):
         out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
         run(
@@ -58,7 +75,7 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
             3 * 128,
             (
                 operand_map(left.mT, 64),
-                operand_map(right.mT, 64),
+                operand_map(right.mT, 64, wide),
                 table.data_ptr(),
                 masks.data_ptr(),
                 out.data_ptr() + part.starts[0] * out.element_size(),
@@ -70,8 +87,18 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
         )
 
 
+def _blocks(part: PartPlan) -> tuple[Tensor, Tensor, int]:
+    """Items and masks of blocks, and their size; tiles are blocks, masked where they hang over."""
+    blocks = blocks_of(part) if part.kind == "ctile" else part
+    return blocks.tensors[0], blocks.tensors[6], blocks.scalars[0]
+
+
+def _strips(items: Tensor, size: int) -> cuda_strips.Strips:
+    return derived(items, "strips", lambda: cuda_strips.strips(items, size))
+
+
 @functools.lru_cache(maxsize=64)
-def sddmm_request(size: int, dtype: torch.dtype) -> Request:
-    """The kernel."""
+def sddmm_request(size: int, dtype: torch.dtype, fragments: bool) -> Request:
+    """The kernel; ``fragments``: of tiles, whose values are in that order."""
     constants = {"SIZE": size, "DTYPE": CODES[dtype], "STAGES": STAGES}
-    return request("sddmm_tokens_sm90", constants, flush=True)
+    return request("sddmm_tokens_sm90", constants | {"FRAGMENTS": int(fragments)}, flush=True)

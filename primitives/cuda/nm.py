@@ -17,7 +17,7 @@ from mixgrain.formats.nm_metadata import metadata_shape, padded
 
 from ..plans.nm import ENCODINGS
 from ..plans.plan import PartPlan
-from . import nm_any, nm_dense, nm_mma, nm_sm90
+from . import nm_any, nm_dense, nm_mma, nm_sm90, nm_weights_sm90
 from .parts import aligned, aligned_values, ready, tf32
 
 #: Elements of a matrix that may stand whole in memory for a while.
@@ -255,6 +255,9 @@ def sddmm(
         q, k = k, q
     free, entries, _, depth = q.shape
     values = q.new_empty(free, slots, dtype=dtype)
+    if nm_weights_sm90.takes(s, q, k, keep, dtype):
+        nm_weights_sm90.sddmm(values, s, q, k, scale)
+        return values
     plain = keep is None and scale == 1.0 and dtype == q.dtype and free * entries == 1
     if plain and depth >= nm_dense.TOKENS and s.rows * s.columns <= MOST_DENSE:
         flat = (t.as_strided(t.shape[2:], t.stride()[2:]) for t in (q, k))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from ..plans.plan import PartPlan
 
 #: Codes of types.cuh.
 CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+#: Those of them that tensor cores take as they are.
+HALVES = (torch.float16, torch.bfloat16)
 THREADS = 128
 # Grids count matrices in y or z.
 MOST_MATRICES = 65_535
@@ -63,6 +65,30 @@ def ready(x: Tensor, inner: int, outer: int) -> bool:
     steps = [x.stride(d) for d in (0, 1, outer) if x.shape[d] > 1]
     whole = x.stride(inner) == 1 or x.shape[inner] == 1
     return whole and not x.data_ptr() % 16 and not any(s % unit or not s for s in steps)
+
+
+def in_tokens(x: Tensor) -> bool:
+    """Whether inner positions of x (F, E, inner, D) are neighbours: rows of tokens, transposed.
+
+    Results are then laid out alike.
+    """
+    return x.stride(2) == 1 and (x.shape[3] == 1 or x.shape[2] == 1 or x.stride(3) != 1)
+
+
+def of_layer(keep: Tensor | None, dtypes: Sequence[torch.dtype], *given: Tensor) -> bool:
+    """Whether a product is one of a layer, as the kernels that read rows of tokens take it.
+
+    Args:
+        keep: run-time mask or None, as has to be.
+        dtypes: of values and results, which have to be the operands' own, of 16 bits.
+        given: operands (F, E, n, T): one entry, and rows of tokens that 16-byte copies can read.
+    """
+    dtype = given[0].dtype
+    if keep is not None or dtype not in HALVES or any(d != dtype for d in dtypes):
+        return False
+    return all(
+        t.dtype == dtype and t.shape[1] == 1 and in_tokens(t) and ready(t, 2, 3) for t in given
+    )
 
 
 def in_fours(out: Tensor) -> bool:

@@ -15,8 +15,7 @@ from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_row
 from ..plans.plan import PartPlan
-from .parts import CODES, MOST_MATRICES, activation_constant, aligned_values, ready
-from .tile_tables import HALVES, in_tokens
+from .parts import CODES, MOST_MATRICES, activation_constant, aligned_values, of_layer
 
 WARPS = 32
 # Tokens of a CTA.
@@ -55,9 +54,9 @@ def takes(
         dtype: of the result.
     """
     part = parts[0]
-    if len(parts) > 1 or part.kind != "crow" or keep is not None or x.shape[1] > 1:
+    if len(parts) > 1 or part.kind != "crow" or part.starts[0]:
         return False
-    if x.dtype not in HALVES or values.dtype != x.dtype or dtype != x.dtype or part.starts[0]:
+    if not of_layer(keep, (values.dtype, dtype), x):
         return False
     _, _, inner, width = x.shape
     if (
@@ -66,8 +65,6 @@ def takes(
         or inner > MOST_INNER
         or part.tensors[0].numel() >= 1 << 31
     ):
-        return False
-    if not in_tokens(x) or not ready(x, 2, 3):
         return False
     return tokens_of(facts(x.device.index), inner, width) > 0
 

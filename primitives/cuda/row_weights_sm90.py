@@ -15,18 +15,12 @@ from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_pick
 from ..plans.plan import PartPlan
-from .block_sm90 import CODES, operand_map, runs_here
-from .parts import MOST_MATRICES, ready
-from .tile_tables import in_tokens
+from .block_sm90 import CODES, operand_map
+from .dense_tile_sm90 import STAGES, TALL, THREADS, cycles, memory, wide_of
+from .parts import MOST_MATRICES, of_layer
 
-# Rows of a tile.
-TALL = 128
 # Entries whose tables are worth their memory: while they are made, some 60 bytes each.
 MOST_ENTRIES = 1 << 27
-# Stages of 64 tokens; cycles of a step, and of a tile beside its steps, by columns of a tile.
-STAGES = {256: 4, 128: 6}
-STEP = {256: 1280, 128: 770}
-START = {256: 5600, 128: 4000}
 # Cycles of an entry. What kernels that gather take to start, bytes that they turn, and of rows of
 # features that they gather, in a cycle.
 ENTRY, LAUNCHES, TURN, GATHER = 0.65, 17_600, 12, 33
@@ -37,14 +31,12 @@ def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torc
 
     And faster than gathering rows of features for each entry.
     """
-    if part.kind != "crow" or keep is not None or q.shape[1] > 1:
+    if part.kind != "crow" or not of_layer(keep, (dtype,), q, k):
         return False
     order = part.tensors[4]
     if order.dtype != torch.int32 or not 0 < order.numel() <= MOST_ENTRIES:
         return False
-    if not (runs_here(8, q.dtype, k.dtype, dtype) and facts(q.device.index).hopper):
-        return False
-    if not all(in_tokens(t) and ready(t, 2, 3) for t in (q, k)):
+    if not facts(q.device.index).hopper:
         return False
     rows, columns, tokens = q.shape[2], k.shape[2], q.shape[3]
     several, positions = facts(q.device.index).multiprocessors, order.numel()
@@ -78,7 +70,7 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
         out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
         run(
             (table.tiles.shape[0], out.shape[0]),
-            2 * TALL + 128,
+            THREADS,
             (
                 operand_map(left.mT, 64),
                 operand_map(right.mT, 64),
@@ -92,22 +84,6 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
             ),
             memory(wide),
         )
-
-
-def memory(wide: int) -> int:
-    """Dynamic shared memory of a CTA, bytes: stages, and room to align."""
-    return STAGES[wide] * (TALL + wide) * 128 + 1024
-
-
-def wide_of(several: int, rows: int, columns: int, tokens: int) -> int:
-    """Columns of a tile, whatever the number of matrices: each sum is the same for any."""
-    return min(STEP, key=lambda wide: cycles(wide, several, rows, columns, tokens))
-
-
-def cycles(wide: int, several: int, rows: int, columns: int, tokens: int) -> float:
-    """What one matrix takes that keeps something of every tile, beside its entries."""
-    tiles = -(-rows // TALL) * -(-columns // wide)
-    return -(-tiles // several) * (START[wide] + STEP[wide] * -(-tokens // 64))
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,9 +16,8 @@ from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_strew
 from ..plans.plan import PartPlan
-from .block_sm90 import operand_map, runs_here
-from .parts import CODES, MOST_MATRICES, activation_constant, ready
-from .tile_tables import in_tokens
+from .block_sm90 import operand_map
+from .parts import CODES, MOST_MATRICES, activation_constant, of_layer
 
 # Tiles of tokens that a grid counts.
 MOST_TILES = 65_535
@@ -108,16 +107,14 @@ def takes(
         few: ``row_few`` takes it too.
     """
     part = parts[0]
-    if len(parts) > 1 or part.kind != "crow" or keep is not None or x.shape[1] > 1:
+    if len(parts) > 1 or part.kind != "crow" or not of_layer(keep, (values.dtype, dtype), x):
         return False
     order = part.tensors[4]
     if order.dtype != torch.int32 or not 0 < order.numel() <= MOST_ENTRIES:
         return False
     if outer % 8 or x.shape[3] > MOST_TILES * max(how.wide for how in COSTS):
         return False
-    if not (runs_here(8, x.dtype, values.dtype, dtype) and facts(x.device.index).hopper):
-        return False
-    if not in_tokens(x) or not ready(x, 2, 3):
+    if not facts(x.device.index).hopper:
         return False
     inner, width = x.shape[2:]
     return faster(facts(x.device.index).multiprocessors, outer, inner, width, order.numel(), few)

@@ -23,14 +23,16 @@ from .block_sm90 import laid_out, walks
 from .finish import finish
 from .parts import (
     CODES,
+    HALVES,
     MOST_MATRICES,
     activation_constant,
     aligned,
     aligned_values,
     in_fours,
+    in_tokens,
     ready,
 )
-from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
+from .tile_tables import blocks_of, rows_first
 
 # Microseconds on an H200, beyond those of other kernels: of spmm_tile for a start and for each tile
 # of a line, which a warp takes one after the other; of the others for each tile and column, by

@@ -18,8 +18,8 @@ from ..plans import cuda_tile
 from ..plans.plan import PartPlan
 from . import block
 from .block_sm90 import laid_out
-from .parts import CODES, MOST_MATRICES, aligned
-from .tile_tables import HALVES, blocks_of, in_tokens, rows_first
+from .parts import CODES, HALVES, MOST_MATRICES, aligned, in_tokens
+from .tile_tables import blocks_of, rows_first
 
 
 def sddmm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import request
@@ -13,17 +12,6 @@ from mixgrain.cuda.launch import kernel
 from ..plans import cuda_tile
 from ..plans.plan import PartPlan
 from .parts import CODES
-
-#: What the kernels on tiles themselves take; the others see blocks.
-HALVES = (torch.float16, torch.bfloat16)
-
-
-def in_tokens(x: Tensor) -> bool:
-    """Whether inner positions of x (F, E, inner, D) are neighbours: rows of tokens, transposed.
-
-    Results are then laid out alike.
-    """
-    return x.stride(2) == 1 and (x.shape[3] == 1 or x.shape[2] == 1 or x.stride(3) != 1)
 
 
 def rows_first(values: Tensor, back: bool) -> Tensor:

@@ -31,7 +31,9 @@ from . import (
     block_few,
     block_sm90,
     block_weights_sm90,
+    dense_tile_sm90,
     launch_code,
+    nm_weights_sm90,
     pair_sm90,
     row_few,
     row_weights_sm90,
@@ -204,10 +206,12 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
             yield pair_sm90.spmm_request(dtype, transposed, partial)
         yield pair_sm90.spmm_request(dtype, transposed, False, 0)
     if arch == "90a":
-        for size in block_sm90.TOKEN_CUTS:
-            yield block_weights_sm90.sddmm_request(size, dtype)
-        for wide in row_weights_sm90.STAGES:
+        for size in block_few.SIZES:
+            yield block_weights_sm90.sddmm_request(size, dtype, False)
+        yield block_weights_sm90.sddmm_request(16, dtype, True)
+        for wide in dense_tile_sm90.STAGES:
             yield row_weights_sm90.sddmm_request(wide, dtype)
+            yield nm_weights_sm90.sddmm_request(wide, dtype)
         for strewn in strew_sm90.COSTS:
             yield strew_sm90.spmm_request(strewn, dtype)
 

@@ -17,8 +17,6 @@ from .plan import PartPlan, Plan, cached, join
 COLUMNS = 256
 # Blocks that one CTA of sddmm_block_sm90 takes from a block row, by size: as measured.
 WGMMA_BLOCKS = {64: 16, 128: 4}
-# Panels of 64 columns that one CTA of sddmm_tokens_sm90 takes.
-PANELS = 8
 # Rows of a CTA of spmm_union_sm90.
 UNION_ROWS = 128
 
@@ -142,40 +140,6 @@ def pieces(items: Tensor, bounds: Tensor, order: Tensor | None, size: int) -> tu
     at = torch.arange(each, device=items.device)
     cells = [inner[:, None] * each + at, item[:, None] * (size * size // 16) + at * step]
     return bounds * each, torch.stack(cells, -1).view(-1, 2).to(torch.int32)
-
-
-def panels(items: Tensor, row_ptr: Tensor, size: int) -> Tensor:
-    """Blocks of one entry as panels of 64 × 64 elements, in runs of up to PANELS of the same rows.
-
-    Args:
-        items: int32 (n, 4), of ``part``.
-        row_ptr: int32 (lines + 1,), of ``part``.
-        size: side of a block, 64 or 128.
-
-    Returns:
-        int32 (runs, 1 + PANELS, 4), the longest first: first row, number of panels, which 64 rows
-        of the block these are, 0; then of each panel: first column, first slot / 64, mask
-        (−1 = full), which 64 columns of the block it is. Zeros behind the last.
-    """
-    each = size // 64
-    # By line of blocks, half of it, block, half of that.
-    counts = row_ptr.diff().long()
-    at = torch.arange(len(items) * each * each, device=items.device)
-    line = torch.repeat_interleave(counts * each * each)
-    inside = at - row_ptr[:-1].long()[line] * each * each
-    half, rest = inside // (counts[line] * each), inside % (counts[line] * each)
-    item, across = row_ptr[:-1].long()[line] + rest // each, rest % each
-    found = items[item].long()
-    first = item * size * size + half * 64 * size + across * 64
-    made = torch.stack([found[:, 2] * size + across * 64, first // 64, found[:, 3], across], 1)
-    runs = chunks_of(running(torch.repeat_interleave(counts * each, each)), PANELS).long()
-    begin, count = runs[:, 0], runs[:, 1]
-    rows = line[begin] * size + half[begin] * 64
-    place = torch.arange(PANELS, device=items.device)
-    which = (begin[:, None] + place).clamp(max=len(at) - 1)
-    table = torch.where((place < count[:, None])[..., None], made[which], 0)
-    head = torch.stack([rows, count, half[begin], count * 0], 1)
-    return torch.cat([head[:, None], table], 1).to(torch.int32).contiguous()
 
 
 def lines_of(layout: BlockLayout) -> list[Tensor]:

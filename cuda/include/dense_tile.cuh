@@ -1,0 +1,76 @@
+// A dense tile of scale · yᵀ x over rows of tokens, in shared memory, for kernels that keep some of it.
+//
+//   y      (F, T, rows)     by a 4-D tensor map (rows, T, 1, F); x (F, T, columns) alike; boxes of 64 × 64 tokens
+//   tile   kTall × kWide, by 2 warpgroups of consumers, 64 rows each; one more produces
+//   smem   kStages of 64 tokens of y and x, at a multiple of 1024; in their place the tile, rounded, kPitch bytes a row
+#pragma once
+
+#include "ring.cuh"
+#include "types.cuh"
+
+constexpr int kTall = 128, kWide = MG_WIDE, kStages = MG_STAGES, kConsumers = 2 * kTall;
+static_assert(kWide == 128 || kWide == 256, "WIDE must be 128 or 256");
+constexpr int kPanelsY = kTall / 64, kPanels = kPanelsY + kWide / 64;
+constexpr u32 kPanel = 64 * 128, kStage = kPanels * kPanel;
+constexpr u32 kPitch = 2 * kWide + 16;  // lanes write to all banks
+static_assert(kTall * kPitch <= kStages * kStage, "the tile has room");
+
+// Makes the tile whose first element is (row, column); `before` runs in consumers while data are on their way. Returns
+// where the tile is; 0 to threads that are no consumers, which are to leave.
+template <class Before>
+__device__ __forceinline__ u32 dense_tile(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
+                                          int matrix, int tokens, float scale, Before before) {
+    __shared__ alignas(8) u64 barriers[2 * kStages];
+    const u32 full = shared_address(barriers), empty = full + 8 * kStages;
+    const int warp = uniform_warp(), lane = threadIdx.x % 32, steps = (tokens + 63) / 64;
+
+    if (threadIdx.x == kConsumers) tma_prefetch(y_map), tma_prefetch(x_map);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kConsumers / 32);
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warp >= kConsumers / 32) {  // producer
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x != kConsumers) return 0;
+        int stage = 0;
+        u32 parity = 1;
+        for (int i = 0; i < steps; ++i) {
+            const u32 to = ring + stage * kStage, done = full + 8 * stage;
+            barrier_wait(empty + 8 * stage, parity);
+            barrier_expect(done, kStage);
+#pragma unroll
+            for (int p = 0; p < kPanelsY; ++p) tma_load(to + p * kPanel, y_map, done, row + 64 * p, 64 * i, 0, matrix);
+#pragma unroll
+            for (int p = kPanelsY; p < kPanels; ++p)
+                tma_load(to + p * kPanel, x_map, done, column + 64 * (p - kPanelsY), 64 * i, 0, matrix);
+            if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+        return 0;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    before();
+    float acc[kWide / 2];
+#pragma unroll
+    for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
+    const u64 left = wgmma_descriptor(ring + warp / 4 * kPanel, kPanel);
+    const u64 right = wgmma_descriptor(ring + kPanelsY * kPanel, kPanel);
+    multiply_ring<kStages>(steps, full, empty, lane, [&](int stage) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            Wgmma<kWide>::template ss<1, 1>(acc, left + ((stage * kStage + k * 2048) >> 4),
+                                            right + ((stage * kStage + k * 2048) >> 4), 1);
+    });
+
+    named_barrier(1, kConsumers);  // nobody reads the ring any more
+    const u32 mine = ring + (16 * warp + lane / 4) * kPitch + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < kWide / 2; i += 2)
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(mine + i / 2 % 2 * 8 * kPitch + i / 4 * 16),
+                     "r"(pack2<operand_t>(acc[i] * scale, acc[i + 1] * scale))
+                     : "memory");
+    named_barrier(1, kConsumers);
+    return ring;
+}

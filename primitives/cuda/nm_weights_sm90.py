@@ -1,0 +1,69 @@
+"""The gradient of a layer's 2:4 or 1:2 halves on sm_90a, from rows of tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+
+from .block_sm90 import CODES, operand_map
+from .dense_tile_sm90 import STAGES, TALL, THREADS, memory, wide_of
+from .parts import of_layer
+
+if TYPE_CHECKING:
+    from .nm import Stored
+
+# Fewer tokens than this are multiplied entry by entry.
+FEW = 64
+# Row tiles, which a grid counts in 16 bits.
+MOST_TILES = 65_535
+
+
+def takes(s: Stored, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether ``sddmm`` is for q (F, E, rows, T) and k (F, E, columns, T), rows of tokens."""
+    if q.shape[0] > 1 or s.encoding not in (0, 1) or not of_layer(keep, (dtype,), q, k):
+        return False
+    if q.shape[3] < FEW or s.lines > TALL * MOST_TILES or not s.packed:
+        return False
+    return facts(q.device.index).hopper
+
+
+def sddmm(values: Tensor, s: Stored, q: Tensor, k: Tensor, scale: float) -> None:
+    """Write scale · q kᵀ at the slots, zero at dead ones.
+
+    Args:
+        values: (1, slots) of q's dtype, contiguous.
+        s: one matrix, 2:4 or 1:2 in 16 bits.
+        q: (1, 1, rows, T), as ``takes`` says.
+        k: (1, 1, columns, T), likewise.
+        scale: multiplies the products.
+    """
+    columns, tokens = 2 * s.packed, q.shape[3]
+    wide = wide_of(facts(q.device.index).multiprocessors, s.lines, columns, tokens)
+    kernel(sddmm_request(wide, q.dtype), q.device.index)(
+        (-(-columns // wide), -(-s.lines // TALL)),
+        THREADS,
+        (
+            operand_map(q.mT, 64),
+            operand_map(k.mT, 64),
+            s.metadata.data_ptr(),
+            values.data_ptr(),
+            np.float32(scale),
+            *map(np.int32, (tokens, s.rows, s.columns, s.lines, s.packed)),
+        ),
+        memory(wide),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def sddmm_request(wide: int, dtype: torch.dtype) -> Request:
+    """The kernel."""
+    constants = {"WIDE": wide, "STAGES": STAGES[wide], "DTYPE": CODES[dtype]}
+    return request("sddmm_pick_nm_sm90", constants, flush=True)
