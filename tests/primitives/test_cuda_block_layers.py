@@ -152,35 +152,6 @@ def test_dead_elements_and_edges_are_exact(shape, count, size, kernel, poisoned)
     exact(partial(*shape, size), count, torch.bfloat16, biased=True)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("count", [257, 640, 1000])
-@pytest.mark.parametrize("shape", [(640, 768), (128, 4096), (4096, 128), (584, 760), (136, 1400)])
-def test_gradients_of_values_are_exact(shape, count, size, dtype, poisoned, taken):
-    """From rows of tokens; runs of one panel and of eight, dead elements, edges."""
-    if not facts(0).hopper:
-        pytest.skip("wgmma needs compute capability 9.0")
-    inside = all(n % size == 0 for n in shape)
-    exact(whole(*shape, size, 0.6) if inside else partial(*shape, size), count, dtype)
-    assert taken.count("sddmm_tokens_sm90") == 1
-
-
-@pytest.mark.parametrize("size", [64, 128])
-def test_gradients_of_values_repeat(size):
-    layout = whole(640, 768, size, 0.8).to(DEVICE)
-    g = torch.Generator(DEVICE).manual_seed(0)
-    values, x, grad = (
-        torch.randn(*n, device=DEVICE, generator=g).half()
-        for n in ((layout.slots,), (700, 768), (700, 640))
-    )
-    first = products(layout, values, x, grad=grad)[2]
-    there = (layout.to("cpu"), *(t.cpu().double() for t in (values, x)))
-    right = products(*there, grad=grad.cpu().double())[2]
-    torch.testing.assert_close(first.cpu().double(), right, rtol=1e-3, atol=2e-2)
-    for _ in range(250):
-        assert torch.equal(products(layout, values, x, grad=grad)[2], first)
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shape", [(128, 128), (128, 4096), (4096, 128), (256, 256)])
 def test_shapes_are_exact(shape, size, kernel):

@@ -11,7 +11,7 @@ from mixgrain.formats import patterns as P
 from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
-from mixgrain.primitives.cuda import row_weights_sm90
+from mixgrain.primitives.cuda import dense_tile_sm90, row_weights_sm90
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sddmm import sddmm
 
@@ -37,7 +37,7 @@ def taken(monkeypatch):
     clear_caches()
 
 
-@pytest.fixture(params=row_weights_sm90.STAGES)
+@pytest.fixture(params=dense_tile_sm90.STAGES)
 def wide(request, monkeypatch):
     monkeypatch.setattr(row_weights_sm90, "wide_of", lambda *_: request.param)
     return request.param

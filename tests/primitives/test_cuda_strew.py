@@ -11,7 +11,7 @@ from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.primitives.activations import ACTIVATIONS
-from mixgrain.primitives.cuda import row_few, strew_sm90
+from mixgrain.primitives.cuda import strew_sm90
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sparse_linear import SparseLinear
 from mixgrain.primitives.spmm import spmm
@@ -34,7 +34,6 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(strew_sm90, "spmm_request", spmm_request)
     monkeypatch.setattr(strew_sm90, "faster", lambda *_: True)
-    monkeypatch.setattr(row_few, "takes", lambda *_: False)
     clear_caches()
     yield found
     clear_caches()

@@ -54,30 +54,6 @@ def test_pieces_are_all_blocks(size, transposed):
     assert torch.equal(found, dense)
 
 
-@pytest.mark.parametrize("size", [64, 128])
-def test_panels_are_all_blocks(size):
-    """Every element once, in runs of the same 64 rows."""
-    layout = weight(5 * size, 12 * size, size, 0.6)
-    part = cuda_block.part(layout)
-    table = cuda_block.panels(part.tensors[0], part.tensors[1], size)
-    assert table.shape[1:] == (1 + cuda_block.PANELS, 4)
-    values = torch.arange(1.0, layout.slots + 1)
-    dense = SparseTensor(layout, values).to_dense()
-    found = torch.zeros_like(dense)
-    counts = table[:, 0, 1].tolist()
-    assert counts == sorted(counts, reverse=True) and 1 <= counts[-1] <= counts[0] <= 8
-    for (first, count, half, _), *panels in table.tolist():
-        assert first % size == 64 * half
-        assert not any(map(any, panels[count:]))
-        for column, slot, mask, across in panels[:count]:
-            assert column % size == 64 * across and mask == -1
-            at = slot * 64 + torch.arange(64)[:, None] * size + torch.arange(64)
-            to = found[first : first + 64, column : column + 64]
-            assert not to.any()
-            to.copy_(values[at])
-    assert torch.equal(found, dense)
-
-
 def entries(rows: int, columns: int, d: float) -> SparseTensor:
     g = torch.Generator().manual_seed(0)
     kept = torch.rand(rows, columns, generator=g) < d
@@ -179,22 +155,6 @@ def test_the_kernels_of_a_layer(shape, size, d, tokens, hopper, other, name):
         if name == "token_gradients":  # torch writes rows of tokens
             expected = expected[:-1] if expected[-1] == "spmm_finish" else expected
         assert found == expected, arch
-
-
-@pytest.mark.parametrize(
-    ("size", "tokens", "name"),
-    [
-        (64, 4096, "sddmm_tokens_sm90"),
-        (128, 257, "sddmm_tokens_sm90"),
-        (64, 256, "sddmm_block_sm90"),
-        (32, 4096, "sddmm_block"),
-    ],
-)
-def test_the_kernels_of_the_gradient_of_values(size, tokens, name):
-    layout = weight(1024, 1024, size, 0.5)
-    found = asked(layout, tokens, "90a", "token_gradients", of=0)
-    assert found == ([name] if "tokens" in name else ["turn", "turn", name])
-    assert asked(layout, tokens, "80", "token_gradients", of=0) == ["turn", "turn", "sddmm_block"]
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])

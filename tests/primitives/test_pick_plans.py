@@ -12,14 +12,14 @@ from mixgrain.cuda import device
 from mixgrain.cuda.device import pretending
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparsify import sparsify
-from mixgrain.primitives.cuda import row_weights_sm90
+from mixgrain.primitives.cuda import dense_tile_sm90, row_weights_sm90
 from mixgrain.primitives.cuda.parts import gaps
 from mixgrain.primitives.dispatch import TABLE
 from mixgrain.primitives.plans import cuda_pick, cuda_row
 from mixgrain.primitives.plans.plan import split
 
 
-@pytest.mark.parametrize("wide", row_weights_sm90.STAGES)
+@pytest.mark.parametrize("wide", dense_tile_sm90.STAGES)
 @given(
     rows=st.integers(1, 400),
     columns=st.integers(1, 600),
@@ -32,7 +32,7 @@ def test_every_entry_is_picked_once(rows, columns, d, seed, wide):
     kept = torch.rand(rows, columns, generator=g) < d
     dense = torch.where(kept, torch.arange(1.0, rows * columns + 1).view(rows, columns), 0)
     s = sparsify(dense, "row")
-    part, tall = cuda_row.part(s.layout), row_weights_sm90.TALL
+    part, tall = cuda_row.part(s.layout), dense_tile_sm90.TALL
     indices, items = part.tensors[:2]
     made = cuda_pick.picks(items, indices, rows, columns, tall, wide)
     assert sorted(made.slots.tolist()) == list(range(s.layout.slots))
@@ -46,16 +46,6 @@ def test_every_entry_is_picked_once(rows, columns, d, seed, wide):
         assert torch.equal(dense[row + spot // wide, column + spot % wide], s.values[slot])
         assert (slot.diff() > 0).all()
     assert end == s.layout.slots
-
-
-def test_cuts_fit():
-    """Shared memory of a multiprocessor; results take the place of the stages."""
-    for wide, stages in row_weights_sm90.STAGES.items():
-        assert row_weights_sm90.memory(wide) + 1024 <= 228 * 1024 - 1024
-        assert (
-            row_weights_sm90.TALL * (2 * wide + 16) <= stages * (row_weights_sm90.TALL + wide) * 128
-        )
-        assert row_weights_sm90.TALL * wide <= 1 << 16
 
 
 @pytest.mark.parametrize(

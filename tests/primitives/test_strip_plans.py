@@ -1,0 +1,128 @@
+"""Gradients of layers from rows of tokens: blocks and tiles in strips, 2:4, and who takes them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_layer_plans import asked, weight
+
+from mixgrain.formats import patterns as P
+from mixgrain.formats.sparse import SparseTensor
+from mixgrain.formats.sparsify import sparsify
+from mixgrain.formats.tile import TileLayout
+from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90
+from mixgrain.primitives.plans import cuda_block, cuda_strips, cuda_tile
+
+SIZES = (16, 32, 64, 128)
+
+
+def unpacked(made: cuda_strips.Strips, size: int):
+    """Of each CTA: first row, half, and of each panel its column and its places (lines, 2)."""
+    most, lines = cuda_strips.most_of(size), max(64 // size, 1)
+    assert made.table.shape[1] == 4 + most + 2 * most * lines and made.table.shape[1] % 4 == 0
+    for row in made.table:
+        first, count, half, rest = row[:4].tolist()
+        columns, places = row[4 : 4 + most], row[4 + most :].view(most, lines, 2)
+        assert rest == 0 and 1 <= count <= most
+        assert not columns[count:].any() and (places[count:] == -1).all()
+        yield first, half, columns[:count].tolist(), places[:count]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 40),
+    d=st.sampled_from([0.05, 0.4, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15, deadline=None)
+def test_every_block_once(size, rows, columns, d, seed):
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand(rows, columns, generator=g) < d
+    layout = P.blocks(kept, size).to_layout("block", rows * size, columns * size, size=size)
+    made = cuda_strips.strips(cuda_block.part(layout).tensors[0], size)
+    dense = SparseTensor(layout, torch.arange(1.0, layout.slots + 1)).to_dense()
+    found, wide, counts = torch.zeros_like(dense), min(size, 64), []
+    for first, half, across, places in unpacked(made, size):
+        counts.append(len(across))
+        assert first % 64 == 0 and half == first % max(size, 64) // 64
+        assert across == sorted(across)
+        for column, lines in zip(across, places.tolist(), strict=True):
+            assert any(slot >= 0 for slot, _ in lines)
+            for line, (slot, mask) in enumerate(lines):
+                assert mask == -1
+                if slot < 0:
+                    continue
+                at = slot * 64 + torch.arange(wide)[:, None] * size + torch.arange(wide)
+                top = first + line * wide
+                to = found[top : top + wide, column : column + wide]
+                assert not to.any()
+                to.copy_(at + 1)
+    assert torch.equal(found, dense)
+    assert counts == sorted(counts, reverse=True) and made.panels == sum(counts)
+
+
+def test_blocks_of_tiles_are_masked_where_they_hang_over():
+    layout = TileLayout.from_tile_mask(torch.ones(3, 5, dtype=torch.bool), (40, 72))
+    part = cuda_tile.part(layout)
+    items, masks, size = block_weights_sm90._blocks(part)
+    assert size == 16 and len(items) == 15 and len(masks) == 3
+    made = cuda_strips.strips(items, 16)
+    ((first, half, columns, places),) = unpacked(made, 16)
+    assert (first, half, columns) == (0, 0, [0, 16, 32, 48, 64])
+    # In the order of tiles, 256 values each; edges below and on the right, no fourth line.
+    assert places[:, :, 0].T.tolist() == [
+        [4 * (5 * line + n) for n in range(5)] for line in range(3)
+    ] + [[-1] * 5]
+    assert places[:, :, 1].T.tolist() == [[-1] * 4 + [1]] * 2 + [[0] * 4 + [2]] + [[-1] * 5]
+
+
+def test_cuts_fit():
+    """Shared memory of a multiprocessor."""
+    assert block_weights_sm90.MEMORY + 1024 <= 228 * 1024 - 1024
+    for wide, stages in dense_tile_sm90.STAGES.items():
+        assert dense_tile_sm90.memory(wide) + 1024 <= 228 * 1024 - 1024
+        assert (
+            dense_tile_sm90.TALL * (2 * wide + 16) <= stages * (dense_tile_sm90.TALL + wide) * 128
+        )
+
+
+def tiles(rows: int, columns: int, d: float) -> TileLayout:
+    g = torch.Generator().manual_seed(0)
+    kept = torch.rand(rows // 16, columns // 16, generator=g) < d
+    return TileLayout.from_tile_mask(kept, (rows, columns))
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens", "hopper", "other"),
+    [
+        (lambda: weight(1024, 1024, 64, 0.5), 4096, "sddmm_tokens_sm90", "sddmm_block"),
+        (lambda: weight(1024, 1024, 128, 0.5), 257, "sddmm_tokens_sm90", "sddmm_block"),
+        (lambda: weight(1024, 1024, 64, 0.5), 256, "sddmm_block_sm90", "sddmm_block"),
+        (lambda: weight(1024, 1024, 32, 0.5), 4096, "sddmm_tokens_sm90", "sddmm_block"),
+        (lambda: weight(1024, 1024, 16, 0.2), 256, "sddmm_tokens_sm90", "sddmm_block"),
+        (lambda: tiles(4096, 4096, 0.2), 1024, "sddmm_tokens_sm90", "sddmm_tile"),
+        # Few tokens are soon multiplied; rows that TMA cannot read.
+        (lambda: tiles(4096, 4096, 0.2), 1, "sddmm_tile", "sddmm_tile"),
+        (lambda: weight(1028, 1024, 32, 0.5), 4096, "sddmm_block", "sddmm_block"),
+    ],
+)
+def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
+    layout = make()
+    for arch, name in (("90a", hopper), ("80", other)):
+        turned = ["turn", "turn"] if name.startswith("sddmm_block") else []
+        assert asked(layout, tokens, arch, "token_gradients", of=0) == [*turned, name]
+
+
+@pytest.mark.parametrize("n", [2, 1])
+def test_who_takes_the_gradient_of_24(n):
+    g = torch.Generator().manual_seed(0)
+    dense = torch.randn(256, 512, generator=g).half()
+    layout = sparsify(dense, "nm", prune=True, n=n, m=2 * n).layout
+    for tokens, hopper, other in (
+        (16, "sddmm_nm", "sddmm_nm"),
+        (64, "sddmm_pick_nm_sm90", "sddmm_nm"),
+        (300, "sddmm_pick_nm_sm90", "nm_sample"),
+    ):
+        for arch, name in (("90a", hopper), ("80", other)):
+            assert asked(layout, tokens, arch, "token_gradients", of=0) == [name]
