@@ -25,7 +25,7 @@
 #include "types.cuh"
 #include "tma.cuh"
 #include "copy.cuh"
-#include "wgmma.cuh"
+#include "ring.cuh"
 #include "result.cuh"
 #include "walk.cuh"
 
@@ -177,32 +177,19 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
     const int group = warp / 4;
     const u64 left = wgmma_descriptor(ring + group * kPanel, kPanel), right = wgmma_descriptor(ring + kLeft, kPanel);
-    int stage = 0;
-    u32 parity = 0;
+    RingPlace place;
     Walk walk(tiles, each);
 
     while (walk.next(tile)) {
         float acc[kWide / 2];
 #pragma unroll
         for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
-        u32 held = 0;  // barrier of the stage that the product in flight reads
-#pragma unroll 1
-        for (int i = 0; i < tile.z; ++i) {
-            barrier_wait(full + 8 * stage, parity);
-            wgmma_fence();
+        multiply_ring<kStages>(place, tile.z, full, empty, lane, [&](int stage) {
 #pragma unroll
             for (int k = 0; k < 4; ++k)
                 Wgmma<kWide>::template ss<0, 1>(acc, left + ((stage * kStage + k * 32) >> 4),
                                                 right + ((stage * kStage + k * 2048) >> 4), 1);
-            wgmma_commit();
-            // The product before this one is done, and what it read is free.
-            wgmma_wait<1>();
-            if (lane == 0 && held) barrier_arrive(held);
-            held = empty + 8 * stage;
-            if (++stage == kStages) stage = 0, parity ^= 1;
-        }
-        wgmma_wait<0>();
-        if (lane == 0 && held) barrier_arrive(held);
+        });
 
         // Rows of this lane with a sum that is not finite: it makes that of its zero multiples NaN.
         float low = 0.f, high = 0.f;
