@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +12,11 @@ from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
-from mixgrain.cuda.tma import descriptor
-from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
 from ..plans.plan import PartPlan
-from . import block, tile_thin
-from .block_sm90 import laid_out, walks
+from . import block, tile_mma, tile_sm90, tile_thin
+from .block_sm90 import laid_out
 from .finish import finish
 from .parts import (
     CODES,
@@ -38,60 +35,15 @@ from .tile_tables import blocks_of, rows_first
 # of a line, which a warp takes one after the other; of the others for each tile and column, by
 # whether x has rows of tokens.
 START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
+# Of those others on Hopper, where spmm_tile_sm90 does the rest: for a call, each tile, each tile
+# and column by whether x has rows of tokens.
+CALL, TILE, COLUMN = 7.0, 1.3e-4, {True: 4.1e-6, False: 8e-6}
 # Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
 SHORT, FEW = 40, 128
 # Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
 WIDEST = 2048
 # Warps of its CTAs and tiles that a warp asks for at once, by blocks of 8 columns that a CTA takes.
 FEW_CUTS = {1: (8, 4), 2: (8, 3), 4: (4, 2)}
-
-
-class Cut(NamedTuple):
-    """How spmm_tile is cut.
-
-    Attributes:
-        warps: lines of tiles of a CTA, each a warp's.
-        wide: columns of x of a CTA.
-        each: CTAs that a multiprocessor holds.
-        stages: of 64 inner positions of x.
-        ahead: tiles whose values a warp has under way.
-        early: it asks for the next ones before it multiplies.
-        bulk: x comes by TMA.
-    """
-
-    warps: int
-    wide: int
-    each: int
-    stages: int
-    ahead: int
-    early: bool
-    bulk: bool
-
-    @property
-    def threads(self) -> int:
-        """Of a CTA; registers move between whole warpgroups, so with TMA one of them produces."""
-        return 32 * (self.warps + (4 if self.bulk else {1: 4, 2: 2, 4: 1}[self.each]))
-
-    @property
-    def shared(self) -> int:
-        """Dynamic shared memory of a CTA, bytes."""
-        return self.stages * self.wide * 128 + 1024
-
-
-def cuts(bulk: bool, tokens: bool) -> tuple[Cut, Cut, Cut]:
-    """The ways to cut spmm_tile, the largest first, which moves the least."""
-    if bulk:
-        return (
-            Cut(16, 128, 1, 12, 1, True, True),
-            Cut(8, 128, 2, 6, 1, True, True),
-            Cut(4, 64, 4, 6, 1, True, True),
-        )
-    ahead = 2 if tokens else 1
-    return (
-        Cut(12, 128, 1, 5, ahead, True, False),
-        Cut(6, 128, 2, 2, ahead, True, False),
-        Cut(3, 64, 4, 2, ahead, True, False),
-    )
 
 
 def _hopper(index: int) -> bool:
@@ -144,8 +96,8 @@ def spmm(
         )
         return out.mT.contiguous().mT if tokens else out
     tables = part.tensors[2:] if transposed else part.tensors[:2]
-    chosen = _choose(x.device.index, tables, width, free, tokens)
-    if chosen is None:
+    large = tile_sm90.takes(x, rows, dtype, tokens)
+    if _is_few(x.device.index, tables, inner, width, tokens, large):
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
         thin = _thin(x, tables)
@@ -159,7 +111,8 @@ def spmm(
     if not tokens:
         shape = (*shape[:3], x.shape[3])
     out = x.new_empty(shape, dtype=dtype)
-    _wide(out, values, x, inner, tables, chosen, scale, transposed, tokens, bias, activation)
+    many = tile_sm90.spmm if large else tile_mma.spmm
+    many(out, values, x, inner, tables, scale, transposed, tokens, bias, activation)
     return out.mT if tokens else out[..., :width].contiguous()
 
 
@@ -174,20 +127,21 @@ def _thin(x: Tensor, tables: list[Tensor]) -> tile_thin.Thin | None:
     return tile_thin.cut(facts(index), lines, tiles, inner, width)
 
 
-def _choose(index: int, tables: list[Tensor], width: int, free: int, tokens: bool) -> Cut | None:
-    """How spmm_tile is cut for this work, None where kernels for few columns are faster.
+def _is_few(
+    index: int, tables: list[Tensor], inner: int, width: int, tokens: bool, large: bool
+) -> bool:
+    """Whether kernels for few columns are faster than spmm_tile, or (``large``) spmm_tile_sm90.
 
-    However it is cut, it adds up in the same order; they in others, so that which of them it is
-    does not depend on the number of matrices.
+    They add up in another order, so the number of matrices has no part in the choice.
     """
-    bounds, cells = tables
-    lines, tiles, several = bounds.numel() - 1, len(cells), facts(index).multiprocessors
-    if width <= WIDEST and EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1):
-        return None
-    ways = cuts(_hopper(index), tokens)
-    ctas = [-(-lines // how.warps) * -(-width // how.wide) for how in ways]
-    fitting = (how for how, each in zip(ways, ctas, strict=True) if each * free >= 0.7 * several)
-    return next(fitting, ways[-1])
+    if width > WIDEST:
+        return False
+    lines, tiles, several = tables[0].numel() - 1, len(tables[1]), facts(index).multiprocessors
+    if large:
+        cut = tile_sm90.choose(several, lines, tiles, inner, width, 1, tokens)
+        few = CALL + tiles * (TILE + COLUMN[tokens] * width)
+        return few <= tile_sm90.cost(cut, several, lines, tiles, inner, width, 1)
+    return EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1)
 
 
 def _few(
@@ -255,77 +209,6 @@ def _in_fours(x: Tensor) -> bool:
     return whole and all(step % 4 == 0 and step < 1 << 30 for step in steps)
 
 
-def _wide(
-    out: Tensor,
-    values: Tensor,
-    x: Tensor,
-    inner: int,
-    tables: list[Tensor],
-    how: Cut,
-    scale: float,
-    transposed: bool,
-    tokens: bool,
-    bias: Tensor | None,
-    activation: int,
-) -> None:
-    bounds, cells = tables
-    free, rows, width = out.shape[0], *out.shape[-2:]
-    if tokens:
-        rows, width = width, rows
-    device = x.device.index
-    grain = 4 if tokens else 1
-    links, unions, records = derived(
-        cells,
-        (how.warps, grain),
-        lambda: cuda_tile.groups(bounds, cells, how.warps, grain, inner),
-    )
-    across = -(-width // how.wide)
-    partial = out.dtype == torch.float32
-    run = kernel(wide_request(how, x.dtype, transposed, tokens, partial, activation), device)
-    several = facts(device).multiprocessors * how.each
-    tiles = walks(records, across, free, several)
-    run(
-        (tiles.shape[0],),
-        how.threads,
-        (
-            *_source(x, how, tokens),
-            values.data_ptr(),
-            np.int64(values.shape[1]),
-            bounds.data_ptr(),
-            links.data_ptr(),
-            unions.data_ptr(),
-            tiles.data_ptr(),
-            np.int32(tiles.shape[1]),
-            np.int32(bounds.numel() - 1),
-            np.int32(across),
-            np.float32(scale),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            np.int32(rows),
-            np.int32(inner),
-            np.int32(width),
-        ),
-        how.shared,
-    )
-
-
-def _source(x: Tensor, how: Cut, tokens: bool) -> tuple[Any, ...]:
-    """What spmm_tile asks x by."""
-    if not how.bulk:
-        return x.data_ptr(), np.int64(x.stride(0)), np.int64(x.stride(3 if tokens else 2))
-    if not tokens:
-        return (_columns_map(x),)
-    free, _, inner, width = x.shape
-    strides = tuple(x.stride(d) * x.element_size() for d in (3, 0))
-    return (descriptor(x.data_ptr(), x.dtype, (inner, width, free), strides, (64, how.wide, 1)),)
-
-
-def _columns_map(x: Tensor) -> np.ndarray:
-    free, _, inner, width = x.shape
-    strides = tuple(x.stride(d) * x.element_size() for d in (2, 0))
-    return descriptor(x.data_ptr(), x.dtype, (width, inner, free), strides, (64, SIZE, 1))
-
-
 def _as_blocks(
     values: Tensor,
     x: Tensor,
@@ -370,29 +253,3 @@ def few_request(
     constants |= {"TRANSPOSED": int(transposed), "WIDE": int(wide)}
     constants |= activation_constant(activation)
     return request("spmm_tile_few", constants, flush=True)
-
-
-@functools.lru_cache(maxsize=256)
-def wide_request(
-    how: Cut,
-    dtype: torch.dtype,
-    transposed: bool,
-    tokens: bool,
-    partial: bool,
-    activation: int = 0,
-) -> Request:
-    """The kernel for many columns; ``partial`` writes float32."""
-    constants = {
-        "WARPS": how.warps,
-        "WIDE": how.wide,
-        "STAGES": how.stages,
-        "AHEAD": how.ahead,
-        "EARLY": int(how.early),
-        "TMA": int(how.bulk),
-        "DTYPE": CODES[dtype],
-        "TRANSPOSED": int(transposed),
-        "TOKENS": int(tokens),
-        "PARTIAL": int(partial),
-    }
-    constants |= activation_constant(activation)
-    return request("spmm_tile", constants, flush=True)

@@ -38,6 +38,7 @@ from . import (
     row_few,
     row_weights_sm90,
     strew_sm90,
+    tile_sm90,
     union_sm90,
 )
 from .calls import describe
@@ -214,6 +215,12 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
             yield nm_weights_sm90.sddmm_request(wide, dtype)
         for strewn in strew_sm90.COSTS:
             yield strew_sm90.spmm_request(strewn, dtype)
+        for rows, several in tile_sm90.CUTS.items():
+            for one in several:
+                for transposed in (False, True):
+                    for capacity in (16, 32):  # 64 is of dense patches
+                        given = (one, capacity, dtype, transposed, rows, False)
+                        yield tile_sm90.spmm_request(*given)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ from covering import covering, met
 from mixgrain.cuda import compile as service
 from mixgrain.cuda import nvrtc
 from mixgrain.cuda.errors import CompileError, MissingError
-from mixgrain.primitives.cuda import tile, tile_sddmm, tiles
+from mixgrain.primitives.cuda import tile, tile_mma, tile_sddmm, tiles
 from mixgrain.primitives.cuda.warm import (
     BRAIN,
     DTYPES,
@@ -37,15 +37,16 @@ EVERYWHERE = {
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
-    "spmm_tile", "spmm_tile_few", "sddmm_tile", "tile_order", "turn", "spmm_finish",
+    "spmm_tile_few", "sddmm_tile", "tile_order", "turn", "spmm_finish",
     "spmm_block_few", "spmm_row_few",
 }  # fmt: skip
 # Asked for where there is nothing better.
-ELSEWHERE = {"spmm_nm"}
+ELSEWHERE = {"spmm_nm", "spmm_tile"}
 HOPPER = {
     "sddmm_block_sm90", "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90", "spmm_nm_sm90",
     "spmm_nm_thin_sm90", "sddmm_nm_sm90", "spmm_tile_thin_sm90", "spmm_expand_sm90",
-    "sddmm_tokens_sm90", "sddmm_pick_sm90", "spmm_strew_sm90",
+    "sddmm_tokens_sm90", "sddmm_pick_sm90", "sddmm_pick_nm_sm90", "spmm_strew_sm90",
+    "spmm_tile_sm90",
 }  # fmt: skip
 #: Of the floor above, whose own tests compile them.
 FUSED = {
@@ -93,9 +94,9 @@ def tile_cuts(arch: str) -> list[service.Request]:
     """Ways to cut products of tiles that the listing, which knows no device's size, leaves out."""
     bulk = arch == "90a"
     made = [
-        tile.wide_request(how, dtype, transposed, tokens, partial)
+        tile_mma.wide_request(how, dtype, transposed, tokens, partial)
         for tokens in (False, True)
-        for how in tile.cuts(bulk, tokens)
+        for how in tile_mma.cuts(bulk, tokens)
         for dtype, transposed, partial in ((HALF, False, False), (BRAIN, True, True))
     ]
     for shared in (101_376, 166_912, 232_448):
