@@ -3,7 +3,8 @@
 // A CTA takes one line of tiles and 8 kBlocks columns; its warps share the line's tiles evenly and add up at the
 // end, in their order. Such work is latency: one load for the table, one for tiles and x, which go straight to
 // registers, kAhead tiles at once. So what can be computed is computed while the table is under way, what is
-// not needed before the products while tiles are, and nothing else is between the two.
+// not needed before the products while tiles are, and nothing else is between the two. A table of few bytes is a
+// parameter (kRoom), which is there when the kernel starts.
 //
 //   out     (F, rows, D) by strides, plus the bias of each row (nullptr: none), activated
 //   x       (F, inner, D) by strides; kWide: inner positions contiguous, columns at 8 bytes and less than 2³¹ of
@@ -11,12 +12,14 @@
 //   values  (F, slots), 512 bytes a tile
 //   shares  (lines, kWarps, 1 + kAhead) int2: first cell of a warp and number of its cells, then the first of them
 //   cells   (tiles) int2: inner tile, number of the tile in memory
+//   table   kRoom: u16 for each line and one more, the first of its cells; u16 numbers of cells in memory, where
+//           kTransposed, else they are in order; u8 inner tiles
 //
 //   grid   (lines, tiles of columns, F)
 //   block  kWarps warps
 //   smem   static: the warps' sums
-//   floor  the latency of two loads and a store that depend on each other: on an H200, caches flushed, 1.4 µs behind
-//          the 4.7 of an empty kernel
+//   floor  the latency of two loads (kRoom: one) and a store that depend on each other: on an H200, caches flushed,
+//          1.4 µs behind the 4.7 of an empty kernel (kRoom: 0.7)
 //   needs  sm_80
 #include "types.cuh"
 #include "few.cuh"
@@ -28,7 +31,12 @@ static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2
 constexpr int kWarps = MG_WARPS, kThreads = 32 * kWarps, kAhead = MG_AHEAD;  // tiles of a warp at once
 // Warps of a multiprocessor, as registers allow; from sm_100 on the compiler needs more of them.
 constexpr int kResident = kBlocks == 4 ? (kWide ? 24 : 16) : kWide && __CUDA_ARCH__ < 1000 ? 32 : 24;
+constexpr int kRoom = MG_ROOM;
 using Ends = Sums<16, kColumns, kWarps>;
+
+struct alignas(16) Table {
+    u8 bytes[kRoom ? kRoom : 16];
+};
 
 // What a lane has of kAhead tiles and of x: inner positions 4t … 4t + 3 of a tile, which lie side by side in x,
 // of lines g and g + 8 and of columns g, g + 8 …
@@ -40,8 +48,13 @@ struct Batch {
 
 extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     spmm_tile_few(const operand_t *__restrict__ x, i64 x_free, i64 x_inner, i64 x_column,
-                  const operand_t *__restrict__ values, i64 slots, const int2 *__restrict__ shares,
-                  const int2 *__restrict__ cells, float scale, const operand_t *__restrict__ bias,
+                  const operand_t *__restrict__ values, i64 slots,
+#if MG_ROOM
+                  const __grid_constant__ Table table,
+#else
+                  const int2 *__restrict__ shares, const int2 *__restrict__ cells,
+#endif
+                  float scale, const operand_t *__restrict__ bias,
                   out_t *__restrict__ out, i64 out_free, i64 out_row, i64 out_column, int quads, int small, int rows,
                   int inner, int width) {
     __shared__ __align__(16) float sums[Ends::kFloats];
@@ -49,12 +62,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     const int line = blockIdx.x, column = blockIdx.y * kColumns, last = min(kColumns, width - column) - 1;
 
     // 1. Which tiles; and while nobody knows, small work on its way to L2, whoever's it is.
-    const int2 *share = shares + static_cast<u64>(line * kWarps + warp) * (1 + kAhead);
     int2 head, cell[kAhead];
+#if MG_ROOM
+    const u16 *bounds = reinterpret_cast<const u16 *>(table.bytes), *numbers = bounds + gridDim.x + 1;
+    const int tiles = kTransposed ? bounds[gridDim.x] : 0, begin = bounds[line], count = bounds[line + 1] - begin;
+    const u8 *places = reinterpret_cast<const u8 *>(numbers + tiles);
+    head.x = begin + count * warp / kWarps, head.y = begin + count * (warp + 1) / kWarps - head.x;
+    auto list = [&](int first, int rest) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int n = i < rest ? first + i : 0;
+            cell[i] = make_int2(places[n], kTransposed ? numbers[n] : n);
+        }
+    };
+    list(head.x, head.y);
+#else
+    const int2 *share = shares + static_cast<u64>(line * kWarps + warp) * (1 + kAhead);
     load_if(head, share, true);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load_if(cell[i], share + 1 + i, true);
-    if (small) {
+#endif
+    if (!kRoom && small) {
         const u32 cta = blockIdx.y * gridDim.x + blockIdx.x, thread = cta * kThreads + threadIdx.x;
         if (thread < slots / 64) prefetch_l2(values + static_cast<u64>(thread) * 64);
         if (kWide && cta < width && threadIdx.x * 64 < inner) prefetch_l2(x + cta * x_column + threadIdx.x * 64);
@@ -106,9 +134,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
             }
         }
         next += kAhead;
+#if MG_ROOM
+        if (kAhead < rest) list(next, rest - kAhead);
+#else
         if (kAhead < rest)
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) load_if(cell[i], cells + next + i, kAhead + i < rest);
+#endif
     };
     bring();
 

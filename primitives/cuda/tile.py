@@ -11,7 +11,8 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.launch import Argument, kernel
+from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
 from ..plans.plan import PartPlan
@@ -44,6 +45,8 @@ SHORT, FEW = 40, 128
 WIDEST = 2048
 # Warps of its CTAs and tiles that a warp asks for at once, by blocks of 8 columns that a CTA takes.
 FEW_CUTS = {1: (8, 4), 2: (8, 3), 4: (4, 2)}
+# Bytes of a table among its parameters, which may be 4 KiB in all.
+ROOMS = (1024, 2816)
 
 
 def _hopper(index: int) -> bool:
@@ -159,16 +162,22 @@ def _few(
     lines, inner = bounds.numel() - 1, x.shape[2]
     blocks = few_blocks(facts(x.device.index).multiprocessors, lines, width)
     warps, ahead = FEW_CUTS[blocks]
+    room = room_for(lines, len(cells), inner, transposed)
     # Sums are added up in the order of warps, so the number of matrices has no part in the cut.
-    shares = derived(
-        cells, ("shares", warps, ahead), lambda: cuda_tile.shares(bounds, cells, warps, ahead)
-    )
+    if room:
+        known = derived(cells, "compact", lambda: cuda_tile.compact(bounds, cells, transposed))
+        listed: tuple[Argument, ...] = (np.pad(known, (0, room - known.size)).view(f"V{room}")[0],)
+    else:
+        shares = derived(
+            cells, ("shares", warps, ahead), lambda: cuda_tile.shares(bounds, cells, warps, ahead)
+        )
+        listed = shares.data_ptr(), cells.data_ptr()
     chunks = -(-width // (8 * blocks))
     threads = 32 * warps
     # Of what one CTA and all of them can ask for at once.
     small = free == 1 and width <= lines * chunks and inner <= 64 * threads
     small = small and values.shape[1] <= 64 * threads * lines * chunks
-    wanted = few_request(blocks, x.dtype, out.dtype, transposed, _in_fours(x), activation)
+    wanted = few_request(blocks, x.dtype, out.dtype, transposed, _in_fours(x), activation, room)
     run = kernel(wanted, x.device.index)
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
@@ -180,8 +189,7 @@ def _few(
                 *(np.int64(right.stride(d)) for d in (0, 2, 3)),
                 weights.data_ptr(),
                 np.int64(weights.shape[1]),
-                shares.data_ptr(),
-                cells.data_ptr(),
+                *listed,
                 np.float32(scale),
                 0 if bias is None else bias.data_ptr(),
                 to.data_ptr(),
@@ -193,6 +201,14 @@ def _few(
                 np.int32(width),
             ),
         )
+
+
+def room_for(lines: int, tiles: int, inner: int, transposed: bool) -> int:
+    """Bytes of a parameter of spmm_tile_few that hold ``cuda_tile.compact``; 0 if none do."""
+    size = 2 * (lines + 1) + tiles * (3 if transposed else 1)
+    if not tiles or inner > 256 * SIZE:
+        return 0
+    return next((room for room in ROOMS if room >= size), 0)
 
 
 def few_blocks(several: int, lines: int, width: int) -> int:
@@ -245,10 +261,14 @@ def few_request(
     transposed: bool,
     wide: bool,
     activation: int = 0,
+    room: int = 0,
 ) -> Request:
-    """The kernel for few columns; ``wide`` loads of four inner positions bring x."""
+    """The kernel for few columns; ``wide`` loads of four inner positions bring x.
+
+    With ``room`` a table of up to so many bytes is one of its parameters.
+    """
     warps, ahead = FEW_CUTS[blocks]
-    constants = {"BLOCKS": blocks, "WARPS": warps, "AHEAD": ahead}
+    constants = {"BLOCKS": blocks, "WARPS": warps, "AHEAD": ahead, "ROOM": room}
     constants |= {"DTYPE": CODES[dtype], "OUT": CODES[out]}
     constants |= {"TRANSPOSED": int(transposed), "WIDE": int(wide)}
     constants |= activation_constant(activation)

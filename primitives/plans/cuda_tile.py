@@ -67,6 +67,23 @@ def shares(bounds: Tensor, cells: Tensor, warps: int, ahead: int) -> Tensor:
     return made.view(-1, warps, 1 + ahead, 2)
 
 
+def compact(bounds: Tensor, cells: Tensor, numbered: bool) -> NDArray[np.uint8]:
+    """The cells of a small matrix in few bytes, which a kernel's parameters have room for.
+
+    Args:
+        bounds: int32 (lines + 1,), of ``part``; less than 65,536 tiles.
+        cells: int32 (tiles, 2), of ``part``; up to 256 inner tiles.
+        numbered: say their numbers in memory, too; else they are in that order.
+
+    Returns:
+        uint8, of 16 bits the bounds, and the numbers if they are said; of 8 the inner tiles.
+    """
+    ends, places = bounds.cpu().numpy().astype(np.uint16), cells.cpu().numpy()
+    numbers = places[:, 1].astype(np.uint16) if numbered else ends[:0]
+    words = np.concatenate([ends, numbers]).view(np.uint8)
+    return np.concatenate([words, places[:, 0].astype(np.uint8)])
+
+
 def segments(
     bounds: Tensor, cells: Tensor, per: int, split: int, warps: int, inner: int
 ) -> tuple[Tensor, Tensor, int]:

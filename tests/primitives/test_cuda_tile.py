@@ -27,6 +27,7 @@ EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0*
 KERNELS = {
     "best": None,
     "few": "few",
+    "few, listed in memory": "few, listed in memory",
     "few, long lines": "few, long lines",
     "few, no clusters": "few, no clusters",
     **{f"many, wgmma, {n}": ("wgmma", n) for n in range(6)},
@@ -44,6 +45,8 @@ def kernel(request, monkeypatch):
     clear_caches()  # of calls prepared otherwise
     if isinstance(chosen, str):
         monkeypatch.setattr(tile, "_is_few", lambda *_: True)
+        if chosen == "few, listed in memory":
+            monkeypatch.setattr(tile, "ROOMS", ())
         if chosen == "few, long lines":
             monkeypatch.setattr(tile, "SHORT", 0)
         if chosen == "few, no clusters":

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from test_layer_plans import entries, launched, weight
+from test_layer_plans import entries, launched, tiles, weight
 
 from mixgrain.cuda.compile import Request, request, source
 from mixgrain.cuda.recording import Recording, recorded
@@ -44,6 +44,8 @@ def parameters(wanted: Request) -> list[str]:
             kinds.append("map")
         elif "*" in parameter:
             kinds.append("pointer")
+        elif "__grid_constant__" in parameter:
+            kinds.append("struct")
         else:
             *_, kind, _ = parameter.split()
             kinds.append(kind)
@@ -56,6 +58,8 @@ def fits(kind: str, argument: object) -> bool:
         return wide == SCALARS[kind]().itemsize and (
             isinstance(argument, np.floating) == (kind == "float")
         )
+    if kind == "struct":
+        return isinstance(argument, np.void)
     # Addresses and maps may be made when a call is.
     return not isinstance(argument, (np.generic, float))
 
@@ -84,7 +88,7 @@ def test_arguments_are_the_parameters(arch, monkeypatch):
     monkeypatch.setattr(warm, "_asked", asked)
     listed = {wanted.name for wanted in warm.requests(arch)}
     layers = [weight(4096, 4096, size, 0.2) for size in (16, 32, 64, 128)]
-    for layout in (*layers, entries(64, 1024, 0.1).layout):
+    for layout in (*layers, tiles(4096, 4096, 0.2), entries(64, 1024, 0.1).layout):
         for tokens in (1, 16, 4096):
             check(launched(layout, tokens, arch))
             for of in (0, 1):

@@ -14,6 +14,7 @@ from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
+from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives.cuda import block_few, block_sm90, launch_code, row_few, strew_sm90
 from mixgrain.primitives.cuda.calls import describe
 from mixgrain.primitives.dispatch import TABLE
@@ -52,6 +53,12 @@ def test_pieces_are_all_blocks(size, transposed):
             assert not to.any()
             to.copy_(values[at])
     assert torch.equal(found, dense)
+
+
+def tiles(rows: int, columns: int, d: float) -> TileLayout:
+    g = torch.Generator().manual_seed(0)
+    kept = torch.rand(rows // 16, columns // 16, generator=g) < d
+    return TileLayout.from_tile_mask(kept, (rows, columns))
 
 
 def entries(rows: int, columns: int, d: float) -> SparseTensor:

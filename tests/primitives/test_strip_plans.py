@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layer_plans import asked, weight
+from test_layer_plans import asked, tiles, weight
 
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparse import SparseTensor
@@ -85,12 +85,6 @@ def test_cuts_fit():
         assert (
             dense_tile_sm90.TALL * (2 * wide + 16) <= stages * (dense_tile_sm90.TALL + wide) * 128
         )
-
-
-def tiles(rows: int, columns: int, d: float) -> TileLayout:
-    g = torch.Generator().manual_seed(0)
-    kept = torch.rand(rows // 16, columns // 16, generator=g) < d
-    return TileLayout.from_tile_mask(kept, (rows, columns))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mixgrain.cuda import device
 from mixgrain.cuda.device import facts, pretending
 from mixgrain.cuda.recording import Launch, Operand, Recording, recorded
 from mixgrain.formats.tile import TileLayout
-from mixgrain.primitives.cuda import launch_code, tile_mma, tile_thin
+from mixgrain.primitives.cuda import launch_code, tile, tile_mma, tile_thin
 from mixgrain.primitives.plans import cuda_tile
 
 SHAPES = [(203, 331), (16, 16), (700, 5), (1040, 264), (0, 40), (40, 0)]
@@ -57,12 +57,31 @@ def test_links_lead_to_what_the_union_holds(shape, grain, per):
             stage, quarter = where // 8, where // 2 % 4
             place = stage if grain == 4 else 4 * stage + quarter
             assert place < count
-            tile = int(unions[start + place]) * grain + (quarter if grain == 4 else 0)
-            assert where % 2 == (tile * 16 + 16 > inner)
-            found.add((line, tile, number))
+            at = int(unions[start + place]) * grain + (quarter if grain == 4 else 0)
+            assert where % 2 == (at * 16 + 16 > inner)
+            found.add((line, at, number))
         assert found == tiles
         for start, count in first.values():  # rising, so that a walk along a line only goes on
             assert (unions[start : start + count].diff() > 0).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_bytes_say_where_tiles_are(shape, transposed):
+    layout = layout_of(shape)
+    bounds, cells, inner, tiles = sides(layout)[transposed]
+    made, lines = cuda_tile.compact(bounds, cells, transposed), len(bounds) - 1
+    assert made.dtype == np.uint8
+    words, count = made[: 2 * (lines + 1)].view(np.uint16), len(cells)
+    assert words.tolist() == bounds.tolist()
+    rest = made[2 * (lines + 1) :]
+    numbers = rest[: 2 * count].copy().view(np.uint16) if transposed else np.arange(count)
+    places = rest[2 * count :] if transposed else rest
+    line = cuda_tile.lines_of(bounds).tolist()
+    assert set(zip(line, places.tolist(), numbers.tolist(), strict=True)) == tiles
+    room = tile.room_for(lines, count, inner, transposed)
+    assert room >= made.size if room else not count or made.size > max(tile.ROOMS)
+    assert not tile.room_for(lines, count, 4097, transposed)  # a byte says which inner tile
 
 
 @pytest.mark.parametrize("warps, ahead", [(4, 2), (8, 3), (8, 4)])
@@ -284,8 +303,9 @@ def test_as_many_ctas_fit_a_multiprocessor_as_are_counted_on(bulk, room, tokens)
 
 @pytest.mark.parametrize("width", [8, 300])
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_a_layout_and_its_transpose_share_no_tables(arch, width):
+def test_a_layout_and_its_transpose_share_no_tables(arch, width, monkeypatch):
     """Numbers of tiles differ between them, whoever is planned first."""
+    monkeypatch.setattr(tile, "ROOMS", ())
     layout = layout_of((320, 480))
 
     def pointers(of: TileLayout, name: str) -> set[int]:
