@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -45,8 +46,14 @@ MODULES = {
 @functools.cache
 def launch_code(name: str) -> Callable[..., Any]:
     """The function behind an operator, to be recorded."""
-    made: Callable[..., Any] = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    made: Callable[..., Any] = getattr(_modules()[MODULES[name]], name)
     return made
+
+
+@functools.cache
+def _modules() -> dict[str, ModuleType]:
+    """All launch code: with the first operator, which brings CuPy, so that no later one waits."""
+    return {name: importlib.import_module(f".{name}", __name__) for name in set(MODULES.values())}
 
 
 def together(

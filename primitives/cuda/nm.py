@@ -17,7 +17,7 @@ from mixgrain.formats.nm_metadata import metadata_shape, padded
 
 from ..plans.nm import ENCODINGS
 from ..plans.plan import PartPlan
-from . import nm_any, nm_dense, nm_mma, nm_sm90, nm_weights_sm90
+from . import nm_any, nm_dense, nm_expand_sm90, nm_mma, nm_sm90, nm_weights_sm90
 from .parts import aligned, aligned_values, ready, tf32
 
 #: Elements of a matrix that may stand whole in memory for a while.
@@ -58,6 +58,11 @@ class Stored(NamedTuple):
             (1, self.lines, self.packed // self.n, self.n), ENCODINGS[self.encoding], self.m
         )
         return int(np.prod(shape)) * dtype.itemsize
+
+    @property
+    def fits(self) -> bool:
+        """Whether it may stand whole in memory for a while."""
+        return self.rows * self.columns <= MOST_DENSE
 
 
 def stored(part: PartPlan, shape: tuple[int, int], entries: int) -> Stored:
@@ -187,14 +192,17 @@ def linear(
     step = x.stride()
     backwards = transposed != (part.kind == "nm_t")
     plain = bias is None and not activation
-    if backwards and plain and free == 1 and tokens >= nm_dense.TOKENS:
-        s = stored(part, shape, 1)
-        if values.dtype == x.dtype and s.rows * s.columns <= MOST_DENSE:
-            made = nm_dense.product(
-                aligned_values(values), s, x.as_strided((tokens, inner), step[1:])
-            )
-            return made.view(1, tokens, s.columns)
     right = x.as_strided((free, 1, inner, tokens), (step[0], step[0], step[2], step[1]))
+    if backwards and plain and free == 1:
+        s = stored(part, shape, 1)
+        made = None
+        if nm_expand_sm90.takes(s, values, right):
+            made = nm_expand_sm90.product(aligned_values(values), s, right)
+        elif tokens >= nm_dense.TOKENS and values.dtype == x.dtype and s.fits:
+            rows = x.as_strided((tokens, inner), step[1:])
+            made = nm_dense.product(aligned_values(values), s, rows)
+        if made is not None:
+            return made.view(1, tokens, s.columns)
     out = product(
         values, right, None, False, part, shape, 1.0, x.dtype, transposed, True, bias, activation
     )  # fmt: skip
@@ -259,7 +267,7 @@ def sddmm(
         nm_weights_sm90.sddmm(values, s, q, k, scale)
         return values
     plain = keep is None and scale == 1.0 and dtype == q.dtype and free * entries == 1
-    if plain and depth >= nm_dense.TOKENS and s.rows * s.columns <= MOST_DENSE:
+    if plain and depth >= nm_dense.TOKENS and s.fits:
         flat = (t.as_strided(t.shape[2:], t.stride()[2:]) for t in (q, k))
         nm_dense.sddmm(values, s, *flat)
         return values

@@ -33,6 +33,7 @@ from . import (
     block_weights_sm90,
     dense_tile_sm90,
     launch_code,
+    nm_expand_sm90,
     nm_weights_sm90,
     pair_sm90,
     row_few,
@@ -213,6 +214,8 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
         for wide in dense_tile_sm90.STAGES:
             yield row_weights_sm90.sddmm_request(wide, dtype)
             yield nm_weights_sm90.sddmm_request(wide, dtype)
+        for wide in nm_expand_sm90.STAGES:
+            yield nm_expand_sm90.spmm_request(wide, dtype)
         for strewn in strew_sm90.COSTS:
             yield strew_sm90.spmm_request(strewn, dtype)
         for rows, several in tile_sm90.CUTS.items():

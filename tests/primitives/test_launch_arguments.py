@@ -1,6 +1,8 @@
 """What launch code passes is what kernels take: no compiler sees both."""
 
 import re
+import subprocess
+import sys
 from functools import cache
 
 import numpy as np
@@ -104,3 +106,14 @@ def test_what_does_not_fit():
         not fits("i64", np.float32(1)) and not fits("int", 1) and not fits("pointer", np.int32(1))
     )
     assert fits("u32", np.uint32(1)) and fits("pointer", 0) and fits("float", np.float32(0))
+
+
+def test_launch_code_comes_with_the_first_operator():
+    """No later one waits for modules, only for its kernels."""
+    code = (
+        "import sys; from mixgrain.primitives.cuda import MODULES, launch_code; "
+        "launch_code('sddmm'); old = set(sys.modules); "
+        "[launch_code(name) for name in MODULES]; print(len(set(sys.modules) - old))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"

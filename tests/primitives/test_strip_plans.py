@@ -10,7 +10,7 @@ from mixgrain.formats import patterns as P
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.formats.tile import TileLayout
-from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90
+from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90, nm_expand_sm90
 from mixgrain.primitives.plans import cuda_block, cuda_strips, cuda_tile
 
 SIZES = (16, 32, 64, 128)
@@ -80,6 +80,8 @@ def test_blocks_of_tiles_are_masked_where_they_hang_over():
 def test_cuts_fit():
     """Shared memory of a multiprocessor."""
     assert block_weights_sm90.MEMORY + 1024 <= 228 * 1024 - 1024
+    for wide in nm_expand_sm90.STAGES:
+        assert nm_expand_sm90.memory(wide) + 1024 <= 228 * 1024 - 1024
     for wide, stages in dense_tile_sm90.STAGES.items():
         assert dense_tile_sm90.memory(wide) + 1024 <= 228 * 1024 - 1024
         assert (
@@ -109,14 +111,20 @@ def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
 
 
 @pytest.mark.parametrize("n", [2, 1])
-def test_who_takes_the_gradient_of_24(n):
+@pytest.mark.parametrize(
+    ("of", "tokens", "hopper", "other"),
+    [
+        (0, 16, "sddmm_nm", "sddmm_nm"),
+        (0, 64, "sddmm_pick_nm_sm90", "sddmm_nm"),
+        (0, 300, "sddmm_pick_nm_sm90", "nm_sample"),
+        (1, 64, "spmm_nm_any", "spmm_nm_any"),
+        (1, 128, "spmm_nm_expand_sm90", "spmm_nm_any"),
+        (1, 300, "spmm_nm_expand_sm90", "nm_expand"),
+    ],
+)
+def test_who_takes_the_gradients_of_24(n, of, tokens, hopper, other):
     g = torch.Generator().manual_seed(0)
     dense = torch.randn(256, 512, generator=g).half()
     layout = sparsify(dense, "nm", prune=True, n=n, m=2 * n).layout
-    for tokens, hopper, other in (
-        (16, "sddmm_nm", "sddmm_nm"),
-        (64, "sddmm_pick_nm_sm90", "sddmm_nm"),
-        (300, "sddmm_pick_nm_sm90", "nm_sample"),
-    ):
-        for arch, name in (("90a", hopper), ("80", other)):
-            assert asked(layout, tokens, arch, "token_gradients", of=0) == [name]
+    for arch, name in (("90a", hopper), ("80", other)):
+        assert asked(layout, tokens, arch, "token_gradients", of=of) == [name]

@@ -1,0 +1,91 @@
+"""Products x S of rows of tokens with a 2:4 or 1:2 S of halves on sm_90a: spmm_nm_expand_sm90."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+
+from .block_sm90 import CODES, operand_map
+from .parts import of_layer
+
+if TYPE_CHECKING:
+    from .nm import Stored
+
+# Columns of S of a CTA.
+ACROSS = 128
+# Fewer tokens than this are too few CTAs.
+FEW = 128
+# Stages of 64 rows; cycles of one, by tokens of a CTA; and of a CTA beside them.
+STAGES = {256: 4, 128: 6, 64: 8}
+STEP = {256: 1150, 128: 640, 64: 460}
+START = 6000
+# Tiles of tokens, which a grid counts in 16 bits.
+MOST_TILES = 65_535
+
+
+def takes(s: Stored, values: Tensor, x: Tensor) -> bool:
+    """Whether ``product`` is for x (1, 1, rows, T), rows of tokens transposed."""
+    if s.encoding not in (0, 1) or s.columns % 8 or not of_layer(None, (values.dtype,), x):
+        return False
+    if not FEW <= x.shape[3] <= 64 * MOST_TILES:
+        return False
+    return facts(x.device.index).hopper
+
+
+def product(values: Tensor, s: Stored, x: Tensor) -> Tensor:
+    """Product x S.
+
+    Args:
+        values: (1, slots) of x's dtype, contiguous, 16-byte aligned.
+        s: one matrix, 2:4 or 1:2 in 16 bits.
+        x: (1, 1, rows, T), as ``takes`` says.
+
+    Returns:
+        (T, columns).
+    """
+    tokens = x.shape[3]
+    out = x.new_empty((tokens, s.columns))
+    wide = wide_of(facts(x.device.index).multiprocessors, s.columns, tokens, s.rows)
+    kernel(spmm_request(wide, x.dtype), x.device.index)(
+        (-(-s.columns // ACROSS), -(-tokens // wide)),
+        384 if wide == 256 else 512,
+        (
+            operand_map(x.mT, wide),
+            values.data_ptr(),
+            s.metadata.data_ptr(),
+            out.data_ptr(),
+            *map(np.int32, (tokens, s.rows, s.columns, s.lines, s.packed)),
+        ),
+        memory(wide),
+    )
+    return out
+
+
+def memory(wide: int) -> int:
+    """Dynamic shared memory of a CTA, bytes: stages, and room to align."""
+    return STAGES[wide] * (ACROSS + wide) * 128 + 1024
+
+
+def wide_of(several: int, columns: int, tokens: int, rows: int) -> int:
+    """Tokens of a CTA; however many, it adds up in the same order."""
+
+    def cycles(wide: int) -> int:
+        ctas = -(-columns // ACROSS) * -(-tokens // wide)
+        return -(-ctas // several) * (START + STEP[wide] * -(-rows // 64))
+
+    return min(STEP, key=cycles)
+
+
+@functools.lru_cache(maxsize=64)
+def spmm_request(wide: int, dtype: torch.dtype) -> Request:
+    """The kernel."""
+    constants = {"WIDE": wide, "STAGES": STAGES[wide], "DTYPE": CODES[dtype]}
+    return request("spmm_nm_expand_sm90", constants, flush=True)
