@@ -14,12 +14,13 @@ constexpr int kPanelsY = kTall / 64, kPanels = kPanelsY + kWide / 64;
 constexpr u32 kPanel = 64 * 128, kStage = kPanels * kPanel;
 constexpr u32 kPitch = 2 * kWide + 16;  // lanes write to all banks
 static_assert(kTall * kPitch <= kStages * kStage, "the tile has room");
+using Pool = Registers<kConsumers + 128, 40, 232>;
 
-// Makes the tile whose first element is (row, column); `before` runs in consumers while data are on their way. Returns
-// where the tile is; 0 to threads that are no consumers, which are to leave.
-template <class Before>
-__device__ __forceinline__ u32 dense_tile(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
-                                          int matrix, int tokens, float scale, Before before) {
+// Makes the tile whose first element is (row, column). Consumers do `before` while data are on their way, and `after`
+// with the place of the tile: not behind this, where they would have no more registers than who produces.
+template <class Before, class After>
+__device__ __forceinline__ void dense_tile(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
+                                           int matrix, int tokens, float scale, Before before, After after) {
     __shared__ alignas(8) u64 barriers[2 * kStages];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = uniform_warp(), lane = threadIdx.x % 32, steps = (tokens + 63) / 64;
@@ -32,8 +33,8 @@ __device__ __forceinline__ u32 dense_tile(const TensorMap &y_map, const TensorMa
     __syncthreads();
 
     if (warp >= kConsumers / 32) {  // producer
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x != kConsumers) return 0;
+        Pool::give();
+        if (threadIdx.x != kConsumers) return;
         int stage = 0;
         u32 parity = 1;
         for (int i = 0; i < steps; ++i) {
@@ -47,10 +48,10 @@ __device__ __forceinline__ u32 dense_tile(const TensorMap &y_map, const TensorMa
                 tma_load(to + p * kPanel, x_map, done, column + 64 * (p - kPanelsY), 64 * i, 0, matrix);
             if (++stage == kStages) stage = 0, parity ^= 1;
         }
-        return 0;
+        return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    Pool::take();
     before();
     float acc[kWide / 2];
 #pragma unroll
@@ -72,5 +73,5 @@ __device__ __forceinline__ u32 dense_tile(const TensorMap &y_map, const TensorMa
                      "r"(pack2<operand_t>(acc[i] * scale, acc[i + 1] * scale))
                      : "memory");
     named_barrier(1, kConsumers);
-    return ring;
+    after(ring);
 }

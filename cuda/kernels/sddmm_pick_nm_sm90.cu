@@ -4,11 +4,11 @@
 // with zeros cost what a dense product costs, but are never in global memory.
 //
 //   y, x      rows of tokens, see dense_tile.cuh
-//   values    (lines, packed), one matrix; slots beyond rows or columns get zero
+//   values    (F, lines, packed); slots beyond rows or columns get zero
 //   metadata  (packed / 16, lines / 32, 8 g, 2 a, 2 d) words: of rows 16 a + g in the low half and 16 a + g + 8 in the
 //             high half, of each group of 4 columns a nibble: two columns (formats/nm_metadata.py)
 //
-//   grid   (column tiles, row tiles)
+//   grid   (column tiles, row tiles, F)
 //   block  2 warpgroups of consumers, and one that produces
 //   smem   of dense_tile.cuh
 //   floor  2 · lines · 2 packed · T FLOP at 800 TFLOP/s; metadata read, values written, at 4.24 TB/s
@@ -30,8 +30,8 @@ __device__ __forceinline__ u32 within(u32 two, u32 nibble, int limit) {
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     sddmm_pick_nm_sm90(const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap x_map,
-                       const u32 *__restrict__ metadata, operand_t *__restrict__ values, float scale, int tokens,
-                       int rows, int columns, int lines, int packed) {
+                       const u32 *__restrict__ metadata, operand_t *__restrict__ values, i64 slots, float scale,
+                       int tokens, int rows, int columns, int lines, int packed) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     const int row0 = blockIdx.y * kTall, column0 = blockIdx.x * kWide;
@@ -40,40 +40,41 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const int down = number / 64 * 32, line = row0 + down;
     auto across = [&](int i) { return (number / 2 % 2 + 2 * i) * 32; };
     u32 words[kWords];
-    const u32 made = dense_tile(y_map, x_map, ring, row0, column0, 0, tokens, scale, [&] {
+    auto ahead = [&] {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
             const i64 column = (column0 + across(i)) / 32;
             const bool there = line < lines && column < packed / 16;
             words[i] = there ? __ldg(metadata + (column * (lines / 32) + line / 32) * 32 + 4 * g + 2 * a + d) : 0u;
         }
-    });
-    if (!made || line >= lines) return;
-
+    };
+    dense_tile(y_map, x_map, ring, row0, column0, blockIdx.z, tokens, scale, ahead, [&](u32 made) {
+        if (line >= lines) return;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-        const int column = across(i) + 16 * d;  // of the tile
-        if (column0 + column >= 2 * packed) break;
+        for (int i = 0; i < kWords; ++i) {
+            const int column = across(i) + 16 * d;  // of the tile
+            if (column0 + column >= 2 * packed) break;
 #pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            const int row = down + 16 * a + 8 * b + g;
-            const u32 word = words[i] >> (16 * b), from = made + row * kPitch + 2 * column;
-            u32 v[8], kept[4];
+            for (int b = 0; b < 2; ++b) {
+                const int row = down + 16 * a + 8 * b + g;
+                const u32 word = words[i] >> (16 * b), from = made + row * kPitch + 2 * column;
+                u32 v[8], kept[4];
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-                asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(v[4 * h]), "=r"(v[4 * h + 1]), "=r"(v[4 * h + 2]), "=r"(v[4 * h + 3])
-                             : "r"(from + 16 * h)
-                             : "memory");
+                for (int h = 0; h < 2; ++h)
+                    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                                 : "=r"(v[4 * h]), "=r"(v[4 * h + 1]), "=r"(v[4 * h + 2]), "=r"(v[4 * h + 3])
+                                 : "r"(from + 16 * h)
+                                 : "memory");
 #pragma unroll
-            for (int n = 0; n < 4; ++n) kept[n] = kept2(v[2 * n], v[2 * n + 1], word >> (4 * n));
-            const int limit = row0 + row < rows ? columns - column0 - column : 0;
-            if (limit < 16) {
+                for (int n = 0; n < 4; ++n) kept[n] = kept2(v[2 * n], v[2 * n + 1], word >> (4 * n));
+                const int limit = row0 + row < rows ? columns - column0 - column : 0;
+                if (limit < 16) {
 #pragma unroll
-                for (int n = 0; n < 4; ++n) kept[n] = within(kept[n], word >> (4 * n), limit - 4 * n);
+                    for (int n = 0; n < 4; ++n) kept[n] = within(kept[n], word >> (4 * n), limit - 4 * n);
+                }
+                operand_t *to = values + blockIdx.z * slots + static_cast<i64>(row0 + row) * packed + (column0 + column) / 2;
+                __stcs(reinterpret_cast<uint4 *>(to), uint4{kept[0], kept[1], kept[2], kept[3]});
             }
-            operand_t *to = values + static_cast<i64>(row0 + row) * packed + (column0 + column) / 2;
-            __stcs(reinterpret_cast<uint4 *>(to), uint4{kept[0], kept[1], kept[2], kept[3]});
         }
-    }
+    });
 }

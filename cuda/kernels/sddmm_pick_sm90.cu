@@ -27,29 +27,29 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     const int matrix = blockIdx.y;
     const int4 tile = __ldg(tiles + blockIdx.x);
-    const u32 made = dense_tile(y_map, x_map, ring, tile.x, tile.y, matrix, tokens, scale, [&] {
-        // What is to be picked, on its way to L2 meanwhile.
+    auto ahead = [&] {  // what is to be picked, on its way to L2
         for (int i = tile.z + threadIdx.x * 32; i < tile.w; i += kConsumers * 32) prefetch_l2(slots + i);
         for (int i = tile.z + threadIdx.x * 64; i < tile.w; i += kConsumers * 64) prefetch_l2(spots + i);
-    });
-    if (!made) return;
-
-    u16 *const to = reinterpret_cast<u16 *>(values + matrix * all_slots);
-    const int last = tile.w - 1;
+    };
+    dense_tile(y_map, x_map, ring, tile.x, tile.y, matrix, tokens, scale, ahead, [&](u32 made) {
+        u16 *const to = reinterpret_cast<u16 *>(values + matrix * all_slots);
+        const int last = tile.w - 1;
 #pragma unroll 1
-    for (int first = tile.z + threadIdx.x; first < tile.w; first += kAtOnce * kConsumers) {
-        int slot[kAtOnce];
-        u32 spot[kAtOnce];
+        for (int first = tile.z + threadIdx.x; first < tile.w; first += kAtOnce * kConsumers) {
+            int slot[kAtOnce];
+            u32 spot[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {  // beyond the last it is the last, which is written again
-            const int at = min(first + i * kConsumers, last);
-            slot[i] = __ldg(slots + at), spot[i] = __ldg(spots + at);
-        }
+            for (int i = 0; i < kAtOnce; ++i) {  // beyond the last it is the last, which is written again
+                const int at = min(first + i * kConsumers, last);
+                slot[i] = __ldg(slots + at), spot[i] = __ldg(spots + at);
+            }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            u16 v;
-            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(made + spot[i] / kWide * kPitch + spot[i] % kWide * 2));
-            to[slot[i]] = v;
+            for (int i = 0; i < kAtOnce; ++i) {
+                u16 v;
+                const u32 from = made + spot[i] / kWide * kPitch + spot[i] % kWide * 2;
+                asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
+                to[slot[i]] = v;
+            }
         }
-    }
+    });
 }

@@ -28,6 +28,7 @@ constexpr int kWide = kSize < 64 ? kSize : 64, kLines = 64 / kWide;  // columns 
 constexpr int kMost = 512 / kWide, kEach = kMost / 2;
 constexpr int kInts = 4 + kMost + 2 * kMost * kLines;
 constexpr int kConsumers = 2 * 128;
+using Pool = Registers<kConsumers + 128, 40, 232>;
 constexpr u32 kLeft = 64 * 128, kPanel = kWide * 128, kStage = kLeft + kMost * kPanel;
 template <int kBits> struct Bits { using type = u64; };
 template <> struct Bits<32> { using type = u32; };
@@ -67,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     __syncthreads();
 
     if (warp >= kConsumers / 32) {  // producer
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        Pool::give();
         if (threadIdx.x != kConsumers) return;
         int stage = 0;
         u32 parity = 1;
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    Pool::take();
     const int first = warp / 4 * kEach, count = min(head.y - first, kEach), row16 = warp % 4 * 16;
     if (count <= 0) return;
     // Lane p: where the values of panel p in this warp's rows go, and which of them are kept.

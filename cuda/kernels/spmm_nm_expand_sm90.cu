@@ -3,7 +3,7 @@
 // Not sparse along what is summed, so sparse tensor cores cannot take it. A CTA takes 128 columns of S and kWide tokens.
 // Teams of warps write S as dense tiles into shared memory, 64 rows at a time, which no global memory ever holds.
 //
-//   x         (1, T, rows)      by a 3-D tensor map (rows, T, 1) in boxes of 64 × kWide
+//   x         (1, T, rows)      by a 4-D tensor map (rows, T, 1, 1) in boxes of 64 × kWide
 //   values    (lines, packed)   one matrix; what lies beyond rows may hold anything
 //   metadata  (packed / 16, lines / 32, 8 g, 2 a, 2 d) words: of rows 16 a + g in the low half and 16 a + g + 8 in the
 //             high half, of each group of 4 columns a nibble: two columns (formats/nm_metadata.py)
@@ -23,6 +23,7 @@ static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128
 static_assert(kStages >= kTeams, "a team waits for no round but its own");
 constexpr int kMembers = kWide == 256 ? 1 : 2;  // for 256 tokens consumers need the registers
 constexpr int kConsumers = 256, kWords = 8 / kMembers;  // words of metadata of a thread of a team, in a stage
+using Pool = Registers<384, 136, 184>;
 constexpr u32 kPanel = 64 * 128, kLeft = 2 * kPanel, kStage = kLeft + kWide * 128;
 
 // Two values as four columns, of which a nibble names theirs.
@@ -52,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers
     __syncthreads();
 
     if (warp >= kConsumers / 32) {  // producers
-        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 136;");
+        if constexpr (kWide == 256) Pool::give();
         const int team = (warp - kConsumers / 32) / kMembers, member = warp % kMembers;
         // Eight lanes that store together have eight rows of the swizzle.
         const int g = lane % 8, d = lane / 8 % 2, a = lane / 16;
@@ -84,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers
             barrier_wait(empty + 8 * stage, n / kStages % 2 ^ 1);
             if (member == 0 && lane == 0) {
                 barrier_expect(done, kWide * 128);
-                tma_load(to + kLeft, x_map, done, 64 * n, token, 0);
+                tma_load(to + kLeft, x_map, done, 64 * n, token, 0, 0);
             }
             __syncwarp();
 #pragma unroll
@@ -114,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers
         return;
     }
 
-    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+    if constexpr (kWide == 256) Pool::take();
     float acc[kWide / 2];
 #pragma unroll
     for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;

@@ -27,8 +27,8 @@
 #include "result.cuh"
 #include "tile.cuh"
 #include "token_rows.cuh"
+#include "ring.cuh"
 #include "walk.cuh"
-#include "wgmma.cuh"
 
 constexpr int kGroups = MG_GROUPS, kWide = MG_WIDE, kStages = MG_STAGES, kCapacity = MG_CAPACITY;
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
@@ -39,6 +39,7 @@ constexpr int kLines = 4 * kGroups, kConsumers = 128 * kGroups, kPanels = kToken
 constexpr int kNotes = 2 * kLines, kList = 4 + kCapacity, kRecord = kNotes + kList;  // ints
 constexpr int kAhead = 4, kLists = kAhead + 1;  // lists under way; one more, which is read meanwhile
 constexpr u32 kPanel = 64 * 128, kX = kWide * 128, kStage = kX + kCapacity * 512;
+using Pool = Registers<kConsumers + 128, 32, kGroups == 4 ? 112 : 208>;
 using sum_t = DtypeOf<kPartial ? 2 : kDtype>::type;
 
 // The stages of all tiles of a CTA, one after the other.
@@ -50,7 +51,10 @@ struct Cursor {
     __device__ __forceinline__ bool next() {
         ++n;
         while (n == tile.z) {
-            if (!walk.next(tile)) return false;
+            if (!walk.next(tile)) {
+                tile.z = 0, n = -1;  // the same when asked again
+                return false;
+            }
             n = 0;
         }
         return true;
@@ -83,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     int stage = 0;
 
     if (warp >= kConsumers / 32) {  // producer
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        Pool::give();
         if (warp > kConsumers / 32) return;
         u32 parity = 1;
         Cursor ahead{walk}, now{walk};
@@ -128,10 +132,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         return;
     }
 
-    if constexpr (kGroups == 4)
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
-    else
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    Pool::take();
     const int group = warp / 4;
     const u64 x_desc = kTokens ? wgmma_rows<128>(ring) : wgmma_descriptor(ring, kPanel);
     u32 parity = 0;

@@ -16,7 +16,7 @@ from mixgrain.cuda.launch import Argument, kernel
 from mixgrain.cuda.tma import descriptor
 
 from ..plans.even import dealt
-from .parts import activation_constant
+from .parts import MOST_MATRICES, activation_constant
 
 CODES = {torch.float16: 0, torch.bfloat16: 1}
 # TMA stages of sddmm by panels of 64 columns of D.
@@ -99,20 +99,23 @@ def sddmm(
     panels = -(-q.shape[-1] // 64)
     stages = SDDMM_STAGES[panels]
     wanted = sddmm_request(size, q.dtype, panels, stages)
-    kernel(wanted, q.device.index)(
-        (chunks.shape[0], values.shape[0]),
-        size * 2 + 32,
-        (
-            operand_map(q, size),
-            operand_map(k, 64),
-            values_map(values, shift, size, items.shape[0]),
-            items.data_ptr(),
-            chunks.data_ptr(),
-            masks.data_ptr(),
-            np.float32(scale),
-        ),
-        sddmm_shared(size, panels, stages),
-    )
+    run = kernel(wanted, q.device.index)
+    for start in range(0, values.shape[0], MOST_MATRICES):
+        out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+        run(
+            (chunks.shape[0], out.shape[0]),
+            size * 2 + 32,
+            (
+                operand_map(left, size),
+                operand_map(right, 64),
+                values_map(out, shift, size, items.shape[0]),
+                items.data_ptr(),
+                chunks.data_ptr(),
+                masks.data_ptr(),
+                np.float32(scale),
+            ),
+            sddmm_shared(size, panels, stages),
+        )
 
 
 def spmm(

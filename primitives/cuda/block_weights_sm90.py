@@ -40,9 +40,9 @@ def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torc
         return False
     if not facts(q.device.index).hopper:
         return False
-    if not part.tensors[0].shape[0] or part.starts[0] % 64:
-        return False
     items, _, size = _blocks(part)
+    if not len(items) or part.starts[0] % 64:
+        return False
     tokens, several = q.shape[3], facts(q.device.index).multiprocessors
     if size >= 64:
         return tokens > FEW

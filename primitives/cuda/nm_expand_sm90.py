@@ -35,7 +35,7 @@ def takes(s: Stored, values: Tensor, x: Tensor) -> bool:
     """Whether ``product`` is for x (1, 1, rows, T), rows of tokens transposed."""
     if s.encoding not in (0, 1) or s.columns % 8 or not of_layer(None, (values.dtype,), x):
         return False
-    if not FEW <= x.shape[3] <= 64 * MOST_TILES:
+    if s.metadata.data_ptr() % 4 or not FEW <= x.shape[3] <= 64 * MOST_TILES:
         return False
     return facts(x.device.index).hopper
 

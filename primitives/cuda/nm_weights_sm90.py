@@ -15,7 +15,7 @@ from mixgrain.cuda.launch import kernel
 
 from .block_sm90 import CODES, operand_map
 from .dense_tile_sm90 import STAGES, TALL, THREADS, memory, wide_of
-from .parts import of_layer
+from .parts import MOST_MATRICES, of_layer
 
 if TYPE_CHECKING:
     from .nm import Stored
@@ -28,9 +28,9 @@ MOST_TILES = 65_535
 
 def takes(s: Stored, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether ``sddmm`` is for q (F, E, rows, T) and k (F, E, columns, T), rows of tokens."""
-    if q.shape[0] > 1 or s.encoding not in (0, 1) or not of_layer(keep, (dtype,), q, k):
+    if s.encoding not in (0, 1) or not of_layer(keep, (dtype,), q, k):
         return False
-    if q.shape[3] < FEW or s.lines > TALL * MOST_TILES or not s.packed:
+    if s.metadata.data_ptr() % 4 or q.shape[3] < FEW or s.lines > TALL * MOST_TILES or not s.packed:
         return False
     return facts(q.device.index).hopper
 
@@ -39,27 +39,31 @@ def sddmm(values: Tensor, s: Stored, q: Tensor, k: Tensor, scale: float) -> None
     """Write scale · q kᵀ at the slots, zero at dead ones.
 
     Args:
-        values: (1, slots) of q's dtype, contiguous.
+        values: (F, slots) of q's dtype, contiguous.
         s: one matrix, 2:4 or 1:2 in 16 bits.
-        q: (1, 1, rows, T), as ``takes`` says.
-        k: (1, 1, columns, T), likewise.
+        q: (F, 1, rows, T), as ``takes`` says.
+        k: (F, 1, columns, T), likewise.
         scale: multiplies the products.
     """
     columns, tokens = 2 * s.packed, q.shape[3]
     wide = wide_of(facts(q.device.index).multiprocessors, s.lines, columns, tokens)
-    kernel(sddmm_request(wide, q.dtype), q.device.index)(
-        (-(-columns // wide), -(-s.lines // TALL)),
-        THREADS,
-        (
-            operand_map(q.mT, 64),
-            operand_map(k.mT, 64),
-            s.metadata.data_ptr(),
-            values.data_ptr(),
-            np.float32(scale),
-            *map(np.int32, (tokens, s.rows, s.columns, s.lines, s.packed)),
-        ),
-        memory(wide),
-    )
+    run = kernel(sddmm_request(wide, q.dtype), q.device.index)
+    for start in range(0, values.shape[0], MOST_MATRICES):
+        out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+        run(
+            (-(-columns // wide), -(-s.lines // TALL), out.shape[0]),
+            THREADS,
+            (
+                operand_map(left.mT, 64),
+                operand_map(right.mT, 64),
+                s.metadata.data_ptr(),
+                out.data_ptr(),
+                np.int64(out.shape[1]),
+                np.float32(scale),
+                *map(np.int32, (tokens, s.rows, s.columns, s.lines, s.packed)),
+            ),
+            memory(wide),
+        )
 
 
 @functools.lru_cache(maxsize=64)
