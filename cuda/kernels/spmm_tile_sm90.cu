@@ -37,9 +37,11 @@ static_assert(!(kTokens && kPartial), "rows of tokens are not summed elsewhere")
 static_assert(kCapacity % 4 == 0 && kCapacity <= 64, "CAPACITY: a byte says which tile, 255 none");
 constexpr int kLines = 4 * kGroups, kConsumers = 128 * kGroups, kPanels = kTokens ? 1 : kWide / 64;
 constexpr int kNotes = 2 * kLines, kList = 4 + kCapacity, kRecord = kNotes + kList;  // ints
-constexpr int kAhead = 4, kLists = kAhead + 1;  // lists under way; one more, which is read meanwhile
+constexpr int kBringers = 4, kEach = kCapacity / kBringers;  // warps that bring tiles
+constexpr int kAhead = 4, kLists = kAhead + kStages + 1;     // lists under way, and those that may still be read
 constexpr u32 kPanel = 64 * 128, kX = kWide * 128, kStage = kX + kCapacity * 512;
-using Pool = Registers<kConsumers + 128, 32, kGroups == 4 ? 112 : 208>;
+constexpr bool kMoves = kGroups == 4 && kWide == 128;  // registers, which are short for no others
+using Pool = Registers<kConsumers + 128, kMoves ? 32 : 40, kMoves ? 112 : 96>;
 using sum_t = DtypeOf<kPartial ? 2 : kDtype>::type;
 
 // The stages of all tiles of a CTA, one after the other.
@@ -78,22 +80,24 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     Walk walk(tiles, each);
     if (threadIdx.x == kConsumers) tma_prefetch(x_map);
     if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kConsumers / 32);
+        for (int s = 0; s < kStages; ++s)
+            barrier_init(full + 8 * s, kBringers), barrier_init(empty + 8 * s, kConsumers / 32);
         for (int s = 0; s < kLists; ++s) barrier_init(listed + 8 * s, 1);
         barrier_init_fence();
     }
     __syncthreads();
 
     int stage = 0;
+    int4 tile;
 
-    if (warp >= kConsumers / 32) {  // producer
-        Pool::give();
-        if (warp > kConsumers / 32) return;
+    if (warp >= kConsumers / 32) {  // producers: all for tiles, the first for x and notes, the second for lists
+        if constexpr (kMoves) Pool::give();
+        const int mine = warp - kConsumers / 32;
         u32 parity = 1;
-        Cursor ahead{walk}, now{walk};
-        int asked = 0;
-        auto ask = [&] {  // for the list of one more stage
-            if (!ahead.next()) return;
+        Cursor ahead{walk};
+        int asked = 0, round = 0;  // stages whose lists were asked for; and that were brought
+        auto ask = [&] {           // for the list of one more stage
+            if (mine != 1 || !ahead.next()) return;
             const int at = asked++ % kLists;
             if (lane == 0) {
                 barrier_expect(listed + 8 * at, kList * 4);
@@ -101,42 +105,47 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                           kList * 4, listed + 8 * at);
             }
         };
+#pragma unroll 1
         for (int i = 0; i < kAhead; ++i) ask();
-        for (int i = 0; now.next(); ++i) {
-            const int column = now.tile.w % across * kWide, matrix = now.tile.w / across, at = i % kLists;
+        while (walk.next(tile)) {
+            const int column = tile.w % across * kWide, matrix = tile.w / across;
             const operand_t *const from = values + matrix * slots;
-            const u32 to = ring + stage * kStage, done = full + 8 * stage;
-            barrier_wait(listed + 8 * at, i / kLists & 1);
-            const int first = lists[at][0] * 64, count = lists[at][1];
-            int mine[2];
+#pragma unroll 1
+            for (int n = 0; n < tile.z; ++n, ++round) {
+                const int at = round % kLists;
+                const u32 to = ring + stage * kStage, done = full + 8 * stage;
+                // Stages of before the last round of the ring have been read, so all have read their lists: what comes
+                // now takes the place of none that anybody still reads.
+                ask();
+                barrier_wait(listed + 8 * at, round / kLists & 1);
+                const int first = lists[at][0] * 64, count = lists[at][1];
+                const int which = lane * kBringers + mine, item = lane < kEach && which < count ? lists[at][4 + which] : -1;
+                barrier_wait(empty + 8 * stage, parity);
+                if (mine == 0 && lane == 0) {
+                    barrier_expect(done, kX + count * 512 + kNotes * 4);
+                    if constexpr (kTokens)
+                        tma_load(to, x_map, done, first, column, matrix);
+                    else
 #pragma unroll
-            for (int h = 0; h < 2; ++h) mine[h] = lane + 32 * h < count ? lists[at][4 + lane + 32 * h] : 0;
-            ask();  // into the place of the list before, which all lanes have used
-            barrier_wait(empty + 8 * stage, parity);
-            if (lane == 0) {
-                barrier_expect(done, kX + count * 512 + kNotes * 4);
-                if constexpr (kTokens)
-                    tma_load(to, x_map, done, first, column, matrix);
-                else
-#pragma unroll
-                    for (int p = 0; p < kPanels; ++p) tma_load(to + p * kPanel, x_map, done, column + 64 * p, first, matrix);
-                bulk_load(shared_address(notes[stage]), records + static_cast<i64>(now.tile.y + now.n) * kRecord, kNotes * 4, done);
+                        for (int p = 0; p < kPanels; ++p)
+                            tma_load(to + p * kPanel, x_map, done, column + 64 * p, first, matrix);
+                    const int *const noted = records + static_cast<i64>(tile.y + n) * kRecord;
+                    bulk_load(shared_address(notes[stage]), noted, kNotes * 4, done);
+                }
+                __syncwarp();
+                if (item >= 0) bulk_load(to + kX + which * 512, from + static_cast<i64>(item) * 256, 512, done);
+                __syncwarp();
+                if (mine && lane == 0) barrier_arrive(done);
+                if (++stage == kStages) stage = 0, parity ^= 1;
             }
-            __syncwarp();
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                if (lane + 32 * h < count)
-                    bulk_load(to + kX + (lane + 32 * h) * 512, from + static_cast<i64>(mine[h]) * 256, 512, done);
-            if (++stage == kStages) stage = 0, parity ^= 1;
         }
         return;
     }
 
-    Pool::take();
+    if constexpr (kMoves) Pool::take();
     const int group = warp / 4;
     const u64 x_desc = kTokens ? wgmma_rows<128>(ring) : wgmma_descriptor(ring, kPanel);
     u32 parity = 0;
-    int4 tile;
 
     while (walk.next(tile)) {
         const int four = tile.x * kGroups + group, matrix = tile.w / across;

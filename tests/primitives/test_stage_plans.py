@@ -69,7 +69,7 @@ def test_cuts_fit():
         for cut in cuts:
             for capacity in cuda_tile_stages.CAPACITIES:
                 stages = cut.stages(capacity)
-                static = stages * (16 * 4 * cut.groups + 16) + 5 * (4 * (4 + capacity) + 8)
+                static = stages * (32 * cut.groups + 16) + (stages + 5) * (4 * (4 + capacity) + 8)
                 assert 3 <= stages <= tile_sm90.STAGES
                 assert cut.shared(capacity, tokens) + static <= 227 * 1024
 
