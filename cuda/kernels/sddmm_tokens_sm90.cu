@@ -27,7 +27,7 @@ static_assert(!kFragments || kSize == 16, "tiles are 16 × 16");
 constexpr int kWide = kSize < 64 ? kSize : 64, kLines = 64 / kWide;  // columns of a panel, lines of blocks of a strip
 constexpr int kMost = 512 / kWide, kEach = kMost / 2;
 constexpr int kInts = 4 + kMost + 2 * kMost * kLines;
-constexpr int kConsumers = 2 * 128;
+constexpr int kConsumers = 2 * 128, kBringers = kSize < 64 ? 4 : 1;  // warps that ask for panels
 using Pool = Registers<kConsumers + 128, 40, 232>;
 constexpr u32 kLeft = 64 * 128, kPanel = kWide * 128, kStage = kLeft + kMost * kPanel;
 template <int kBits> struct Bits { using type = u64; };
@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u, staging = ring + kStages * kStage;
     __shared__ alignas(8) u64 barriers[2 * kStages];
-    __shared__ alignas(16) int columns[kMost];
+    __shared__ int columns[kMost];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = uniform_warp(), lane = threadIdx.x % 32, matrix = blockIdx.y;
     const int *const mine = table + static_cast<i64>(blockIdx.x) * kInts;
@@ -62,28 +62,29 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     if (threadIdx.x == kConsumers) tma_prefetch(y_map), tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         // Those of a warpgroup that has no panel leave at once.
-        for (int s = 0; s < kStages; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, head.y > kEach ? 8 : 4);
+        for (int s = 0; s < kStages; ++s)
+            barrier_init(full + 8 * s, kBringers), barrier_init(empty + 8 * s, head.y > kEach ? 8 : 4);
         barrier_init_fence();
     }
     __syncthreads();
 
-    if (warp >= kConsumers / 32) {  // producer
+    if (warp >= kConsumers / 32) {  // producers
         Pool::give();
-        if (threadIdx.x != kConsumers) return;
+        const int mine = warp - kConsumers / 32;
+        if (mine >= kBringers || lane) return;
         int stage = 0;
         u32 parity = 1;
         for (int i = 0; i < steps; ++i) {
             const u32 to = ring + stage * kStage, done = full + 8 * stage;
             barrier_wait(empty + 8 * stage, parity);
-            barrier_expect(done, kLeft + head.y * kPanel);
-            tma_load(to, y_map, done, head.x, 64 * i, 0, matrix);
-            for (int p = 0; p < head.y; p += 4) {
-                const int4 four = *reinterpret_cast<const int4 *>(columns + p);
-                const int at[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    if (p + j < head.y) tma_load(to + kLeft + (p + j) * kPanel, x_map, done, at[j], 64 * i, 0, matrix);
+            if (mine == 0) {
+                barrier_expect(done, kLeft + head.y * kPanel);
+                tma_load(to, y_map, done, head.x, 64 * i, 0, matrix);
             }
+#pragma unroll 2
+            for (int p = mine; p < head.y; p += kBringers)
+                tma_load(to + kLeft + p * kPanel, x_map, done, columns[p], 64 * i, 0, matrix);
+            if (mine) barrier_arrive(done);
             if (++stage == kStages) stage = 0, parity ^= 1;
         }
         return;
