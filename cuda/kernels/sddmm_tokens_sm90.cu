@@ -5,7 +5,7 @@
 //
 //   y       (F, T, rows)     by a 4-D tensor map (rows, T, 1, F), boxes of 64 × 64 tokens
 //   x       (F, T, columns)  alike; boxes of kWide × 64 tokens, in the swizzle of as many bytes
-//   values  (F, slots)       blocks of S × S elements, by rows, or with kFragments in the order of tile.cuh
+//   values  (F, slots)       blocks of S × S elements, by rows
 //   table   (CTAs, kInts) int: first row, number of panels, which 64 rows of their blocks the strip is, 0; first
 //           column of each panel; of each panel and line of blocks two: first slot / 64 (−1 = no block), mask (−1 = full)
 //   masks   (M, S, S / 8)    bits of partial blocks
@@ -21,9 +21,7 @@
 #include "staged.cuh"
 
 constexpr int kSize = MG_SIZE, kStages = MG_STAGES;
-constexpr bool kFragments = MG_FRAGMENTS;
 static_assert(kSize == 16 || kSize == 32 || kSize == 64 || kSize == 128, "SIZE must be 16, 32, 64 or 128");
-static_assert(!kFragments || kSize == 16, "tiles are 16 × 16");
 constexpr int kWide = kSize < 64 ? kSize : 64, kLines = 64 / kWide;  // columns of a panel, lines of blocks of a strip
 constexpr int kMost = 512 / kWide, kEach = kMost / 2;
 constexpr int kInts = 4 + kMost + 2 * kMost * kLines;
@@ -127,13 +125,6 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             }
         }
         operand_t *out = values + matrix * slots + static_cast<i64>(to) * 64;
-        if constexpr (kFragments) {
-            uint4 v;
-            v.x = pack2<operand_t>(sums[0] * scale, sums[1] * scale), v.y = pack2<operand_t>(sums[2] * scale, sums[3] * scale);
-            v.z = pack2<operand_t>(sums[4] * scale, sums[5] * scale), v.w = pack2<operand_t>(sums[6] * scale, sums[7] * scale);
-            __stcs(reinterpret_cast<uint4 *>(out) + lane, v);
-        } else {
-            store_panel<kWide>(sums, scale, stage, out, row16);
-        }
+        store_panel<kWide>(sums, scale, stage, out, row16);
     }
 }

@@ -1,4 +1,4 @@
-"""The gradient of a layer's blocks or tiles on sm_90a, from rows of tokens: sddmm_tokens_sm90."""
+"""The gradient of a layer's blocks on sm_90a, from rows of tokens: sddmm_tokens_sm90."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..plans import cuda_strips
 from ..plans.plan import PartPlan
 from .block_sm90 import CODES, operand_map
 from .parts import MOST_MATRICES, of_layer
-from .tile_tables import blocks_of
 
 STAGES = 3
 # Dynamic shared memory of a CTA, bytes: stages, what results leave through, and room to align.
 MEMORY = STAGES * (cuda_strips.ROWS + cuda_strips.COLUMNS) * 128 + 8 * 1024 + 1024
 # Up to this many tokens CTAs of other kernels hold all of a row of blocks of 64 or 128.
 FEW = 256
-# Cycles of a CTA beside its steps, and bytes that a multiprocessor reads in a cycle where all do.
-START, READ = 6000, 37
-# Of kernels for all devices: cycles to start, where operands are turned first and where not; bytes
-# that they turn, and operations, in a cycle of a multiprocessor.
-LAUNCHES, TURN, RATE = {"cblock": 17_600, "ctile": 6000}, 12, 390
+# Cycles of a CTA beside its steps, and bytes that a multiprocessor reads in a cycle where all do,
+# by size of a block: TMA reads rows of 64 bytes slowly, of 32 more so.
+START, READ = 6000, {16: 18, 32: 29}
+# Of kernels for all devices: cycles to start, operands being turned first; bytes that they turn,
+# and operations, in a cycle of a multiprocessor.
+LAUNCHES, TURN, RATE = 17_600, 12, {16: 245, 32: 340}
 
 
 def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
@@ -36,38 +36,38 @@ def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torc
 
     And faster than the kernels for all devices.
     """
-    if part.kind not in LAUNCHES or not of_layer(keep, (dtype,), q, k):
+    if part.kind != "cblock" or not of_layer(keep, (dtype,), q, k):
         return False
-    if not facts(q.device.index).hopper:
+    if not facts(q.device.index).hopper or part.starts[0] % 64:
         return False
-    items, _, size = _blocks(part)
-    if not len(items) or part.starts[0] % 64:
-        return False
+    items, (size,) = part.tensors[0], part.scalars
     tokens, several = q.shape[3], facts(q.device.index).multiprocessors
+    if not len(items):
+        return False
     if size >= 64:
         return tokens > FEW
     made = _strips(items, size)
     ctas = made.table.shape[0]
-    read = (cuda_strips.ROWS + size * made.panels / ctas) * 128 / READ
+    read = (cuda_strips.ROWS + size * made.panels / ctas) * 128 / READ[size]
     cost = START + max(1, ctas / several) * -(-tokens // 64) * read
-    turned = (q.shape[2] + k.shape[2]) * tokens * 4 / TURN if part.kind == "cblock" else 0
-    work = 2 * len(items) * size * size * tokens / RATE
-    return cost < LAUNCHES[part.kind] + (turned + work) / several
+    turned = (q.shape[2] + k.shape[2]) * tokens * 4 / TURN
+    work = 2 * len(items) * size * size * tokens / RATE[size]
+    return cost < LAUNCHES + (turned + work) / several
 
 
 def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) -> None:
-    """Write scale · q kᵀ to the slots of a block part, or of tiles.
+    """Write scale · q kᵀ to the slots of a block part.
 
     Args:
         values: (F, slots), contiguous; the part's slots are written.
         q: (F, 1, nq, T), as ``takes`` says.
         k: (F, 1, nk, T), likewise.
-        part: from ``plans.cuda_block`` or ``plans.cuda_tile``.
+        part: from ``plans.cuda_block``.
         scale: multiplies the products.
     """
-    items, masks, size = _blocks(part)
+    items, masks, (size,) = part.tensors[0], part.tensors[6], part.scalars
     table, wide = _strips(items, size).table, min(size, 64)
-    run = kernel(sddmm_request(size, q.dtype, part.kind == "ctile"), q.device.index)
+    run = kernel(sddmm_request(size, q.dtype), q.device.index)
     for start in range(0, values.shape[0], MOST_MATRICES):
         out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
         run(
@@ -87,18 +87,12 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
         )
 
 
-def _blocks(part: PartPlan) -> tuple[Tensor, Tensor, int]:
-    """Items and masks of blocks, and their size; tiles are blocks, masked where they hang over."""
-    blocks = blocks_of(part) if part.kind == "ctile" else part
-    return blocks.tensors[0], blocks.tensors[6], blocks.scalars[0]
-
-
 def _strips(items: Tensor, size: int) -> cuda_strips.Strips:
     return derived(items, "strips", lambda: cuda_strips.strips(items, size))
 
 
 @functools.lru_cache(maxsize=64)
-def sddmm_request(size: int, dtype: torch.dtype, fragments: bool) -> Request:
-    """The kernel; ``fragments``: of tiles, whose values are in that order."""
+def sddmm_request(size: int, dtype: torch.dtype) -> Request:
+    """The kernel."""
     constants = {"SIZE": size, "DTYPE": CODES[dtype], "STAGES": STAGES}
-    return request("sddmm_tokens_sm90", constants | {"FRAGMENTS": int(fragments)}, flush=True)
+    return request("sddmm_tokens_sm90", constants, flush=True)

@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 # Columns of S of a CTA.
 ACROSS = 128
-# Fewer tokens than this are too few CTAs.
-FEW = 128
+# For fewer tokens than this kernels for all devices go entry by entry; from there on they expand S
+# in memory, which is as fast for smaller matrices, and for more tokens than MANY faster.
+FEW, MANY, LARGE = 256, 1024, 1 << 22
 # Stages of 64 rows; cycles of one, by tokens of a CTA; and of a CTA beside them.
 STAGES = {256: 4, 128: 6, 64: 8}
 STEP = {256: 1150, 128: 640, 64: 460}
 START = 6000
-# Tiles of tokens, which a grid counts in 16 bits.
-MOST_TILES = 65_535
 
 
 def takes(s: Stored, values: Tensor, x: Tensor) -> bool:
     """Whether ``product`` is for x (1, 1, rows, T), rows of tokens transposed."""
     if s.encoding not in (0, 1) or s.columns % 8 or not of_layer(None, (values.dtype,), x):
         return False
-    if s.metadata.data_ptr() % 4 or not FEW <= x.shape[3] <= 64 * MOST_TILES:
+    if s.metadata.data_ptr() % 4 or not facts(x.device.index).hopper:
         return False
-    return facts(x.device.index).hopper
+    tokens = x.shape[3]
+    return tokens < FEW or (tokens <= MANY and s.rows * s.columns >= LARGE)
 
 
 def product(values: Tensor, s: Stored, x: Tensor) -> Tensor:

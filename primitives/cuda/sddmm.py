@@ -20,7 +20,6 @@ _KINDS = {
 BY_TOKENS = {
     "cblock": (block_weights_sm90.takes, block_weights_sm90.sddmm),
     "crow": (row_weights_sm90.takes, row_weights_sm90.sddmm),
-    "ctile": (block_weights_sm90.takes, block_weights_sm90.sddmm),
 }
 
 
@@ -48,9 +47,9 @@ def sddmm(
         q, k = q.to(wide), k.to(wide)
     if parts and parts[0].kind in nm.KINDS and not nm_scores.takes(parts[0], q, k):
         return nm.sddmm(q, k, keep, keep_rows, parts[0], shape, slots, scale, dtype)
-    tokens = by_tokens(parts, q, k, keep, dtype)
-    if not tokens and parts and parts[0].kind == "ctile":
+    if parts and parts[0].kind == "ctile":
         return tile_sddmm.sddmm(q, k, keep, keep_rows, parts[0], scale, dtype)
+    tokens = by_tokens(parts, q, k, keep, dtype)
     for start, stop in gaps(parts, slots, cleared=not tokens):
         values[:, start:stop].zero_()
     if tokens:

@@ -89,9 +89,20 @@ def spmm(
     bias: Tensor | None,
     activation: int,
 ) -> None:
-    """Write scale · S x, or scale · Sᵀ x when transposed; see ``tile_sm90.spmm``.
+    """Write scale · S x, or scale · Sᵀ x when transposed, plus the bias of each row, activated.
 
-    Dtypes and rows may be any of halves; out may be float32.
+    Args:
+        out: (F, 1, rows, D), contiguous, or with ``tokens`` (F, 1, D, rows); of x's dtype or
+            float32.
+        values: (F, slots) of x's dtype, contiguous, 16-byte aligned.
+        x: (F, 1, inner or more, D), rows of its contiguous dimension 16-byte aligned.
+        inner: inner positions of the matrix.
+        tables: bounds and cells of ``plans.cuda_tile``, of the columns when transposed.
+        scale: multiplies the product.
+        transposed: multiply by the transpose.
+        tokens: inner positions of x are contiguous, and rows of the result.
+        bias: (rows,) of x's dtype, contiguous, or None; tokens only.
+        activation: a code of ``activations``, applied before rounding; tokens only.
     """
     bounds, cells = tables
     free, rows, width = out.shape[0], *out.shape[-2:]

@@ -39,7 +39,6 @@ from . import (
     row_few,
     row_weights_sm90,
     strew_sm90,
-    tile_sm90,
     union_sm90,
 )
 from .calls import describe
@@ -209,8 +208,7 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
         yield pair_sm90.spmm_request(dtype, transposed, False, 0)
     if arch == "90a":
         for size in block_few.SIZES:
-            yield block_weights_sm90.sddmm_request(size, dtype, False)
-        yield block_weights_sm90.sddmm_request(16, dtype, True)
+            yield block_weights_sm90.sddmm_request(size, dtype)
         for wide in dense_tile_sm90.STAGES:
             yield row_weights_sm90.sddmm_request(wide, dtype)
             yield nm_weights_sm90.sddmm_request(wide, dtype)
@@ -218,12 +216,6 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
             yield nm_expand_sm90.spmm_request(wide, dtype)
         for strewn in strew_sm90.COSTS:
             yield strew_sm90.spmm_request(strewn, dtype)
-        for rows, several in tile_sm90.CUTS.items():
-            for one in several:
-                for transposed in (False, True):
-                    for capacity in (16, 32):  # 64 is of dense patches
-                        given = (one, capacity, dtype, transposed, rows, False)
-                        yield tile_sm90.spmm_request(*given)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

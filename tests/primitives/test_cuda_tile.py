@@ -12,7 +12,7 @@ from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives import reference
-from mixgrain.primitives.cuda import tile, tile_mma, tile_sm90
+from mixgrain.primitives.cuda import tile, tile_mma
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sparse_linear import SparseLinear
 from mixgrain.primitives.spmm import spmm
@@ -30,7 +30,6 @@ KERNELS = {
     "few, listed in memory": "few, listed in memory",
     "few, long lines": "few, long lines",
     "few, no clusters": "few, no clusters",
-    **{f"many, wgmma, {n}": ("wgmma", n) for n in range(6)},
     **{f"many, TMA, {n}": (True, n) for n in range(3)},
     **{f"many, {n}": (False, n) for n in range(3)},
 }
@@ -54,16 +53,7 @@ def kernel(request, monkeypatch):
     elif chosen is not None:
         how, way = chosen
         monkeypatch.setattr(tile, "_is_few", lambda *_: False)
-        if how == "wgmma":
-            cuts = tile_sm90.CUTS
-            monkeypatch.setattr(
-                tile_sm90, "choose", lambda *given: cuts[given[-1]][way % len(cuts[given[-1]])]
-            )
-        else:
-            monkeypatch.setattr(tile_sm90, "takes", lambda *_: False)
-            monkeypatch.setattr(
-                tile_mma, "_choose", lambda *given: tile_mma.cuts(how, given[-1])[way]
-            )
+        monkeypatch.setattr(tile_mma, "_choose", lambda *given: tile_mma.cuts(how, given[-1])[way])
     yield request.param
     clear_caches()
 

@@ -1,4 +1,4 @@
-"""Gradients of a layer's blocks, tiles and 2:4 on Hopper, from rows of tokens, on wgmma."""
+"""Gradients of a layer's blocks and 2:4 on Hopper, from rows of tokens, on wgmma."""
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
-from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90, nm_weights_sm90
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sddmm import sddmm
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 HALVES = (torch.float16, torch.bfloat16)
 BLOCKS = ("block16", "block32", "block64", "block128")
-KINDS = (*BLOCKS, "tile", "2:4", "1:2")
+KINDS = (*BLOCKS, "2:4", "1:2")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def taken(monkeypatch):
     for module in (block_weights_sm90, nm_weights_sm90):
         monkeypatch.setattr(module, "kernel", _noting(module.kernel, found))
         monkeypatch.setattr(module, "FEW", 0)
-    monkeypatch.setattr(block_weights_sm90, "LAUNCHES", {"cblock": 1e12, "ctile": 1e12})
+    monkeypatch.setattr(block_weights_sm90, "LAUNCHES", 1e12)
     clear_caches()
     yield found
     clear_caches()
@@ -67,11 +66,9 @@ def layout_of(kind: str, rows: int, columns: int, d: float = 0.4) -> Layout:
         n = int(kind[0])
         dense = torch.randn(rows, columns, generator=g).half()
         return sparsify(dense, "nm", prune=True, n=n, m=2 * n).layout
-    size = 16 if kind == "tile" else int(kind[5:])
+    size = int(kind[5:])
     kept = torch.rand(-(-rows // size), -(-columns // size), generator=g) < d
     kept[1::5], kept[:, 2::7], kept[0, 0] = False, False, True
-    if kind == "tile":
-        return TileLayout.from_tile_mask(kept, (rows, columns))
     return P.blocks(kept, size).to_layout("block", rows, columns, size=size)
 
 

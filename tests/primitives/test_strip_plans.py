@@ -1,17 +1,16 @@
-"""Gradients of layers from rows of tokens: blocks and tiles in strips, 2:4, and who takes them."""
+"""Gradients of layers from rows of tokens: blocks in strips, 2:4, and who takes them."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layer_plans import asked, tiles, weight
+from test_layer_plans import asked, weight
 
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
-from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90, nm_expand_sm90
-from mixgrain.primitives.plans import cuda_block, cuda_strips, cuda_tile
+from mixgrain.primitives.plans import cuda_block, cuda_strips
 
 SIZES = (16, 32, 64, 128)
 
@@ -62,21 +61,6 @@ def test_every_block_once(size, rows, columns, d, seed):
     assert counts == sorted(counts, reverse=True) and made.panels == sum(counts)
 
 
-def test_blocks_of_tiles_are_masked_where_they_hang_over():
-    layout = TileLayout.from_tile_mask(torch.ones(3, 5, dtype=torch.bool), (40, 72))
-    part = cuda_tile.part(layout)
-    items, masks, size = block_weights_sm90._blocks(part)
-    assert size == 16 and len(items) == 15 and len(masks) == 3
-    made = cuda_strips.strips(items, 16)
-    ((first, half, columns, places),) = unpacked(made, 16)
-    assert (first, half, columns) == (0, 0, [0, 16, 32, 48, 64])
-    # In the order of tiles, 256 values each; edges below and on the right, no fourth line.
-    assert places[:, :, 0].T.tolist() == [
-        [4 * (5 * line + n) for n in range(5)] for line in range(3)
-    ] + [[-1] * 5]
-    assert places[:, :, 1].T.tolist() == [[-1] * 4 + [1]] * 2 + [[0] * 4 + [2]] + [[-1] * 5]
-
-
 def test_cuts_fit():
     """Shared memory of a multiprocessor."""
     assert block_weights_sm90.MEMORY + 1024 <= 228 * 1024 - 1024
@@ -97,19 +81,17 @@ def test_cuts_fit():
         (lambda: weight(1024, 1024, 64, 0.5), 256, "sddmm_block_sm90", "sddmm_block"),
         (lambda: weight(1024, 1024, 32, 0.5), 4096, "sddmm_tokens_sm90", "sddmm_block"),
         (lambda: weight(1024, 1024, 16, 0.2), 256, "sddmm_tokens_sm90", "sddmm_block"),
-        (lambda: tiles(4096, 4096, 0.2), 1024, "sddmm_tokens_sm90", "sddmm_tile"),
-        # Few tokens are soon multiplied; rows that TMA cannot read.
-        (lambda: tiles(4096, 4096, 0.2), 1, "sddmm_tile", "sddmm_tile"),
+        # Rows that TMA cannot read; nothing kept.
         (lambda: weight(1028, 1024, 32, 0.5), 4096, "sddmm_block", "sddmm_block"),
-        (lambda: tiles(1024, 1024, 0.0), 1024, None, None),
+        (lambda: weight(1024, 1024, 32, 0.0), 1024, "turn", "turn"),
     ],
 )
 def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
     layout = make()
     for arch, name in (("90a", hopper), ("80", other)):
-        turned = ["turn", "turn"] if name and name.startswith("sddmm_block") else []
+        turned = {"sddmm_block": ["turn"] * 2, "sddmm_block_sm90": ["turn"] * 2, "turn": ["turn"]}
         found = asked(layout, tokens, arch, "token_gradients", of=0)
-        assert found == ([*turned, name] if name else [])
+        assert found == [*turned.get(name, []), name]
 
 
 @pytest.mark.parametrize("n", [2, 1])
@@ -119,9 +101,9 @@ def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
         (0, 16, "sddmm_nm", "sddmm_nm"),
         (0, 64, "sddmm_pick_nm_sm90", "sddmm_nm"),
         (0, 300, "sddmm_pick_nm_sm90", "nm_sample"),
-        (1, 64, "spmm_nm_any", "spmm_nm_any"),
-        (1, 128, "spmm_nm_expand_sm90", "spmm_nm_any"),
-        (1, 300, "spmm_nm_expand_sm90", "nm_expand"),
+        (1, 1, "spmm_nm_expand_sm90", "spmm_nm_any"),
+        (1, 255, "spmm_nm_expand_sm90", "spmm_nm_any"),
+        (1, 300, "nm_expand", "nm_expand"),
     ],
 )
 def test_who_takes_the_gradients_of_24(n, of, tokens, hopper, other):
