@@ -21,8 +21,6 @@ from .parts import MOST_MATRICES, of_layer
 STAGES = 3
 # Dynamic shared memory of a CTA, bytes: stages, what results leave through, and room to align.
 MEMORY = STAGES * (cuda_strips.ROWS + cuda_strips.COLUMNS) * 128 + 8 * 1024 + 1024
-# Up to this many tokens CTAs of other kernels hold all of a row of blocks of 64 or 128.
-FEW = 256
 # Cycles of a CTA beside its steps, and bytes that a multiprocessor reads in a cycle where all do,
 # by size of a block: TMA reads rows of 64 bytes slowly, of 32 more so.
 START, READ = 6000, {16: 18, 32: 29}
@@ -34,7 +32,7 @@ LAUNCHES, TURN, RATE = 17_600, 12, {16: 245, 32: 340}
 def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether ``sddmm`` is for q (F, E, nq, T) and k (F, E, nk, T), rows of tokens transposed.
 
-    And faster than the kernels for all devices.
+    And faster than the kernels for all devices, as it always is for blocks of 64 and 128.
     """
     if part.kind != "cblock" or not of_layer(keep, (dtype,), q, k):
         return False
@@ -45,7 +43,7 @@ def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torc
     if not len(items):
         return False
     if size >= 64:
-        return tokens > FEW
+        return True
     made = _strips(items, size)
     ctas = made.table.shape[0]
     read = (cuda_strips.ROWS + size * made.panels / ctas) * 128 / READ[size]

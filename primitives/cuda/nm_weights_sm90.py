@@ -20,8 +20,6 @@ from .parts import MOST_MATRICES, of_layer
 if TYPE_CHECKING:
     from .nm import Stored
 
-# Fewer tokens than this are multiplied entry by entry.
-FEW = 64
 # Row tiles, which a grid counts in 16 bits.
 MOST_TILES = 65_535
 
@@ -30,7 +28,7 @@ def takes(s: Stored, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dty
     """Whether ``sddmm`` is for q (F, E, rows, T) and k (F, E, columns, T), rows of tokens."""
     if s.encoding not in (0, 1) or not of_layer(keep, (dtype,), q, k):
         return False
-    if s.metadata.data_ptr() % 4 or q.shape[3] < FEW or s.lines > TALL * MOST_TILES or not s.packed:
+    if s.metadata.data_ptr() % 4 or s.lines > TALL * MOST_TILES or not s.packed:
         return False
     return facts(q.device.index).hopper
 

@@ -30,7 +30,6 @@ def taken(monkeypatch):
     found = []
     for module in (block_weights_sm90, nm_weights_sm90):
         monkeypatch.setattr(module, "kernel", _noting(module.kernel, found))
-        monkeypatch.setattr(module, "FEW", 0)
     monkeypatch.setattr(block_weights_sm90, "LAUNCHES", 1e12)
     clear_caches()
     yield found

@@ -78,7 +78,7 @@ def test_cuts_fit():
     [
         (lambda: weight(1024, 1024, 64, 0.5), 4096, "sddmm_tokens_sm90", "sddmm_block"),
         (lambda: weight(1024, 1024, 128, 0.5), 257, "sddmm_tokens_sm90", "sddmm_block"),
-        (lambda: weight(1024, 1024, 64, 0.5), 256, "sddmm_block_sm90", "sddmm_block"),
+        (lambda: weight(1024, 1024, 64, 0.5), 1, "sddmm_tokens_sm90", "sddmm_block"),
         (lambda: weight(1024, 1024, 32, 0.5), 4096, "sddmm_tokens_sm90", "sddmm_block"),
         (lambda: weight(1024, 1024, 16, 0.2), 256, "sddmm_tokens_sm90", "sddmm_block"),
         # Rows that TMA cannot read; nothing kept.
@@ -89,7 +89,7 @@ def test_cuts_fit():
 def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
     layout = make()
     for arch, name in (("90a", hopper), ("80", other)):
-        turned = {"sddmm_block": ["turn"] * 2, "sddmm_block_sm90": ["turn"] * 2, "turn": ["turn"]}
+        turned = {"sddmm_block": ["turn"] * 2, "turn": ["turn"]}
         found = asked(layout, tokens, arch, "token_gradients", of=0)
         assert found == [*turned.get(name, []), name]
 
@@ -98,7 +98,7 @@ def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
 @pytest.mark.parametrize(
     ("of", "tokens", "hopper", "other"),
     [
-        (0, 16, "sddmm_nm", "sddmm_nm"),
+        (0, 1, "sddmm_pick_nm_sm90", "sddmm_nm"),
         (0, 64, "sddmm_pick_nm_sm90", "sddmm_nm"),
         (0, 300, "sddmm_pick_nm_sm90", "nm_sample"),
         (1, 1, "spmm_nm_expand_sm90", "spmm_nm_any"),
