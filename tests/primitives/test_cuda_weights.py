@@ -102,7 +102,8 @@ def exact(layout: Layout, count: int, dtype: torch.dtype, lead=()) -> None:
 @pytest.mark.parametrize("shape", [(640, 768), (8, 40), (128, 4096), (4096, 128), (208, 2056)])
 def test_gradients_are_exact(shape, count, dtype, kind, poisoned, taken):
     exact(layout_of(kind, *shape), count, dtype)
-    assert taken == [name_of(kind)]
+    # One token is a row as well: kernels of scores take that of 2:4.
+    assert taken == [] if count == 1 and ":" in kind else taken == [name_of(kind)]
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -98,7 +98,7 @@ def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
 @pytest.mark.parametrize(
     ("of", "tokens", "hopper", "other"),
     [
-        (0, 1, "sddmm_pick_nm_sm90", "sddmm_nm"),
+        (0, 2, "sddmm_pick_nm_sm90", "sddmm_nm"),
         (0, 64, "sddmm_pick_nm_sm90", "sddmm_nm"),
         (0, 300, "sddmm_pick_nm_sm90", "nm_sample"),
         (1, 1, "spmm_nm_expand_sm90", "spmm_nm_any"),
