@@ -18,8 +18,8 @@
 //   grid   (lines, tiles of columns, F)
 //   block  kWarps warps
 //   smem   static: the warps' sums
-//   floor  the latency of two loads (kRoom: one) and a store that depend on each other: on an H200, caches flushed,
-//          1.4 µs behind the 4.7 of an empty kernel (kRoom: 0.7)
+//   floor  the latency of two loads (kRoom: one) and a store that depend on each other: of two, on an H200, caches
+//          flushed, 1.4 µs behind the 4.7 of an empty kernel
 //   needs  sm_80
 #include "types.cuh"
 #include "few.cuh"

@@ -1,4 +1,4 @@
-"""TileLayout on CUDA: mma.sync on every device, x by TMA where there is one."""
+"""TileLayout on CUDA: which kernel takes a product, and those for few columns on every device."""
 
 from __future__ import annotations
 
@@ -152,7 +152,9 @@ def _few(
     room = room_for(lines, len(cells), inner, transposed)
     # Sums are added up in the order of warps, so the number of matrices has no part in the cut.
     if room:
-        known = derived(cells, "compact", lambda: cuda_tile.compact(bounds, cells, transposed))
+        known = derived(
+            cells, ("compact", transposed), lambda: cuda_tile.compact(bounds, cells, transposed)
+        )
         listed: tuple[Argument, ...] = (np.pad(known, (0, room - known.size)).view(f"V{room}")[0],)
     else:
         shares = derived(
