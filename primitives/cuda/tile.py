@@ -16,7 +16,7 @@ from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
 from ..plans.plan import PartPlan
-from . import block, tile_mma, tile_thin
+from . import block, tile_mma, tile_sm90, tile_thin
 from .block_sm90 import laid_out
 from .finish import finish
 from .parts import (
@@ -36,6 +36,9 @@ from .tile_tables import blocks_of, rows_first
 # of a line, which a warp takes one after the other; of the others for each tile and column, by
 # whether x has rows of tokens.
 START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
+# Of those others on Hopper, where spmm_tile_sm90 does the rest: for a call, each tile, each tile
+# and column by whether x has rows of tokens.
+CALL, TILE, COLUMN = 7.0, 1.3e-4, {True: 4.1e-6, False: 8e-6}
 # Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
 SHORT, FEW = 40, 128
 # Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
@@ -96,7 +99,8 @@ def spmm(
         )
         return out.mT.contiguous().mT if tokens else out
     tables = part.tensors[2:] if transposed else part.tensors[:2]
-    if _is_few(tables, width, tokens):
+    large = tile_sm90.takes(x, rows, dtype, tokens)
+    if _is_few(x.device.index, tables, inner, width, tokens, large):
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
         thin = _thin(x, tables)
@@ -110,7 +114,8 @@ def spmm(
     if not tokens:
         shape = (*shape[:3], x.shape[3])
     out = x.new_empty(shape, dtype=dtype)
-    tile_mma.spmm(out, values, x, inner, tables, scale, transposed, tokens, bias, activation)
+    many = tile_sm90.spmm if large else tile_mma.spmm
+    many(out, values, x, inner, tables, scale, transposed, tokens, bias, activation)
     return out.mT if tokens else out[..., :width].contiguous()
 
 
@@ -125,13 +130,21 @@ def _thin(x: Tensor, tables: list[Tensor]) -> tile_thin.Thin | None:
     return tile_thin.cut(facts(index), lines, tiles, inner, width)
 
 
-def _is_few(tables: list[Tensor], width: int, tokens: bool) -> bool:
-    """Whether kernels for few columns are faster than spmm_tile.
+def _is_few(
+    index: int, tables: list[Tensor], inner: int, width: int, tokens: bool, large: bool
+) -> bool:
+    """Whether kernels for few columns are faster than spmm_tile, or (``large``) spmm_tile_sm90.
 
     They add up in another order, so the number of matrices has no part in the choice.
     """
-    lines, tiles = tables[0].numel() - 1, len(tables[1])
-    return width <= WIDEST and EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1)
+    if width > WIDEST:
+        return False
+    lines, tiles, several = tables[0].numel() - 1, len(tables[1]), facts(index).multiprocessors
+    if large:
+        cut = tile_sm90.choose(several, lines, tiles, inner, width, 1, tokens)
+        few = CALL + tiles * (TILE + COLUMN[tokens] * width)
+        return few <= tile_sm90.cost(cut, several, lines, tiles, inner, width, 1)
+    return EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1)
 
 
 def _few(

@@ -1,0 +1,195 @@
+"""TileLayout on sm_90a, for many columns: spmm_tile_sm90."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.tma import descriptor
+from mixgrain.formats.tile import SIZE
+
+from ..plans import cuda_tile_stages
+from .block_sm90 import CODES, walks
+from .parts import activation_constant
+
+# Bytes of stages of a CTA.
+ROOM = 192 * 1024
+# Most stages.
+STAGES = 12
+# Clocks of a microsecond; of a call, and of a tile of the result beside its stages; of a stage that
+# a warpgroup alone has, beside its products. Bytes that a multiprocessor takes in in a clock.
+CLOCK, CALL, TILE, ALONE, READ = 1755, 12_000, 2500, 260, 37
+
+
+class Cut(NamedTuple):
+    """How the product is cut.
+
+    Attributes:
+        groups: warpgroups of a CTA, four lines of tiles each.
+        wide: columns of x.
+        cluster: CTAs, one below the other, that share x.
+    """
+
+    groups: int
+    wide: int
+    cluster: int = 1
+
+    def stage(self, capacity: int) -> int:
+        """Bytes of a stage of x and so many tiles."""
+        return self.wide * 128 + capacity * 512
+
+    def stages(self, capacity: int) -> int:
+        """Of a CTA."""
+        return min(STAGES, ROOM // self.stage(capacity))
+
+    def shared(self, capacity: int, tokens: bool) -> int:
+        """Dynamic shared memory of a CTA, bytes: what rows of tokens leave through, too."""
+        staging = 4096 * self.groups if tokens else 0
+        return self.stages(capacity) * self.stage(capacity) + staging + 1024
+
+
+# The ways to cut it, by whether x has rows of tokens.
+CUTS = {
+    True: tuple(Cut(groups, wide) for groups in (4, 2) for wide in (128, 64, 32)),
+    False: tuple(Cut(groups, wide) for groups in (4, 2) for wide in (128, 64)),
+}
+
+
+def takes(x: Tensor, rows: int, dtype: torch.dtype, tokens: bool) -> bool:
+    """Whether ``spmm`` is for results of x (F, 1, inner, D), halves, once it is aligned."""
+    if not facts(x.device.index).hopper:
+        return False
+    return not tokens or (rows % 8 == 0 and dtype == x.dtype)
+
+
+def choose(
+    several: int, lines: int, tiles: int, inner: int, width: int, free: int, tokens: bool
+) -> Cut:
+    """The cut of least cost; however it is cut, it adds up in the same order."""
+    return min(CUTS[tokens], key=lambda cut: cost(cut, several, lines, tiles, inner, width, free))
+
+
+def cost(
+    cut: Cut, several: int, lines: int, tiles: int, inner: int, width: int, free: int
+) -> float:
+    """Microseconds of a product with tiles at random."""
+    density = min(1.0, tiles / max(1, lines * -(-inner // SIZE)))
+    per = cuda_tile_stages.FOUR * cut.groups
+    deep = -(-inner // (4 * SIZE)) * (1 - (1 - density) ** (4 * per))
+    products = (
+        4 * (1 - (1 - density) ** cuda_tile_stages.FOUR) / max(1 - (1 - density) ** (4 * per), 1e-9)
+    )
+    read = (cut.wide * 128 + 4 * per * density * 512) / READ
+    multiplied = products * max(cut.wide / 2, 24)
+    step = max(read, cut.groups * multiplied, ALONE + multiplied)
+    results = -(-lines // per) * -(-width // cut.wide) * free
+    return (CALL + -(-results // several) * (TILE + deep * step)) / CLOCK
+
+
+def spmm(
+    out: Tensor,
+    values: Tensor,
+    x: Tensor,
+    inner: int,
+    tables: list[Tensor],
+    scale: float,
+    transposed: bool,
+    tokens: bool,
+    bias: Tensor | None,
+    activation: int,
+) -> None:
+    """Write scale · S x, or scale · Sᵀ x when transposed, plus the bias of each row, activated.
+
+    Args:
+        out: (F, 1, rows, D), contiguous, or with ``tokens`` (F, 1, D, rows); of x's dtype or
+            float32, as ``takes`` says.
+        values: (F, slots) of x's dtype, contiguous, 16-byte aligned.
+        x: (F, 1, inner or more, D), rows of its contiguous dimension 16-byte aligned.
+        inner: inner positions of the matrix.
+        tables: bounds and cells of ``plans.cuda_tile``, of the columns when transposed.
+        scale: multiplies the product.
+        transposed: multiply by the transpose.
+        tokens: inner positions of x are contiguous, and rows of the result.
+        bias: (rows,) of x's dtype, contiguous, or None; tokens only.
+        activation: a code of ``activations``, applied before rounding; tokens only.
+    """
+    bounds, cells = tables
+    free, lines = out.shape[0], bounds.numel() - 1
+    rows, width = out.shape[2:] if not tokens else (out.shape[3], out.shape[2])
+    several = facts(x.device.index).multiprocessors
+    cut = choose(several, lines, len(cells), inner, width, free, tokens)
+    made = derived(
+        cells,
+        ("stages", cut.groups, cut.cluster, inner),
+        lambda: cuda_tile_stages.stages(bounds, cells, cut.groups, cut.cluster, inner),
+    )
+    across = -(-width // cut.wide)
+    tiles = walks(made.spans, across, free, several // cut.cluster)
+    partial = out.dtype == torch.float32
+    wanted = spmm_request(cut, made.capacity, x.dtype, transposed, tokens, partial, activation)
+    kernel(wanted, x.device.index)(
+        (tiles.shape[0] * cut.cluster,),
+        128 * cut.groups + 128,
+        (
+            _map(x, cut, tokens),
+            values.data_ptr(),
+            np.int64(values.shape[1]),
+            made.table.data_ptr(),
+            tiles.data_ptr(),
+            np.int32(tiles.shape[1]),
+            np.int32(across),
+            np.float32(scale),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            np.int32(rows),
+            np.int32(inner),
+            np.int32(width),
+            x.data_ptr(),
+            *(np.int64(x.stride(d)) for d in (0, 2, 3)),
+            bounds.data_ptr(),
+            cells.data_ptr(),
+        ),
+        cut.shared(made.capacity, tokens),
+    )
+
+
+def _map(x: Tensor, cut: Cut, tokens: bool) -> np.ndarray:
+    """What a CTA brings of x: 64 inner positions × tokens, or 64 columns × inner positions."""
+    free, _, inner, width = x.shape
+    share = (cut.wide if tokens else 64) // cut.cluster
+    line, dims = (3, (inner, width)) if tokens else (2, (width, inner))
+    strides = tuple(x.stride(d) * x.element_size() for d in (line, 0))
+    return descriptor(x.data_ptr(), x.dtype, (*dims, free), strides, (64, share, 1))
+
+
+@functools.lru_cache(maxsize=256)
+def spmm_request(
+    cut: Cut,
+    capacity: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    tokens: bool,
+    partial: bool,
+    activation: int = 0,
+) -> Request:
+    """The kernel; ``partial`` writes float32."""
+    constants = {
+        "GROUPS": cut.groups,
+        "CLUSTER": cut.cluster,
+        "WIDE": cut.wide,
+        "CAPACITY": capacity,
+        "STAGES": cut.stages(capacity),
+        "DTYPE": CODES[dtype],
+        "TRANSPOSED": int(transposed),
+        "TOKENS": int(tokens),
+        "PARTIAL": int(partial),
+    }
+    return request("spmm_tile_sm90", constants | activation_constant(activation), flush=True)
