@@ -54,13 +54,13 @@ _pretended = _Pretended()
 
 
 @contextlib.contextmanager
-def pretending(arch: str) -> Iterator[None]:
+def pretending(arch: str, multiprocessors: int = 1) -> Iterator[None]:
     """Let launch code of this thread believe that every device has this architecture.
 
     For listing kernels; there may be no device at all.
     """
     before = _pretended.facts
-    _pretended.facts = DeviceFacts(0, f"sm_{arch}", arch, 1, SHARED_BYTES[arch])
+    _pretended.facts = DeviceFacts(0, f"sm_{arch}", arch, multiprocessors, SHARED_BYTES[arch])
     try:
         yield
     finally:

@@ -52,10 +52,3 @@ __device__ __forceinline__ void tma_multicast(u32 to, const TensorMap &map, u32 
         "r"(c1), "r"(c2), "r"(c3)
         : "memory");
 }
-__device__ __forceinline__ void tma_multicast(u32 to, const TensorMap &map, u32 barrier, u16 mask, int c0, int c1,
-                                              int c2) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(to), "l"(&map), "r"(barrier), "h"(mask), "r"(c0), "r"(c1), "r"(c2)
-        : "memory");
-}

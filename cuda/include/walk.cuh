@@ -8,9 +8,9 @@ struct Walk {
     const int4 *at, *end;
     int4 soon;
 
-    // tiles (CTAs or clusters, each).
-    __device__ __forceinline__ Walk(const int4 *tiles, int each, u32 walker = blockIdx.x)
-        : at(tiles + static_cast<i64>(walker) * each), end(at + each), soon(__ldg(at)) {}
+    // tiles (gridDim.x, each).
+    __device__ __forceinline__ Walk(const int4 *tiles, int each)
+        : at(tiles + static_cast<i64>(blockIdx.x) * each), end(at + each), soon(__ldg(at)) {}
     __device__ __forceinline__ bool next(int4 &tile) {
         if (at == end) return false;
         tile = soon;

@@ -3,30 +3,31 @@
 // A CTA takes 64 kGroups rows, 4 lines of tiles for each warpgroup, and kWide columns of x. Stage by stage come 64 inner
 // positions of x and the lines' tiles there. A warpgroup multiplies by those 16 inner positions at which any of its lines
 // keeps a tile: a tile is a warp's left operand as it lies in memory, and a warp whose line has none there puts zeros.
-// The CTAs of a cluster, one below the other, share x: each brings its part to all.
 //
 //   out      (F, rows, D); with kTokens (F, D, rows), plus the bias of each row, activated
 //   x        (F, inner, D), columns contiguous, by a 3-D tensor map (D, inner, F) in boxes of 64 × 64; with kTokens inner
-//            positions contiguous, (inner, D, F), boxes of 64 × kWide; a CTA's part of them, the outer cut
+//            positions contiguous, (inner, D, F), boxes of 64 × kWide
 //   values   (F, slots), 512 bytes a tile
-//   records  (n, kRecord) int, of each stage of each CTA's lines: of each line two, in bytes which of the stage's tiles
-//            lies at each 16 inner positions (255: none) and of its warpgroup bits of what to multiply by, and from bit 4
-//            on of what hangs over the edge; then inner position / 64, number of tiles, 0, 0; numbers in memory of up to
-//            kCapacity tiles
-//   tiles    (clusters, n) int4   see walk.cuh; line = kCluster kLines lines of tiles, elements: stages; the records
-//            of the cluster's first CTA come first
+//   records  (n, kRecord) int, of each stage of each group of lines: of each line four shorts, of each 16 inner positions
+//            whether its warpgroup multiplies by them (bit 0) and they hang over the edge (bit 1), and which of the
+//            stage's tiles lies there (from bit 9 on; bit 2: none); then inner position / 64, number of tiles, 0, 0;
+//            numbers in memory of up to kCapacity tiles
+//   tiles    (n) int4         see walk.cuh; line = group of kLines lines of tiles, elements: records
 //
-//   grid    CTAs in clusters that walk their tiles of 64 kGroups kCluster rows × kWide columns
+//   grid    CTAs that walk their tiles of 64 kGroups rows × kWide columns
 //   block   kGroups warpgroups of consumers, and one that produces
-//   smem    kStages of 64 × kWide elements of x and kCapacity tiles; with kTokens 4 KiB for each warpgroup
+//   smem    kStages of 64 × kWide elements of x and kCapacity tiles; with kTokens 4 KiB for each warpgroup; kMeta besides
 //   floor   tensor cores: 2 · 1024 · D FLOP at 800 TFLOP/s for each warpgroup and 16 inner positions that it multiplies
-//           by; L2: x once for each cluster's lines and tiles once for every kWide columns, at 8.6 TB/s
+//           by; L2: x once for each group of lines and tiles once for every kWide columns, at 8.6 TB/s
 //   needs   sm_90a, 16-byte aligned rows of x, of values and of the result
+//
+// What decides is how long a warpgroup takes from stage to stage, latency by latency: products in flight bar the way to
+// the tensor cores for its own, and only the other warpgroups' fill it meanwhile. So what it notes of a stage comes with
+// the stage before, and it looks whether a stage is there while it multiplies by the one before.
 //
 // Zeros multiply elements of x that a line has no use for, and 0 · NaN is NaN. So all that is not finite in x shows:
 // every sum that met it is not finite. Those sums alone are made again, tile by tile.
 #include "types.cuh"
-#include "cluster.cuh"
 #include "result.cuh"
 #include "tile.cuh"
 #include "token_rows.cuh"
@@ -34,7 +35,6 @@
 #include "walk.cuh"
 
 constexpr int kGroups = MG_GROUPS, kWide = MG_WIDE, kStages = MG_STAGES, kCapacity = MG_CAPACITY;
-constexpr int kCluster = MG_CLUSTER;
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kTokens || kWide >= 64, "panels of x have 64 columns");
 static_assert(!(kTokens && kPartial), "rows of tokens are not summed elsewhere");
@@ -43,8 +43,12 @@ constexpr int kLines = 4 * kGroups, kConsumers = 128 * kGroups, kPanels = kToken
 constexpr int kNotes = 2 * kLines, kList = 4 + kCapacity, kRecord = kNotes + kList;  // ints
 constexpr int kBringers = 4, kEach = (kCapacity + 31) / 32;  // warps that bring stages, tiles of a lane
 constexpr int kAhead = 2, kLists = kAhead + 1;               // lists of a warp under way, and one that is read
-constexpr int kShare = (kTokens ? kWide : 64) / kCluster;  // lines of 128 bytes of a panel that a CTA brings
 constexpr u32 kPanel = 64 * 128, kX = kWide * 128, kStage = kX + kCapacity * 512;
+constexpr u32 kStaged = kTokens ? 4096 * kGroups : 0;
+constexpr u32 kBarriers = 8 * (2 * kStages + kBringers * kLists);
+constexpr u32 kMeta = kBarriers + 4 * (kStages * kNotes + kBringers * kLists * kList);
+static_assert(1024 + kStages * kStage + kStaged + kMeta == MG_SHARED, "as much as is asked for, and to align it");
+static_assert(kStages >= kBringers, "a producer waits for one stage at a time");
 constexpr bool kMoves = kGroups == 4 && kWide == 128;  // registers, which are short for no others
 using Pool = Registers<kConsumers + 128, kMoves ? 32 : 40, kMoves ? 112 : 96>;
 using sum_t = DtypeOf<kPartial ? 2 : kDtype>::type;
@@ -55,127 +59,121 @@ struct Cursor {
     int4 tile{0, 0, 0, 0};
     int n = -1;
 
-    __device__ __forceinline__ bool next() {
-        ++n;
-        while (n == tile.z) {
+    // So many stages on, at first from before the first; false behind the last.
+    __device__ __forceinline__ bool forward(int steps) {
+        n += steps;
+        while (n >= tile.z) {
+            n -= tile.z;
             if (!walk.next(tile)) {
-                tile.z = 0, n = -1;  // the same when asked again
+                tile.z = 0, n = 0;  // the same when asked again
                 return false;
             }
-            n = 0;
         }
         return true;
     }
 };
 
-__device__ __forceinline__ void bring(u32 to, const TensorMap &map, u32 barrier, int c0, int c1, int c2) {
-    if constexpr (kCluster > 1)
-        tma_multicast(to, map, barrier, (1 << kCluster) - 1, c0, c1, c2);
-    else
-        tma_load(to, map, barrier, c0, c1, c2);
+__device__ __forceinline__ int4 load_shared4(u32 address) {
+    int4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
 }
 
-// To all that write there.
-__device__ __forceinline__ void give_back(u32 empty, int lane) {
-    if constexpr (kCluster > 1) {
-        if (lane < kCluster) cluster_arrive(cluster_address(empty, lane));
-    } else if (lane == 0) {
-        barrier_arrive(empty);
-    }
+// Zeros if not; in one piece, so that nothing of it comes before products have been waited for.
+__device__ __forceinline__ uint4 load_if(bool there, u32 address) {
+    uint4 v;
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+        "@p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "r"(address), "r"(u32(there))
+        : "memory");
+    return v;
 }
 
-extern "C" __global__ void
-#if MG_CLUSTER > 1
-__cluster_dims__(MG_CLUSTER, 1, 1)
-#endif
-__launch_bounds__(kConsumers + 128, 1)
+extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     spmm_tile_sm90(const __grid_constant__ TensorMap x_map, const operand_t *__restrict__ values, i64 slots,
                    const int *__restrict__ records, const int4 *__restrict__ tiles, int each, int across, float scale,
                    const operand_t *__restrict__ bias, void *__restrict__ out, int rows, int inner, int width,
                    const operand_t *__restrict__ x, i64 x_free, i64 x_inner, i64 x_column,  // to make sums again
                    const int *__restrict__ bounds, const int2 *__restrict__ cells) {
     extern __shared__ u8 raw[];
-    const u32 ring = (shared_address(raw) + 1023) & ~1023u;
-    __shared__ alignas(8) u64 barriers[2 * kStages + kBringers * kLists];
-    __shared__ alignas(16) int lists[kBringers][kLists][kList];
-    __shared__ alignas(16) uint2 notes[kStages][kLines];
-    const u32 full = shared_address(barriers), empty = full + 8 * kStages, listed = empty + 8 * kStages;
+    const u32 ring = (shared_address(raw) + 1023) & ~1023u, full = ring + kStages * kStage + kStaged;
+    const u32 empty = full + 8 * kStages, listed = empty + 8 * kStages;
+    const u32 notes = full + kBarriers, lists = notes + 4 * kStages * kNotes;
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
 
-    const int rank = kCluster > 1 ? int(cluster_rank()) : 0;
-
-    Walk walk(tiles, each, blockIdx.x / kCluster);
+    Walk walk(tiles, each);
     if (threadIdx.x == kConsumers) tma_prefetch(x_map);
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s)
-            barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kCluster * kConsumers / 32);
+            barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, kConsumers / 32);
         for (int s = 0; s < kBringers * kLists; ++s) barrier_init(listed + 8 * s, 1);
         barrier_init_fence();
     }
-    if constexpr (kCluster > 1)
-        cluster_sync();
-    else
-        __syncthreads();
-    auto record = [&](const int4 &tile, int n) {
-        return records + static_cast<i64>(tile.y * kCluster + rank * tile.z + n) * kRecord;
-    };
-
-    int stage = 0;
-    int4 tile;
+    __syncthreads();
+    auto record = [&](const int4 &tile, int n) { return records + static_cast<i64>(tile.y + n) * kRecord; };
 
     if (warp >= kConsumers / 32) {  // producers: each brings whole stages, in turn
         if constexpr (kMoves) Pool::give();
         const int mine = warp - kConsumers / 32;
         Cursor ahead{walk}, now{walk};
-        for (int i = 0; i < mine; ++i) ahead.next(), now.next();
-        int asked = 0;
+        int asked = 0, asks = 1 + mine;
         auto ask = [&] {  // for the list of one more stage of its own
-            if (!ahead.next()) return;
-            const int at = asked++ % kLists;
+            if (!ahead.forward(asks)) return;
+            asks = kBringers;
+            const int at = mine * kLists + asked;
+            if (++asked == kLists) asked = 0;
             if (lane == 0) {
-                barrier_expect(listed + 8 * (mine * kLists + at), kList * 4);
-                bulk_load(shared_address(lists[mine][at]), record(ahead.tile, ahead.n) + kNotes, kList * 4,
-                          listed + 8 * (mine * kLists + at));
+                barrier_expect(listed + 8 * at, kList * 4);
+                bulk_load(lists + at * kList * 4, record(ahead.tile, ahead.n) + kNotes, kList * 4, listed + 8 * at);
             }
-            for (int i = 1; i < kBringers; ++i) ahead.next();
         };
 #pragma unroll 1
         for (int i = 0; i < kAhead; ++i) ask();
-#pragma unroll 1
-        for (int i = 0; now.next(); ++i) {
-            const int column = now.tile.w % across * kWide, matrix = now.tile.w / across, at = i % kLists;
-            const int round = i * kBringers + mine, stage = round % kStages;
-            const u32 to = ring + stage * kStage, done = full + 8 * stage;
+        int stage = mine, list = 0, repeat = -1, column = 0, matrix = 0;
+        u32 free = 1, known = 0;  // parities of what it waits for
+        for (int steps = 1 + mine; now.forward(steps); steps = kBringers) {
+            const u32 to = ring + stage * kStage, done = full + 8 * stage, items = lists + (mine * kLists + list) * kList * 4;
+            if (now.tile.w != repeat)
+                repeat = now.tile.w, column = repeat % across * kWide, matrix = repeat / across;
             const operand_t *const from = values + matrix * slots;
             ask();  // into the place of the list before, which all lanes have used
-            barrier_wait(listed + 8 * (mine * kLists + at), i / kLists & 1);
-            const int first = lists[mine][at][0] * 64, count = lists[mine][at][1];
+            barrier_wait(listed + 8 * (mine * kLists + list), known);
+            const int4 head = load_shared4(items);
+            const int first = head.x * 64, count = head.y;
             int item[kEach];
 #pragma unroll
-            for (int h = 0; h < kEach; ++h) item[h] = lane + 32 * h < count ? lists[mine][at][4 + lane + 32 * h] : -1;
-            barrier_wait(empty + 8 * stage, round / kStages & 1 ^ 1);
+            for (int h = 0; h < kEach; ++h)
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(item[h]) : "r"(items + 16 + 4 * min(lane + 32 * h, kCapacity - 1)));
+            barrier_wait(empty + 8 * stage, free);
             if (lane == 0) {
                 barrier_expect(done, kX + count * 512 + kNotes * 4);
-                const int share = rank * kShare;
                 if constexpr (kTokens)
-                    bring(to + share * 128, x_map, done, first, column + share, matrix);
+                    tma_load(to, x_map, done, first, column, matrix);
                 else
 #pragma unroll
-                    for (int p = 0; p < kPanels; ++p)
-                        bring(to + p * kPanel + share * 128, x_map, done, column + 64 * p, first + share, matrix);
-                bulk_load(shared_address(notes[stage]), record(now.tile, now.n), kNotes * 4, done);
+                    for (int p = 0; p < kPanels; ++p) tma_load(to + p * kPanel, x_map, done, column + 64 * p, first, matrix);
+                // What is noted of the stage that comes next.
+                const int *noted = record(now.tile, now.n + 1);
+                if (now.n + 1 == now.tile.z) {
+                    Walk peek = now.walk;
+                    int4 next;
+                    bool more = peek.next(next);
+                    while (more && !next.z) more = peek.next(next);
+                    noted = more ? record(next, 0) : record(now.tile, now.n);
+                }
+                bulk_load(notes + stage * kNotes * 4, noted, kNotes * 4, done);
             }
             __syncwarp();
 #pragma unroll
             for (int h = 0; h < kEach; ++h)
-                if (item[h] >= 0)
+                if (lane + 32 * h < count)
                     bulk_load(to + kX + (lane + 32 * h) * 512, from + static_cast<i64>(item[h]) * 256, 512, done);
             __syncwarp();
-            for (int j = 1; j < kBringers; ++j) now.next();
-        }
-        if constexpr (kCluster > 1) {  // others write to its shared memory as long as they work
-            __syncwarp();
-            cluster_sync();
+            if ((stage += kBringers) >= kStages) stage -= kStages, free ^= 1;
+            if (++list == kLists) list = 0, known ^= 1;
         }
         return;
     }
@@ -183,30 +181,44 @@ __launch_bounds__(kConsumers + 128, 1)
     if constexpr (kMoves) Pool::take();
     const int group = warp / 4;
     const u64 x_desc = kTokens ? wgmma_rows<128>(ring) : wgmma_descriptor(ring, kPanel);
+    int stage = 0;
+    int4 tile;
     u32 parity = 0;
+    u32 mine = ring + kX + lane * 16;  // where it reads of a tile
+    asm volatile("" : "+r"(mine));  // or it is made again for every stage
+    bool here = false;  // the stage that comes next
+    int2 note{0, 0};    // of that
+    if (Cursor first{walk}; first.forward(1))
+        note = __ldg(reinterpret_cast<const int2 *>(record(first.tile, 0)) + warp);
 
     while (walk.next(tile)) {
         float acc[kWide / 2];
 #pragma unroll
         for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
+        const bool leads = !(mine & 31 * 16);
         u32 held = 0;  // barrier of the stage that products in flight read
 #pragma unroll 1
         for (int n = 0; n < tile.z; ++n) {
-            const u32 at = stage * kStage, mine = ring + at + kX + lane * 16;
-            barrier_wait(full + 8 * stage, parity);
-            const uint2 note = notes[stage][warp];
+            const u32 at = mine + stage * kStage, barrier = full + 8 * stage;
+            const int word[4] = {note.x, note.x >> 16, note.y, note.y >> 16};
+            const bool over = (note.x | note.y) & 0x20002;
+            if (!here) barrier_wait(barrier, parity);
             wgmma_wait<0>();  // what they read is free, and so are the tiles in registers
-            if (held) give_back(held, lane);
             uint4 v[4];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
-                const u32 which = note.x >> (8 * q) & 255;
-                v[q] = make_uint4(0u, 0u, 0u, 0u);
-                if (which != 255)
-                    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(v[q].x), "=r"(v[q].y), "=r"(v[q].z), "=r"(v[q].w)
-                                 : "r"(mine + which * 512));
+                v[q] = load_if(!(word[q] & 4), at + (word[q] & 0xFE00));
             }
+            // The place of what it notes now is given back after tiles that it tells have been read.
+            if (leads && held) barrier_arrive(held);
+            held = barrier + 8 * kStages;
+            asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                         : "=r"(note.x), "=r"(note.y)
+                         : "r"(notes + stage * kNotes * 4 + warp * 8)
+                         : "memory");
+            const u32 x_at = static_cast<u32>(x_desc) + (stage * kStage >> 4);
+            if (++stage == kStages) stage = 0, parity ^= 1;
+            here = barrier_passed(full + 8 * stage, parity);
             u32 a[4][4];
 #pragma unroll
             for (int q = 0; q < 4; ++q) {
@@ -214,28 +226,27 @@ __launch_bounds__(kConsumers + 128, 1)
                 tile_lines<kTransposed>(w, v[q]);
                 a[q][0] = w[0], a[q][1] = w[2], a[q][2] = w[1], a[q][3] = w[3];
             }
-            if (note.y >> 4)  // some hang over the edge
+            if (over)  // the edge
 #pragma unroll
                 for (int q = 0; q < 4; ++q)
-                    if (note.y >> (4 + q) & 1) {
+                    if (word[q] & 2) {
                         u32 w[4] = {a[q][0], a[q][2], a[q][1], a[q][3]};
                         tile_cut(w, inner % 16);
                         a[q][0] = w[0], a[q][1] = w[2], a[q][2] = w[1], a[q][3] = w[3];
                     }
 #pragma unroll
             for (int q = 0; q < 4; ++q)
-                if (note.y >> q & 1) {
+                if (word[q] & 1) {
                     wgmma_fence();
-                    Wgmma<kWide>::template rs<!kTokens>(acc, a[q], x_desc + ((at + q * (kTokens ? 32 : 2048)) >> 4));
+                    Wgmma<kWide>::template rs<!kTokens>(
+                        acc, a[q], x_desc >> 32 << 32 | (x_at + ((kTokens ? 32 : 2048) * q >> 4)));
                     wgmma_commit();
                 }
-            held = empty + 8 * stage;
-            if (++stage == kStages) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
-        if (held) give_back(held, lane);
+        if (leads && held) barrier_arrive(held);
 
-        const int four = (tile.x * kCluster + rank) * kGroups + group, matrix = tile.w / across;
+        const int four = tile.x * kGroups + group, matrix = tile.w / across;
         const int column = tile.w % across * kWide, row0 = four * 64 + warp % 4 * 16;
         sum_t *const to = static_cast<sum_t *>(out) + static_cast<i64>(matrix) * rows * width;
         if constexpr (kTokens) {
@@ -279,9 +290,5 @@ __launch_bounds__(kConsumers + 128, 1)
             else
                 to[static_cast<i64>(r) * width + c] = from_float<sum_t>(sum * scale);
         }
-    }
-    if constexpr (kCluster > 1) {
-        __syncwarp();
-        cluster_sync();
     }
 }

@@ -36,9 +36,12 @@ from .tile_tables import blocks_of, rows_first
 # of a line, which a warp takes one after the other; of the others for each tile and column, by
 # whether x has rows of tokens.
 START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
-# Of those others on Hopper, where spmm_tile_sm90 does the rest: for a call, each tile, each tile
-# and column by whether x has rows of tokens.
-CALL, TILE, COLUMN = 7.0, 1.3e-4, {True: 4.1e-6, False: 8e-6}
+# Of those others on Hopper, where spmm_tile_sm90 does the rest: for a call, and each byte that a
+# multiprocessor brings for spmm_tile_thin_sm90, by CTAs of a cluster.
+CALL, BYTE = 6.7, {1: 1.8e-5, 2: 2.3e-5, 4: 2.8e-5}
+# The share of all tiles from which spmm_tile_sm90 is faster than spmm_tile, which multiplies by
+# nothing else than tiles; by whether x has rows of tokens.
+LARGE = {True: 0.05, False: 0.12}
 # Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
 SHORT, FEW = 40, 128
 # Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
@@ -99,8 +102,10 @@ def spmm(
         )
         return out.mT.contiguous().mT if tokens else out
     tables = part.tensors[2:] if transposed else part.tensors[:2]
+    lines, tiles = tables[0].numel() - 1, len(tables[1])
     large = tile_sm90.takes(x, rows, dtype, tokens)
-    if _is_few(x.device.index, tables, inner, width, tokens, large):
+    large = large and tiles >= LARGE[tokens] * lines * -(-inner // SIZE)
+    if _is_few(x.device.index, lines, tiles, inner, width, tokens, large):
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
         thin = _thin(x, tables)
@@ -127,11 +132,12 @@ def _thin(x: Tensor, tables: list[Tensor]) -> tile_thin.Thin | None:
         return None
     if tiles <= SHORT * lines and width <= FEW:
         return None
-    return tile_thin.cut(facts(index), lines, tiles, inner, width)
+    found = tile_thin.cut(facts(index), lines, tiles, inner, width)
+    return found and found[1]
 
 
 def _is_few(
-    index: int, tables: list[Tensor], inner: int, width: int, tokens: bool, large: bool
+    index: int, lines: int, tiles: int, inner: int, width: int, tokens: bool, large: bool
 ) -> bool:
     """Whether kernels for few columns are faster than spmm_tile, or (``large``) spmm_tile_sm90.
 
@@ -139,12 +145,13 @@ def _is_few(
     """
     if width > WIDEST:
         return False
-    lines, tiles, several = tables[0].numel() - 1, len(tables[1]), facts(index).multiprocessors
-    if large:
-        cut = tile_sm90.choose(several, lines, tiles, inner, width, 1, tokens)
-        few = CALL + tiles * (TILE + COLUMN[tokens] * width)
-        return few <= tile_sm90.cost(cut, several, lines, tiles, inner, width, 1)
-    return EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1)
+    if not large:
+        return EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1)
+    there = facts(index)
+    found = tile_thin.cut(there, lines, tiles, inner, width) if tokens else None
+    few = CALL + (found[0] * BYTE[found[1].split] if found else EACH[tokens] * width * tiles)
+    how = tile_sm90.choose(there.multiprocessors, lines, tiles, inner, width, 1)
+    return few <= tile_sm90.cost(how, there.multiprocessors, lines, tiles, inner, width, 1)
 
 
 def _few(

@@ -24,9 +24,12 @@ from .parts import activation_constant
 ROOM = 192 * 1024
 # Most stages.
 STAGES = 12
-# Clocks of a microsecond; of a call, and of a tile of the result beside its stages; of a stage that
-# a warpgroup alone has, beside its products. Bytes that a multiprocessor takes in in a clock.
-CLOCK, CALL, TILE, ALONE, READ = 1755, 12_000, 2500, 260, 37
+# Clocks of a microsecond; of a call, and of a tile of the result beside its stages.
+CLOCK, CALL, TILE = 1755, 12_000, 2500
+# Of a stage, from one product to the next: of a warpgroup that is alone, and how much of it is left
+# for each when others multiply meanwhile; the share of the products that they do not hide. What
+# products take of their own at best. Bytes that a multiprocessor takes in in a clock.
+ALONE, EACH, BARE, BEST, READ = 250, 80, 0.65, 1.2, 55
 
 
 class Cut(NamedTuple):
@@ -35,12 +38,10 @@ class Cut(NamedTuple):
     Attributes:
         groups: warpgroups of a CTA, four lines of tiles each.
         wide: columns of x.
-        cluster: CTAs, one below the other, that share x.
     """
 
     groups: int
     wide: int
-    cluster: int = 1
 
     def stage(self, capacity: int) -> int:
         """Bytes of a stage of x and so many tiles."""
@@ -52,15 +53,14 @@ class Cut(NamedTuple):
 
     def shared(self, capacity: int, tokens: bool) -> int:
         """Dynamic shared memory of a CTA, bytes: what rows of tokens leave through, too."""
-        staging = 4096 * self.groups if tokens else 0
-        return self.stages(capacity) * self.stage(capacity) + staging + 1024
+        staging, stages = 4096 * self.groups if tokens else 0, self.stages(capacity)
+        # Barriers, notes and lists of spmm_tile_sm90.
+        rest = 16 * stages + 96 + 32 * self.groups * stages + 48 * (4 + capacity)
+        return stages * self.stage(capacity) + staging + rest + 1024
 
 
-# The ways to cut it, by whether x has rows of tokens.
-CUTS = {
-    True: tuple(Cut(groups, wide) for groups in (4, 2) for wide in (128, 64, 32)),
-    False: tuple(Cut(groups, wide) for groups in (4, 2) for wide in (128, 64)),
-}
+# The ways to cut it.
+CUTS = (Cut(4, 128), Cut(2, 128), Cut(2, 64))
 
 
 def takes(x: Tensor, rows: int, dtype: torch.dtype, tokens: bool) -> bool:
@@ -70,28 +70,29 @@ def takes(x: Tensor, rows: int, dtype: torch.dtype, tokens: bool) -> bool:
     return not tokens or (rows % 8 == 0 and dtype == x.dtype)
 
 
-def choose(
-    several: int, lines: int, tiles: int, inner: int, width: int, free: int, tokens: bool
-) -> Cut:
+def choose(several: int, lines: int, tiles: int, inner: int, width: int, free: int) -> Cut:
     """The cut of least cost; however it is cut, it adds up in the same order."""
-    return min(CUTS[tokens], key=lambda cut: cost(cut, several, lines, tiles, inner, width, free))
+    return min(CUTS, key=lambda cut: cost(cut, several, lines, tiles, inner, width, free))
 
 
 def cost(
     cut: Cut, several: int, lines: int, tiles: int, inner: int, width: int, free: int
 ) -> float:
-    """Microseconds of a product with tiles at random."""
+    """Microseconds of a product with tiles at random, by measurements on an H200."""
     density = min(1.0, tiles / max(1, lines * -(-inner // SIZE)))
-    per = cuda_tile_stages.FOUR * cut.groups
-    deep = -(-inner // (4 * SIZE)) * (1 - (1 - density) ** (4 * per))
-    products = (
-        4 * (1 - (1 - density) ** cuda_tile_stages.FOUR) / max(1 - (1 - density) ** (4 * per), 1e-9)
+    per, four = cuda_tile_stages.FOUR * cut.groups, 4 * cuda_tile_stages.FOUR
+    met = 1 - (1 - density) ** (4 * per)  # of all stages
+    stages = -(-inner // (4 * SIZE)) * met
+    products = 4 * (1 - (1 - density) ** cuda_tile_stages.FOUR) / max(met, 1e-9)
+    multiplied = products * cut.wide / 2
+    step = max(
+        (cut.wide * 128 + four * cut.groups * density * 512) / READ,
+        cut.groups * BEST * multiplied,
+        cut.groups * (EACH + BARE * multiplied),
+        ALONE + multiplied,
     )
-    read = (cut.wide * 128 + 4 * per * density * 512) / READ
-    multiplied = products * max(cut.wide / 2, 24)
-    step = max(read, cut.groups * multiplied, ALONE + multiplied)
     results = -(-lines // per) * -(-width // cut.wide) * free
-    return (CALL + -(-results // several) * (TILE + deep * step)) / CLOCK
+    return (CALL + -(-results // several) * (TILE + stages * step)) / CLOCK
 
 
 def spmm(
@@ -125,21 +126,21 @@ def spmm(
     free, lines = out.shape[0], bounds.numel() - 1
     rows, width = out.shape[2:] if not tokens else (out.shape[3], out.shape[2])
     several = facts(x.device.index).multiprocessors
-    cut = choose(several, lines, len(cells), inner, width, free, tokens)
+    cut = choose(several, lines, len(cells), inner, width, free)
     made = derived(
         cells,
-        ("stages", cut.groups, cut.cluster, inner),
-        lambda: cuda_tile_stages.stages(bounds, cells, cut.groups, cut.cluster, inner),
+        ("stages", cut.groups, inner),
+        lambda: cuda_tile_stages.stages(bounds, cells, cut.groups, inner),
     )
     across = -(-width // cut.wide)
-    tiles = walks(made.spans, across, free, several // cut.cluster)
+    tiles = walks(made.spans, across, free, several)
     partial = out.dtype == torch.float32
     wanted = spmm_request(cut, made.capacity, x.dtype, transposed, tokens, partial, activation)
     kernel(wanted, x.device.index)(
-        (tiles.shape[0] * cut.cluster,),
+        (tiles.shape[0],),
         128 * cut.groups + 128,
         (
-            _map(x, cut, tokens),
+            _map(x, cut.wide, tokens),
             values.data_ptr(),
             np.int64(values.shape[1]),
             made.table.data_ptr(),
@@ -161,13 +162,12 @@ def spmm(
     )
 
 
-def _map(x: Tensor, cut: Cut, tokens: bool) -> np.ndarray:
-    """What a CTA brings of x: 64 inner positions × tokens, or 64 columns × inner positions."""
+def _map(x: Tensor, wide: int, tokens: bool) -> np.ndarray:
+    """X in boxes of 64 inner positions × ``wide`` tokens, or 64 columns × 64 inner positions."""
     free, _, inner, width = x.shape
-    share = (cut.wide if tokens else 64) // cut.cluster
-    line, dims = (3, (inner, width)) if tokens else (2, (width, inner))
+    line, dims, box = (3, (inner, width), (64, wide)) if tokens else (2, (width, inner), (64, 64))
     strides = tuple(x.stride(d) * x.element_size() for d in (line, 0))
-    return descriptor(x.data_ptr(), x.dtype, (*dims, free), strides, (64, share, 1))
+    return descriptor(x.data_ptr(), x.dtype, (*dims, free), strides, (*box, 1))
 
 
 @functools.lru_cache(maxsize=256)
@@ -183,10 +183,10 @@ def spmm_request(
     """The kernel; ``partial`` writes float32."""
     constants = {
         "GROUPS": cut.groups,
-        "CLUSTER": cut.cluster,
         "WIDE": cut.wide,
         "CAPACITY": capacity,
         "STAGES": cut.stages(capacity),
+        "SHARED": cut.shared(capacity, tokens),
         "DTYPE": CODES[dtype],
         "TRANSPOSED": int(transposed),
         "TOKENS": int(tokens),

@@ -63,10 +63,13 @@ class Thin(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> Thin | None:
-    """The way that brings fewest bytes to each multiprocessor; None where x is too long for all.
+def cut(
+    there: DeviceFacts, lines: int, tiles: int, inner: int, width: int
+) -> tuple[float, Thin] | None:
+    """The way that brings fewest bytes to each multiprocessor, and how many these are.
 
-    It is one for any number of matrices: sums are added up in an order of its own.
+    None where x is too long for all. It is one for any number of matrices: sums are added up in an
+    order of its own.
     """
     if tiles > MOST_TILES:
         return None
@@ -90,7 +93,7 @@ def cut(there: DeviceFacts, lines: int, tiles: int, inner: int, width: int) -> T
             tiles_of = 512 * tiles * how.per / (max(lines, 1) * split)
             each = how.staged(inner, width) + tiles_of + how.sums * 2 / 3
             found.append((waves * each + EXCHANGE * (split > 1), how))
-    return min(found)[1] if found else None
+    return min(found, default=None)
 
 
 def spmm(

@@ -6,6 +6,7 @@ Tests compile them for every architecture, and ``mixgrain warm`` does so ahead o
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from . import (
     row_few,
     row_weights_sm90,
     strew_sm90,
+    tile_sm90,
     union_sm90,
 )
 from .calls import describe
@@ -216,6 +218,10 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
             yield nm_expand_sm90.spmm_request(wide, dtype)
         for strewn in strew_sm90.COSTS:
             yield strew_sm90.spmm_request(strewn, dtype)
+        # Stages with room for 64 tiles are of dense patches.
+        for how, room, transposed in itertools.product(tile_sm90.CUTS, (16, 32), (False, True)):
+            for rows in (False, True):
+                yield tile_sm90.spmm_request(how, room, dtype, transposed, rows, False)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

@@ -16,19 +16,20 @@ from .cuda_tile import lines_of
 FOUR = 4
 # Numbers of tiles that a stage has room for.
 CAPACITIES = (16, 32, 64)
+# Bits of what is noted of a line at 16 inner positions; from bit 9 on its place among the tiles.
+MULTIPLY, OVER, NONE, PLACE = 1, 2, 4, 9
 
 
 class Stages(NamedTuple):
     """What CTAs meet that take some lines.
 
     Attributes:
-        table: int32 (records, ints), by cluster, CTA of it and inner position; those of a cluster
-            meet the same inner positions. Of each line two: in bytes, which of the record's tiles
-            it has at each 16 inner positions, 255 = none; and the positions that its warpgroup
-            multiplies by, in bits from 0 on, and in bits from 4 on those that hang over the edge.
-            Then inner position / 64, number of tiles, 0, 0; and numbers in memory of the tiles, by
-            line, 0 behind the last.
-        spans: int32 (clusters, 3) of ``cuda_block.records``, in stages: records of one CTA.
+        table: int32 (stages, ints), by group of lines and inner position. Of each line two that
+            are four shorts, one for each 16 inner positions: ``MULTIPLY`` if its warpgroup
+            multiplies by those, and ``OVER`` if they hang over the edge; the place of its tile
+            among the stage's, or ``NONE``. Then inner position / 64, number of tiles, 0, 0; and
+            numbers in memory of the tiles, by line, 0 behind the last.
+        spans: int32 (groups, 3) of ``cuda_block.records``.
         capacity: tiles that there is room for in each.
     """
 
@@ -37,49 +38,38 @@ class Stages(NamedTuple):
     capacity: int
 
 
-def stages(bounds: Tensor, cells: Tensor, groups: int, cluster: int, inner: int) -> Stages:
+def stages(bounds: Tensor, cells: Tensor, groups: int, inner: int) -> Stages:
     """The tiles of one matrix in stages.
 
     Args:
         bounds: int32 (lines + 1,), of ``cuda_tile.part``.
         cells: int32 (tiles, 2), of ``cuda_tile.part``.
         groups: warpgroups of a CTA, up to 4.
-        cluster: CTAs, one below the other, that meet the same inner positions.
         inner: inner positions of the matrix.
     """
     device, per = bounds.device, FOUR * groups
     line, column = lines_of(bounds), cells[:, 0].long()
-    lines, deep = bounds.numel() - 1, max(-(-inner // (4 * SIZE)), 1)
-    found, stage = torch.unique(line // (per * cluster) * deep + column // 4, return_inverse=True)
-    spans = torch.bincount(found // deep, minlength=-(-lines // (per * cluster)))
-    ends = running(spans)
-    # Of a record: its cluster's first, those of the CTAs before, and of its own.
-    owner, total = found // deep, cluster * len(found)
-    first, count = ends[owner].long(), spans[owner]
-    starts = first * (cluster - 1) + torch.arange(len(found), device=device)
-    which = starts[stage] + line // per % cluster * count[stage]
-    position = torch.empty(total, dtype=torch.int64, device=device)
-    for rank in range(cluster):
-        position[starts + rank * count] = found % deep
-
-    tiles = torch.bincount(which, minlength=total)
+    count, deep = -(-(bounds.numel() - 1) // per), max(-(-inner // (4 * SIZE)), 1)
+    found, which = torch.unique(line // per * deep + column // 4, return_inverse=True)
+    spans = torch.bincount(found // deep, minlength=count)
+    tiles = torch.bincount(which, minlength=len(found))
     order = torch.argsort(which, stable=True)
     place = torch.empty_like(which)
     place[order] = torch.arange(len(which), device=device) - (tiles.cumsum(0) - tiles)[which[order]]
-    most = int(tiles.max()) if total else 0
+    most = int(tiles.max()) if len(found) else 0
     capacity = next(n for n in CAPACITIES if n >= most)
 
     at, quarter = line % per, column % 4
-    slots = torch.full((total, per, 4), 255, dtype=torch.uint8, device=device)
-    slots[which, at, quarter] = place.to(torch.uint8)
-    used = torch.zeros(2, total, groups, 4, dtype=torch.int32, device=device)
-    used[0, which, at // FOUR, quarter] = 1
-    used[1, which, at // FOUR, quarter] = ((column + 1) * SIZE > inner).int()
-    bits = 1 << torch.arange(8, dtype=torch.int32, device=device).view(2, 1, 1, 4)
-    words = (used * bits).sum((0, 3)).int().repeat_interleave(FOUR, 1)
-    notes = torch.stack([slots.view(torch.int32)[..., 0], words], -1).flatten(1)
-    head = torch.stack([position, tiles, tiles * 0, tiles * 0], 1).int()
-    items = torch.zeros(total, capacity, dtype=torch.int32, device=device)
+    notes = torch.full((len(found), groups, FOUR, 4), NONE, dtype=torch.int32, device=device)
+    notes[which, at // FOUR, at % FOUR, quarter] = place.int() << PLACE
+    there = ((notes & NONE) == 0).any(2, keepdim=True)
+    last = (4 * (found % deep)[:, None] + torch.arange(1, 5, device=device)) * SIZE > inner
+    notes |= there * (MULTIPLY + OVER * last[:, None, None])
+    # Four shorts as two ints.
+    notes = notes.view(len(found), 2 * per, 2)
+    notes = (notes[..., 0] | notes[..., 1] << 16).int()
+    head = torch.stack([found % deep, tiles, tiles * 0, tiles * 0], 1).int()
+    items = torch.zeros(len(found), capacity, dtype=torch.int32, device=device)
     items[which, place] = cells[:, 1]
     table = torch.cat([notes, head, items], 1).contiguous()
-    return Stages(table, records(ends, longest_first(spans)).contiguous(), capacity)
+    return Stages(table, records(running(spans), longest_first(spans)).contiguous(), capacity)

@@ -37,16 +37,16 @@ EVERYWHERE = {
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
     "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
-    "spmm_tile", "spmm_tile_few", "sddmm_tile", "tile_order", "turn", "spmm_finish",
+    "spmm_tile_few", "sddmm_tile", "tile_order", "turn", "spmm_finish",
     "spmm_block_few", "spmm_row_few",
 }  # fmt: skip
 # Asked for where there is nothing better.
-ELSEWHERE = {"spmm_nm"}
+ELSEWHERE = {"spmm_nm", "spmm_tile"}
 HOPPER = {
     "sddmm_block_sm90", "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90", "spmm_nm_sm90",
     "spmm_nm_thin_sm90", "sddmm_nm_sm90", "spmm_tile_thin_sm90", "spmm_expand_sm90",
     "sddmm_tokens_sm90", "sddmm_pick_sm90", "sddmm_pick_nm_sm90", "spmm_strew_sm90",
-    "spmm_nm_expand_sm90",
+    "spmm_tile_sm90", "spmm_nm_expand_sm90",
 }  # fmt: skip
 #: Of the floor above, whose own tests compile them.
 FUSED = {

@@ -14,6 +14,7 @@ from mixgrain.primitives.cuda import (
     nm_scores_sm90,
     nm_sm90,
     pair_sm90,
+    tile_sm90,
     tile_thin,
     union_sm90,
 )
@@ -70,6 +71,12 @@ def requests():
     for wide, split in itertools.product((8, 16, 32, 64, 128), (1, 2, 4)):
         for dtype in (half(wide // 8, split // 2), torch.float32):
             yield nm_sm90.thin_request(dtype, nm_sm90.Thin(1, wide, split, 4))
+    for (n, how), tokens, transposed in itertools.product(
+        enumerate(tile_sm90.CUTS), (False, True), (False, True)
+    ):
+        rest = HALVES[(n + transposed) % 2], transposed, tokens
+        yield tile_sm90.spmm_request(how, 64 if how.groups == 4 else 16, *rest, False)
+        yield tile_sm90.spmm_request(how, 32, *rest, not tokens)
     for blocks, split in itertools.product((1, 2, 4), tile_thin.SPLITS):
         for transposed, group in itertools.product((False, True), (2, 4)):
             how = tile_thin.Thin(blocks, split, 4, group)

@@ -12,7 +12,7 @@ from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives import reference
-from mixgrain.primitives.cuda import tile, tile_mma
+from mixgrain.primitives.cuda import tile, tile_mma, tile_sm90
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sparse_linear import SparseLinear
 from mixgrain.primitives.spmm import spmm
@@ -30,6 +30,7 @@ KERNELS = {
     "few, listed in memory": "few, listed in memory",
     "few, long lines": "few, long lines",
     "few, no clusters": "few, no clusters",
+    **{f"many, wgmma, {n}": ("wgmma", n) for n in range(len(tile_sm90.CUTS))},
     **{f"many, TMA, {n}": (True, n) for n in range(3)},
     **{f"many, {n}": (False, n) for n in range(3)},
 }
@@ -53,7 +54,14 @@ def kernel(request, monkeypatch):
     elif chosen is not None:
         how, way = chosen
         monkeypatch.setattr(tile, "_is_few", lambda *_: False)
-        monkeypatch.setattr(tile_mma, "_choose", lambda *given: tile_mma.cuts(how, given[-1])[way])
+        if how == "wgmma":
+            monkeypatch.setattr(tile, "LARGE", {False: 0.0, True: 0.0})
+            monkeypatch.setattr(tile_sm90, "choose", lambda *_: tile_sm90.CUTS[way])
+        else:
+            monkeypatch.setattr(tile_sm90, "takes", lambda *_: False)
+            monkeypatch.setattr(
+                tile_mma, "_choose", lambda *given: tile_mma.cuts(how, given[-1])[way]
+            )
     yield request.param
     clear_caches()
 

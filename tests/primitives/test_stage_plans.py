@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives.cuda import tile_sm90
-from mixgrain.primitives.plans import cuda_tile, cuda_tile_stages
+from mixgrain.primitives.plans import cuda_tile
+from mixgrain.primitives.plans import cuda_tile_stages as stages
 
 
-@pytest.mark.parametrize("groups, cluster", [(2, 1), (4, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize("groups", [2, 4])
 @given(
     rows=st.integers(1, 700),
     columns=st.integers(1, 400),
@@ -20,7 +21,7 @@ from mixgrain.primitives.plans import cuda_tile, cuda_tile_stages
     seed=st.integers(0, 99),
 )
 @settings(max_examples=25, deadline=None)
-def test_stages_hold_every_tile_once(groups, cluster, rows, columns, d, seed):
+def test_stages_hold_every_tile_once(groups, rows, columns, d, seed):
     g = torch.Generator().manual_seed(seed)
     kept = torch.rand(-(-rows // 16), -(-columns // 16), generator=g) < d
     layout = TileLayout.from_tile_mask(kept, (rows, columns))
@@ -29,66 +30,75 @@ def test_stages_hold_every_tile_once(groups, cluster, rows, columns, d, seed):
         (part.tensors[:2], columns, kept),
         (part.tensors[2:], rows, kept.T),
     ):
-        made = cuda_tile_stages.stages(*tables, groups, cluster, inner)
-        assert made.capacity in cuda_tile_stages.CAPACITIES
+        made = stages.stages(*tables, groups, inner)
+        assert made.capacity in stages.CAPACITIES
         assert made.table.shape[1] == 2 * per + 4 + made.capacity
         assert made.table.shape[1] % 4 == 0 and made.table.is_contiguous()
         lines = mask.shape[0]
         numbers = torch.full(mask.shape, -1)
         numbers[cuda_tile.lines_of(tables[0]), tables[1][:, 0].long()] = tables[1][:, 1].long()
         found, seen = torch.full_like(numbers, -1), 0
-        clusters = -(-lines // (per * cluster))
-        assert sorted(made.spans[:, 0].tolist()) == list(range(clusters))
-        assert len(made.table) == cluster * int(made.spans[:, 2].sum())
-        for (which, first, count), rank in itertools.product(made.spans.tolist(), range(cluster)):
-            start, before = cluster * first + rank * count, -1
-            of_first = made.table[cluster * first :][:count, 2 * per]
-            assert torch.equal(made.table[start : start + count, 2 * per], of_first)
-            for record in made.table[start : start + count]:
+        assert sorted(made.spans[:, 0].tolist()) == list(range(-(-lines // per)))
+        for group, first, count in made.spans.tolist():
+            before = -1
+            for record in made.table[first : first + count]:
                 notes, (at, tiles, *rest) = record[: 2 * per], record[2 * per :][:4].tolist()
                 items = record[2 * per + 4 :]
-                assert rest == [0, 0] and before < at and 0 <= tiles <= made.capacity
+                assert rest == [0, 0] and before < at and 1 <= tiles <= made.capacity
                 assert not items[tiles:].any()
                 before, used = at, []
-                slots = notes.view(per, 2)[:, :1].contiguous().view(torch.uint8)
-                for line in range(per):
-                    word, four = int(notes[2 * line + 1]), range(line // 4 * 4, line // 4 * 4 + 4)
-                    for quarter in range(4):
-                        slot = int(slots[line, quarter])
-                        there = any(slots[n, quarter] != 255 for n in four)
-                        over = (4 * at + quarter + 1) * 16 > inner
-                        assert word >> quarter & 1 == there
-                        assert word >> (4 + quarter) & 1 == (there and over)
-                        if slot != 255:
-                            used.append(slot)
-                            to = ((which * cluster + rank) * per + line, 4 * at + quarter)
-                            assert found[to] == -1
-                            found[to] = items[slot]
+                shorts = notes.view(torch.int16).view(per, 4).int() & 0xFFFF
+                for line, quarter in itertools.product(range(per), range(4)):
+                    word, four = int(shorts[line, quarter]), shorts[line // 4 * 4 :][:4, quarter]
+                    there = bool((four & stages.NONE == 0).any())
+                    over = (4 * at + quarter + 1) * 16 > inner
+                    assert bool(word & stages.MULTIPLY) == there
+                    assert bool(word & stages.OVER) == (there and over)
+                    if not word & stages.NONE:
+                        used.append(word >> stages.PLACE)
+                        to = (group * per + line, 4 * at + quarter)
+                        assert found[to] == -1
+                        found[to] = items[used[-1]]
                 assert sorted(used) == list(range(tiles))
                 seen += tiles
         assert torch.equal(found, numbers) and seen == layout.tiles
 
 
 def test_cuts_fit():
-    """Shared memory of a multiprocessor: stages, what results leave through, lists and barriers."""
-    for tokens, cuts in tile_sm90.CUTS.items():
-        for cut in cuts:
-            for capacity in cuda_tile_stages.CAPACITIES:
-                stages = cut.stages(capacity)
-                static = stages * (32 * cut.groups + 16) + (stages + 5) * (4 * (4 + capacity) + 8)
-                assert 3 <= stages <= tile_sm90.STAGES
-                assert cut.shared(capacity, tokens) + static <= 227 * 1024
+    """Shared memory of a multiprocessor; as much as there are lists for; four warps bring stages."""
+    for cut in tile_sm90.CUTS:
+        for capacity, tokens in itertools.product(stages.CAPACITIES, (False, True)):
+            assert 4 <= cut.stages(capacity) <= tile_sm90.STAGES
+            assert cut.shared(capacity, tokens) + 1024 <= 228 * 1024 - 1024
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-def test_the_cheapest_cut_is_taken(tokens):
-    """More columns of x never cost less; the cut does not change with the order of its list."""
+def test_the_cheapest_cut_is_taken():
+    """More columns of x never cost less."""
     for lines, tiles in ((48, 461), (256, 13107), (512, 262_144)):
         before = 0.0
         for width in (8, 64, 128, 256, 1024, 4096):
             given = (132, lines, tiles, 16 * lines, width, 1)
-            cut = tile_sm90.choose(*given, tokens)
-            costs = [tile_sm90.cost(other, *given) for other in tile_sm90.CUTS[tokens]]
-            assert cut in tile_sm90.CUTS[tokens] and tile_sm90.cost(cut, *given) == min(costs)
-            assert min(costs) >= before
-            before = min(costs)
+            costs = {cut: tile_sm90.cost(cut, *given) for cut in tile_sm90.CUTS}
+            assert costs[tile_sm90.choose(*given)] == min(costs.values()) >= before
+            before = min(costs.values())
+
+
+@pytest.mark.parametrize(
+    "rows, inner, d, width, us, cut",
+    [  # measured on an H200: microseconds, and the cut that was fastest
+        (768, 3072, 0.2, 1024, 17.3, (2, 64)),
+        (2048, 2048, 0.2, 1024, 16.6, (2, 128)),
+        (4096, 4096, 0.1, 4096, 93.2, (4, 128)),
+        (4096, 4096, 0.2, 256, 20.8, (2, 64)),
+        (4096, 4096, 0.2, 512, 24.2, (2, 128)),
+        (4096, 4096, 0.2, 1024, 34.5, (4, 128)),
+        (4096, 4096, 0.2, 4096, 118.6, (4, 128)),
+        (11008, 4096, 0.2, 128, 24.2, (2, 128)),
+        (8192, 8192, 0.2, 256, 40.3, (2, 128)),
+    ],
+)
+def test_costs_are_what_was_measured(rows, inner, d, width, us, cut):
+    lines = rows // 16
+    given = (132, lines, int(lines * inner // 16 * d), inner, width, 1)
+    assert tile_sm90.choose(*given) == cut
+    assert tile_sm90.cost(tile_sm90.Cut(*cut), *given) == pytest.approx(us, rel=0.12)
