@@ -1,4 +1,4 @@
-// A dense tile of scale · yᵀ x over rows of tokens, in shared memory, for kernels that keep some of it.
+// A dense tile of yᵀ x over rows of tokens, in registers or shared memory, for kernels that keep some of it.
 //
 //   y      (F, T, rows)     by a 4-D tensor map (rows, T, 1, F); x (F, T, columns) alike; boxes of 64 × 64 tokens
 //   tile   kTall × kWide, by 2 warpgroups of consumers, 64 rows each; one more produces
@@ -17,10 +17,10 @@ static_assert(kTall * kPitch <= kStages * kStage, "the tile has room");
 using Pool = Registers<kConsumers + 128, 40, 232>;
 
 // Makes the tile whose first element is (row, column). Consumers do `before` while data are on their way, and `after`
-// with the place of the tile: not behind this, where they would have no more registers than who produces.
+// with their sums: not behind this, where they would have no more registers than who produces.
 template <class Before, class After>
-__device__ __forceinline__ void dense_tile(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
-                                           int matrix, int tokens, float scale, Before before, After after) {
+__device__ __forceinline__ void dense_sums(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
+                                           int matrix, int tokens, Before before, After after) {
     __shared__ alignas(8) u64 barriers[2 * kStages];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = uniform_warp(), lane = threadIdx.x % 32, steps = (tokens + 63) / 64;
@@ -64,14 +64,23 @@ __device__ __forceinline__ void dense_tile(const TensorMap &y_map, const TensorM
             Wgmma<kWide>::template ss<1, 1>(acc, left + ((stage * kStage + k * 2048) >> 4),
                                             right + ((stage * kStage + k * 2048) >> 4), 1);
     });
+    after(acc);
+}
 
-    named_barrier(1, kConsumers);  // nobody reads the ring any more
-    const u32 mine = ring + (16 * warp + lane / 4) * kPitch + lane % 4 * 4;
+// The same times scale, in shared memory, with whose place it does `after`.
+template <class Before, class After>
+__device__ __forceinline__ void dense_tile(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
+                                           int matrix, int tokens, float scale, Before before, After after) {
+    dense_sums(y_map, x_map, ring, row, column, matrix, tokens, before, [&](const float (&acc)[kWide / 2]) {
+        named_barrier(1, kConsumers);  // nobody reads the ring any more
+        const int lane = threadIdx.x % 32;
+        const u32 mine = ring + (16 * uniform_warp() + lane / 4) * kPitch + lane % 4 * 4;
 #pragma unroll
-    for (int i = 0; i < kWide / 2; i += 2)
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(mine + i / 2 % 2 * 8 * kPitch + i / 4 * 16),
-                     "r"(pack2<operand_t>(acc[i] * scale, acc[i + 1] * scale))
-                     : "memory");
-    named_barrier(1, kConsumers);
-    after(ring);
+        for (int i = 0; i < kWide / 2; i += 2)
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(mine + i / 2 % 2 * 8 * kPitch + i / 4 * 16),
+                         "r"(pack2<operand_t>(acc[i] * scale, acc[i + 1] * scale))
+                         : "memory");
+        named_barrier(1, kConsumers);
+        after(ring);
+    });
 }

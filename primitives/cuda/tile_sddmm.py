@@ -15,11 +15,16 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
+from ..plans.cuda_numbers import numbers
 from ..plans.plan import PartPlan
-from . import block
+from . import block, tile_weights_sm90
 from .block_sm90 import laid_out
+from .dense_tile_sm90 import TALL
 from .parts import CODES, HALVES, MOST_MATRICES, aligned, in_tokens
 from .tile_tables import blocks_of, rows_first
+
+# Cycles of sddmm_tile to start, and of a tile and token of a multiprocessor.
+START, EACH = 8000, 1.28
 
 
 def sddmm(
@@ -39,6 +44,19 @@ def sddmm(
         q, k = aligned(q), aligned(k)
         block.sddmm(values, q, k, keep, keep_rows, blocks_of(part), scale)
         return rows_first(values, back=True)
+    if _picked(part, q, k, dtype):
+        bounds, cells = part.tensors[:2]
+        width = tile_weights_sm90.wide(q, k)
+        lines, across = -(-rows // SIZE), -(-columns // SIZE)
+        found = derived(
+            cells,
+            ("numbers", width),
+            lambda: numbers(
+                cuda_tile.lines_of(bounds), cells[:, 0], cells[:, 1], lines, across, TALL, width
+            ),
+        )
+        tile_weights_sm90.sddmm(values, 0, q, k, found, scale, rows=False)
+        return values
     deep = in_tokens(q) and in_tokens(k)
     q, k = (laid_out(aligned(t.mT)).mT if deep else laid_out(aligned(t)) for t in (q, k))
     device = q.device.index
@@ -80,6 +98,14 @@ def sddmm(
             shared,
         )
     return values
+
+
+def _picked(part: PartPlan, q: Tensor, k: Tensor, dtype: torch.dtype) -> bool:
+    """Whether picking tiles out of dense ones on wgmma is faster than products of tiles alone."""
+    if not tile_weights_sm90.possible(q, k, None, dtype):
+        return False
+    work = len(part.tensors[1]) * q.shape[3] / facts(q.device.index).multiprocessors
+    return tile_weights_sm90.cost(q, k) < START + EACH * work
 
 
 def sampling(large: bool, shared_bytes: int) -> tuple[int, int, int, int]:

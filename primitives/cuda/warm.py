@@ -41,6 +41,7 @@ from . import (
     row_weights_sm90,
     strew_sm90,
     tile_sm90,
+    tile_weights_sm90,
     union_sm90,
 )
 from .calls import describe
@@ -214,14 +215,18 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
         for wide in dense_tile_sm90.STAGES:
             yield row_weights_sm90.sddmm_request(wide, dtype)
             yield nm_weights_sm90.sddmm_request(wide, dtype)
+            for rows in (False, True):
+                yield tile_weights_sm90.sddmm_request(wide, dtype, rows)
         for wide in nm_expand_sm90.STAGES:
             yield nm_expand_sm90.spmm_request(wide, dtype)
         for strewn in strew_sm90.COSTS:
             yield strew_sm90.spmm_request(strewn, dtype)
         # Stages with room for 64 tiles are of dense patches.
-        for how, room, transposed in itertools.product(tile_sm90.CUTS, (16, 32), (False, True)):
+        for tile_cut, room, transposed in itertools.product(
+            tile_sm90.CUTS, (16, 32), (False, True)
+        ):
             for rows in (False, True):
-                yield tile_sm90.spmm_request(how, room, dtype, transposed, rows, False)
+                yield tile_sm90.spmm_request(tile_cut, room, dtype, transposed, rows, False)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

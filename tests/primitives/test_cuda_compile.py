@@ -45,8 +45,8 @@ ELSEWHERE = {"spmm_nm", "spmm_tile"}
 HOPPER = {
     "sddmm_block_sm90", "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90", "spmm_nm_sm90",
     "spmm_nm_thin_sm90", "sddmm_nm_sm90", "spmm_tile_thin_sm90", "spmm_expand_sm90",
-    "sddmm_tokens_sm90", "sddmm_pick_sm90", "sddmm_pick_nm_sm90", "spmm_strew_sm90",
-    "spmm_tile_sm90", "spmm_nm_expand_sm90",
+    "sddmm_tokens_sm90", "sddmm_pick_sm90", "sddmm_pick_nm_sm90", "sddmm_pick_tile_sm90",
+    "spmm_strew_sm90", "spmm_tile_sm90", "spmm_nm_expand_sm90",
 }  # fmt: skip
 #: Of the floor above, whose own tests compile them.
 FUSED = {

@@ -1,4 +1,4 @@
-"""Gradients of a layer's blocks and 2:4 on Hopper, from rows of tokens, on wgmma."""
+"""Gradients of a layer's blocks, tiles and 2:4 on Hopper, from rows of tokens, on wgmma."""
 
 import pytest
 import torch
@@ -11,7 +11,14 @@ from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
-from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90, nm_weights_sm90
+from mixgrain.formats.tile import TileLayout
+from mixgrain.primitives.cuda import (
+    block_weights_sm90,
+    dense_tile_sm90,
+    nm_weights_sm90,
+    tile_sddmm,
+    tile_weights_sm90,
+)
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sddmm import sddmm
 
@@ -19,7 +26,8 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 HALVES = (torch.float16, torch.bfloat16)
 BLOCKS = ("block16", "block32", "block64", "block128")
-KINDS = (*BLOCKS, "2:4", "1:2")
+# Blocks of 16 go two ways; those with dead elements, and at edges, only one.
+KINDS = (*BLOCKS, "picked16", "tile", "2:4", "1:2")
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +36,10 @@ def taken(monkeypatch):
     if not facts(0).hopper:
         pytest.skip("no Hopper")
     found = []
-    for module in (block_weights_sm90, nm_weights_sm90):
+    for module in (block_weights_sm90, nm_weights_sm90, tile_weights_sm90):
         monkeypatch.setattr(module, "kernel", _noting(module.kernel, found))
     monkeypatch.setattr(block_weights_sm90, "LAUNCHES", 1e12)
+    monkeypatch.setattr(tile_sddmm, "START", 1e12)
     clear_caches()
     yield found
     clear_caches()
@@ -45,12 +54,18 @@ def _noting(kernel, names):
 
 
 @pytest.fixture(params=KINDS)
-def kind(request):
+def kind(request, monkeypatch):
+    cost = 1e11 if request.param == "picked16" else 0.0
+    monkeypatch.setattr(block_weights_sm90, "_cost", lambda *_: cost)
     return request.param
 
 
-def name_of(kind: str) -> str:
-    return "sddmm_pick_nm_sm90" if ":" in kind else "sddmm_tokens_sm90"
+def name_of(kind: str, layout: Layout | None = None) -> str:
+    if ":" in kind:
+        return "sddmm_pick_nm_sm90"
+    dead = layout is not None and layout.live() is not None
+    whole = kind == "tile" or (kind == "picked16" and not dead)
+    return "sddmm_pick_tile_sm90" if whole else "sddmm_tokens_sm90"
 
 
 def integers(*shape: int, seed: int = 0) -> Tensor:
@@ -65,9 +80,11 @@ def layout_of(kind: str, rows: int, columns: int, d: float = 0.4) -> Layout:
         n = int(kind[0])
         dense = torch.randn(rows, columns, generator=g).half()
         return sparsify(dense, "nm", prune=True, n=n, m=2 * n).layout
-    size = int(kind[5:])
+    size = 16 if kind == "tile" else int(kind.removeprefix("block").removeprefix("picked"))
     kept = torch.rand(-(-rows // size), -(-columns // size), generator=g) < d
     kept[1::5], kept[:, 2::7], kept[0, 0] = False, False, True
+    if kind == "tile":
+        return TileLayout.from_tile_mask(kept, (rows, columns))
     return P.blocks(kept, size).to_layout("block", rows, columns, size=size)
 
 
@@ -101,32 +118,36 @@ def exact(layout: Layout, count: int, dtype: torch.dtype, lead=()) -> None:
 @pytest.mark.parametrize("count", [1, 65, 700])
 @pytest.mark.parametrize("shape", [(640, 768), (8, 40), (128, 4096), (4096, 128), (208, 2056)])
 def test_gradients_are_exact(shape, count, dtype, kind, poisoned, taken):
-    exact(layout_of(kind, *shape), count, dtype)
+    layout = layout_of(kind, *shape)
+    exact(layout, count, dtype)
     # One token is a row as well: kernels of scores take that of 2:4.
-    assert taken == [] if count == 1 and ":" in kind else taken == [name_of(kind)]
+    assert taken == [] if count == 1 and ":" in kind else taken == [name_of(kind, layout)]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("count", [40, 257])
 @pytest.mark.parametrize("shape", [(584, 760), (136, 1400), (1400, 136)])
 def test_dead_elements_and_edges_are_exact(shape, count, dtype, kind, poisoned, taken):
-    exact(partial(kind, *shape), count, dtype)
-    assert taken == [name_of(kind)]
+    layout = partial(kind, *shape)
+    exact(layout, count, dtype)
+    assert taken == [name_of(kind, layout)]
 
 
 @pytest.mark.parametrize("d", [0.02, 1.0])
 def test_lines_of_every_length(d, kind, taken):
     """A panel alone; as many as a CTA takes, and more."""
-    exact(layout_of(kind, 512, 2048, d), 70, torch.float16)
-    exact(layout_of(kind, 264, 1000, d), 9, torch.float16, lead=(2, 3))
-    assert taken == [name_of(kind)] * 2
+    layouts = [layout_of(kind, *shape, d) for shape in ((512, 2048), (264, 1000))]
+    exact(layouts[0], 70, torch.float16)
+    exact(layouts[1], 9, torch.float16, lead=(2, 3))
+    assert taken == [name_of(kind, layout) for layout in layouts]
 
 
 @pytest.mark.parametrize("wide", dense_tile_sm90.STAGES)
-@pytest.mark.parametrize("kind", ["2:4", "1:2"])
+@pytest.mark.parametrize("kind", ["picked16", "tile", "2:4", "1:2"], indirect=True)
 @pytest.mark.parametrize("shape", [(640, 768), (8, 40), (136, 1400)])
 def test_tiles_of_both_widths_are_exact(shape, wide, kind, monkeypatch, poisoned, taken):
-    monkeypatch.setattr(nm_weights_sm90, "wide_of", lambda *_: wide)
+    for module in (nm_weights_sm90, tile_weights_sm90):
+        monkeypatch.setattr(module, "wide_of", lambda *_: wide)
     exact(layout_of(kind, *shape), 130, torch.float16)
     assert taken
 
@@ -176,7 +197,7 @@ def test_the_long_way_has_the_same_bits(kind, taken):
     assert torch.equal(short, long) and taken == [name_of(kind)] * 2
 
 
-@pytest.mark.parametrize("kind", [*BLOCKS, "2:4"])
+@pytest.mark.parametrize("kind", [*BLOCKS, "picked16", "2:4"], indirect=True)
 def test_products_of_rows_of_tokens(kind, taken):
     """Sddmm, scaled; of several matrices of blocks."""
     layout = layout_of(kind, 208, 336)

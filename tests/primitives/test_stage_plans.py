@@ -65,7 +65,7 @@ def test_stages_hold_every_tile_once(groups, rows, columns, d, seed):
 
 
 def test_cuts_fit():
-    """Shared memory of a multiprocessor; as much as there are lists for; four warps bring stages."""
+    """Into the shared memory of a multiprocessor; four warps bring a stage each."""
     for cut in tile_sm90.CUTS:
         for capacity, tokens in itertools.product(stages.CAPACITIES, (False, True)):
             assert 4 <= cut.stages(capacity) <= tile_sm90.STAGES

@@ -1,0 +1,84 @@
+"""The gradient of a layer's 16 × 16 tiles on sm_90a, from rows of tokens: sddmm_pick_tile_sm90."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import kernel
+from mixgrain.formats.tile import SIZE
+
+from ..plans.cuda_numbers import Numbers
+from .block_sm90 import CODES, operand_map
+from .dense_tile_sm90 import STAGES, THREADS, cycles, memory, wide_of
+from .parts import MOST_MATRICES, of_layer
+
+# Places that a table of numbers has at most.
+MOST_PLACES = 1 << 24
+
+
+def possible(q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether ``sddmm`` is for q (F, E, nq, T) and k (F, E, nk, T), rows of tokens transposed."""
+    if not of_layer(keep, (dtype,), q, k) or not facts(q.device.index).hopper:
+        return False
+    return -(-q.shape[2] // SIZE) * -(-k.shape[2] // SIZE) <= MOST_PLACES
+
+
+def cost(q: Tensor, k: Tensor) -> float:
+    """Cycles of one matrix that keeps something of every dense tile."""
+    several, tokens = facts(q.device.index).multiprocessors, q.shape[3]
+    wide = wide_of(several, q.shape[2], k.shape[2], tokens)
+    return cycles(wide, several, q.shape[2], k.shape[2], tokens)
+
+
+def wide(q: Tensor, k: Tensor) -> int:
+    """Columns of a dense tile."""
+    return wide_of(facts(q.device.index).multiprocessors, q.shape[2], k.shape[2], q.shape[3])
+
+
+def sddmm(
+    values: Tensor, shift: int, q: Tensor, k: Tensor, found: Numbers, scale: float, rows: bool
+) -> None:
+    """Write scale · q kᵀ at the tiles.
+
+    Args:
+        values: (F, slots) of q's dtype, rows at 16 bytes.
+        shift: slot of the first tile, a multiple of 8.
+        q: (F, 1, nq, T), as ``possible`` says.
+        k: (F, 1, nk, T), likewise.
+        found: the tiles, in dense tiles of ``wide``.
+        scale: multiplies the products.
+        rows: a tile's values are row after row, not in fragment order.
+    """
+    width = wide(q, k)
+    run = kernel(sddmm_request(width, q.dtype, rows), q.device.index)
+    for start in range(0, values.shape[0], MOST_MATRICES):
+        out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+        run(
+            (found.tiles.shape[0], out.shape[0]),
+            THREADS,
+            (
+                operand_map(left.mT, 64),
+                operand_map(right.mT, 64),
+                found.tiles.data_ptr(),
+                found.table.data_ptr(),
+                np.int32(found.table.shape[1]),
+                out.data_ptr() + shift * out.element_size(),
+                np.int64(out.stride(0)),
+                np.float32(scale),
+                *map(np.int32, (q.shape[3], q.shape[2], k.shape[2])),
+            ),
+            memory(width),
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def sddmm_request(wide: int, dtype: torch.dtype, rows: bool) -> Request:
+    """The kernel."""
+    constants = {"WIDE": wide, "STAGES": STAGES[wide], "DTYPE": CODES[dtype], "ROWS": int(rows)}
+    return request("sddmm_pick_tile_sm90", constants, flush=True)
