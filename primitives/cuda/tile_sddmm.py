@@ -23,8 +23,11 @@ from .dense_tile_sm90 import TALL
 from .parts import CODES, HALVES, MOST_MATRICES, aligned, in_tokens
 from .tile_tables import blocks_of, rows_first
 
-# Cycles of sddmm_tile to start, and of a tile and token of a multiprocessor.
-START, EACH = 8000, 1.28
+# Microseconds of sddmm_tile on an H200: of a call, and of each place of a tile and each tile; of
+# these for a token, in matrices that fill the device; of a token and of a tile for it in others.
+CALL, PLACE, TILE = 7.0, 4e-5, 1.1e-4
+PLACES, TILES = 7.25e-7, 1.85e-6
+ALONE, SMALL = 0.0165, 1e-5
 
 
 def sddmm(
@@ -60,7 +63,7 @@ def sddmm(
     deep = in_tokens(q) and in_tokens(k)
     q, k = (laid_out(aligned(t.mT)).mT if deep else laid_out(aligned(t)) for t in (q, k))
     device = q.device.index
-    large = -(-rows // 256) * -(-columns // 256) * free >= 0.7 * facts(device).multiprocessors
+    large = _large(rows, columns, free, facts(device).multiprocessors)
     side, warps, each, span = sampling(large, facts(device).shared_bytes)
     bounds, cells = part.tensors[:2]
     across = -(-columns // SIZE)
@@ -101,11 +104,23 @@ def sddmm(
 
 
 def _picked(part: PartPlan, q: Tensor, k: Tensor, dtype: torch.dtype) -> bool:
-    """Whether picking tiles out of dense ones on wgmma is faster than products of tiles alone."""
+    """Whether picking tiles out of dense ones on wgmma is faster than products of tiles alone.
+
+    Whatever the number of matrices: sums are added up in another order.
+    """
     if not tile_weights_sm90.possible(q, k, None, dtype):
         return False
-    work = len(part.tensors[1]) * q.shape[3] / facts(q.device.index).multiprocessors
-    return tile_weights_sm90.cost(q, k) < START + EACH * work
+    rows, columns = part.scalars
+    places, tiles = -(-rows // SIZE) * -(-columns // SIZE), len(part.tensors[1])
+    large = _large(rows, columns, 1, facts(q.device.index).multiprocessors)
+    token = PLACES * places + TILES * tiles if large else ALONE + SMALL * tiles
+    alone = CALL + PLACE * places + TILE * tiles + token * q.shape[3]
+    return tiles > 0 and tile_weights_sm90.microseconds(q, k) < alone
+
+
+def _large(rows: int, columns: int, free: int, several: int) -> bool:
+    """Whether regions of 256 × 256 are enough for the device."""
+    return -(-rows // 256) * -(-columns // 256) * free >= 0.7 * several
 
 
 def sampling(large: bool, shared_bytes: int) -> tuple[int, int, int, int]:

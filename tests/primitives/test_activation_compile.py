@@ -6,14 +6,13 @@ The listing of kernels to compile ahead leaves them to first use.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from mixgrain.cuda import compile as service
-from mixgrain.cuda import device, nvrtc
+from mixgrain.cuda import nvrtc
 from mixgrain.cuda.device import pretending
 from mixgrain.cuda.errors import CompileError, MissingError
 from mixgrain.cuda.recording import Recording, recorded
@@ -44,8 +43,7 @@ HOPPER = {
 @contextlib.contextmanager
 def h200(arch: str) -> Iterator[None]:
     """A device of an H200's size of any architecture: listings have one multiprocessor."""
-    with pretending(arch):
-        device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
+    with pretending(arch, multiprocessors=132):
         yield
 
 

@@ -1,7 +1,5 @@
 """Layers of blocks and rows on rows of tokens: plans, and which kernels they ask for."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -112,8 +110,7 @@ def launched(
         torch.empty(*n, dtype=HALF, device="meta")
         for n in ((layout.slots,), (tokens, columns), (tokens, rows))
     )
-    with pretending(arch):
-        device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
+    with pretending(arch, multiprocessors=132):
         plan = TABLE["linear"][type(layout)]["cuda"](layout)
         recording = Recording(0)
         given = (values, x, None, *plan, None, False, None)

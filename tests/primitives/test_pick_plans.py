@@ -1,14 +1,11 @@
 """Values of single entries that are picked out of dense tiles: plans, cuts, and who takes them."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layer_plans import asked, entries
 
-from mixgrain.cuda import device
 from mixgrain.cuda.device import pretending
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparsify import sparsify
@@ -81,8 +78,7 @@ def test_slots_that_nothing_keeps():
 
 def test_the_number_of_matrices_has_no_part_in_the_choice():
     """A sum is the same in any batch."""
-    with pretending("90a"):
-        device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
+    with pretending("90a", multiprocessors=132):
         part = cuda_row.part(entries(1024, 1024, 0.1).layout)
         for free in (1, 3, 1000):
             x = torch.empty(free, 1, 256, 1024, dtype=torch.half, device="meta").mT

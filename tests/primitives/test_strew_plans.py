@@ -1,6 +1,5 @@
 """Rows of single entries that are strewn over dense tiles: plans, cuts, and who takes them."""
 
-import dataclasses
 from unittest import mock
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_layer_plans import asked, entries
 
-from mixgrain.cuda import device
 from mixgrain.cuda.device import pretending
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.primitives.cuda import strew_sm90
@@ -164,8 +162,7 @@ def test_who_takes_a_layer(shape, d, tokens, taken, backward):
 
 def test_the_number_of_matrices_has_no_part_in_the_choice():
     """A row's sum is the same in any batch."""
-    with pretending("90a"):
-        device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
+    with pretending("90a", multiprocessors=132):
         layout = entries(1024, 1024, 0.1).layout
         part = cuda_row.part(layout)
         for free in (1, 3, 1000):

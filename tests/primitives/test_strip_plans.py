@@ -9,10 +9,18 @@ from test_layer_plans import asked, weight
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
+from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90, nm_expand_sm90
 from mixgrain.primitives.plans import cuda_block, cuda_strips
 
 SIZES = (16, 32, 64, 128)
+
+
+def tiles(rows: int, columns: int, d: float) -> TileLayout:
+    g = torch.Generator().manual_seed(0)
+    return TileLayout.from_tile_mask(
+        torch.rand(rows // 16, columns // 16, generator=g) < d, (rows, columns)
+    )
 
 
 def unpacked(made: cuda_strips.Strips, size: int):
@@ -80,7 +88,15 @@ def test_cuts_fit():
         (lambda: weight(1024, 1024, 128, 0.5), 257, "sddmm_tokens_sm90", "sddmm_block"),
         (lambda: weight(1024, 1024, 64, 0.5), 1, "sddmm_tokens_sm90", "sddmm_block"),
         (lambda: weight(1024, 1024, 32, 0.5), 4096, "sddmm_tokens_sm90", "sddmm_block"),
-        (lambda: weight(1024, 1024, 16, 0.2), 256, "sddmm_tokens_sm90", "sddmm_block"),
+        # Out of dense tiles when they are many: as measured.
+        (lambda: weight(1024, 1024, 16, 0.2), 256, "sddmm_pick_tile_sm90", "sddmm_block"),
+        (lambda: weight(4096, 4096, 16, 0.2), 1024, "sddmm_pick_tile_sm90", "sddmm_block"),
+        (lambda: weight(4096, 4096, 16, 0.05), 1024, "sddmm_tokens_sm90", "sddmm_block"),
+        (lambda: tiles(4096, 4096, 0.2), 64, "sddmm_tile", "sddmm_tile"),
+        (lambda: tiles(4096, 4096, 0.1), 256, "sddmm_tile", "sddmm_tile"),
+        (lambda: tiles(4096, 4096, 0.2), 1024, "sddmm_pick_tile_sm90", "sddmm_tile"),
+        (lambda: tiles(768, 3072, 0.2), 64, "sddmm_pick_tile_sm90", "sddmm_tile"),
+        (lambda: tiles(1024, 1024, 0.1), 256, "sddmm_pick_tile_sm90", "sddmm_tile"),
         # Rows that TMA cannot read; nothing kept.
         (lambda: weight(1028, 1024, 32, 0.5), 4096, "sddmm_block", "sddmm_block"),
         (lambda: weight(1024, 1024, 32, 0.0), 1024, "turn", "turn"),
