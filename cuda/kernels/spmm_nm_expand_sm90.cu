@@ -22,7 +22,7 @@ constexpr int kWide = MG_WIDE, kStages = MG_STAGES, kTeams = 4;
 static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128 or 256");
 static_assert(kStages >= kTeams, "a team waits for no round but its own");
 constexpr int kMembers = kWide == 256 ? 1 : 2;  // for 256 tokens consumers need the registers
-constexpr int kConsumers = 256, kWords = 8 / kMembers;  // words of metadata of a thread of a team, in a stage
+constexpr int kConsumers = 256, kItems = 16 / kMembers;  // rows of a thread of a team, in a stage
 using Pool = Registers<384, 136, 184>;
 constexpr u32 kPanel = 64 * 128, kLeft = 2 * kPanel, kStage = kLeft + kWide * 128;
 
@@ -55,27 +55,28 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers
     if (warp >= kConsumers / 32) {  // producers
         if constexpr (kWide == 256) Pool::give();
         const int team = (warp - kConsumers / 32) / kMembers, member = warp % kMembers;
-        // Eight lanes that store together have eight rows of the swizzle.
-        const int g = lane % 8, d = lane / 8 % 2, a = lane / 16;
-        // Word i is of 32 rows and 32 columns.
-        auto row_of = [&](int i) { return (member + i / 4) * 32 + 16 * a + g; };
-        u32 words[kWords];
-        uint4 held[kWords][2];
-        const int across = min(4, (2 * packed - column0) / 32);
-        const u32 *const lowest = metadata + static_cast<i64>(column0 / 32) * lines + member * 32 + 4 * g + 2 * a + d;
-        const operand_t *const first = values + static_cast<i64>(row_of(0)) * packed + column0 / 2 + 8 * d;
+        // A row's 128 columns are 128 bytes of values, a line that eight lanes share. Eight lanes that store together have
+        // four sixteenths of two rows: all chunks of the swizzle.
+        const int part = lane % 4 + lane / 8 % 2 * 4, below = lane / 4 % 2 + lane / 16 * 2;
+        auto row_of = [&](int i) { return member * 32 + 4 * i + below; };
+        u32 words[kItems / 2];
+        uint4 held[kItems];
+        const bool live = part / 2 < (2 * packed - column0) / 32;
+        const u32 *const lowest = metadata + (column0 / 32 + part / 2) * static_cast<i64>(lines) + member * 32 + 4 * below + part % 2;
+        const operand_t *const first = values + static_cast<i64>(row_of(0)) * packed + column0 / 2 + 8 * part;
         auto ask = [&](int n) {  // for a stage
 #pragma unroll
-            for (int i = 0; i < kWords; ++i) {
+            for (int i = 0; i < kItems; ++i) {
                 const int line = 64 * n + row_of(i);
-                const bool there = i % 4 < across && line < lines;
-                words[i] = there ? __ldg(lowest + 64 * n + i / 4 * 32 + i % 4 * static_cast<i64>(lines)) : 0u;
-#pragma unroll
-                for (int b = 0; b < 2; ++b) {  // dead rows become zeros
-                    held[i][b] = uint4{0u, 0u, 0u, 0u};
-                    const operand_t *const from = first + static_cast<i64>(64 * n + i / 4 * 32 + 8 * b) * packed + i % 4 * 16;
-                    if (there && line + 8 * b < rows) held[i][b] = __ldg(reinterpret_cast<const uint4 *>(from));
+                const bool there = live && line < lines;
+                // One word is of this row and of that 8 below, which is the item after the next.
+                if (i / 2 % 2 == 0) {
+                    const u32 *const from = lowest + 64 * n + i / 8 * 32 + i % 2 * 16 + i / 4 % 2 * 2;
+                    words[i / 4 * 2 + i % 2] = there ? __ldg(from) : 0u;
                 }
+                held[i] = uint4{0u, 0u, 0u, 0u};  // dead rows become zeros
+                if (there && line < rows)
+                    held[i] = __ldg(reinterpret_cast<const uint4 *>(first + (64 * n + 4 * i) * static_cast<i64>(packed)));
             }
         };
         if (team < steps) ask(team);
@@ -89,22 +90,17 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers
             }
             __syncwarp();
 #pragma unroll
-            for (int i = 0; i < kWords; ++i) {
-                const u32 panel = to + i % 4 / 2 * kPanel;
-                const int chunk = i % 2 * 4 + 2 * d;
+            for (int i = 0; i < kItems; ++i) {
+                const u32 word = words[i / 4 * 2 + i % 2] >> (i / 2 % 2 * 16);
+                const u32 v[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
 #pragma unroll
-                for (int b = 0; b < 2; ++b) {
-                    const u32 word = words[i] >> (16 * b);
-                    const u32 v[4] = {held[i][b].x, held[i][b].y, held[i][b].z, held[i][b].w};
+                for (int h = 0; h < 2; ++h) {
+                    u32 w[4];
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        u32 w[4];
-#pragma unroll
-                        for (int q = 0; q < 2; ++q) spread(v[2 * h + q], word >> (8 * h + 4 * q), w[2 * q], w[2 * q + 1]);
-                        const u32 at = swizzled(panel, row_of(i) + 8 * b, chunk + h);
-                        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                                     : "memory");
-                    }
+                    for (int q = 0; q < 2; ++q) spread(v[2 * h + q], word >> (8 * h + 4 * q), w[2 * q], w[2 * q + 1]);
+                    const u32 at = swizzled(to + part / 4 * kPanel, row_of(i), part % 4 * 2 + h);
+                    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                                 : "memory");
                 }
             }
             proxy_fence();

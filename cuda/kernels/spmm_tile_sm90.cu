@@ -38,7 +38,7 @@ constexpr int kGroups = MG_GROUPS, kWide = MG_WIDE, kStages = MG_STAGES, kCapaci
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kTokens || kWide >= 64, "panels of x have 64 columns");
 static_assert(!(kTokens && kPartial), "rows of tokens are not summed elsewhere");
-static_assert(kCapacity % 4 == 0 && kCapacity <= 64, "CAPACITY: a byte says which tile, 255 none");
+static_assert(kCapacity % 4 == 0 && kCapacity <= 64, "CAPACITY: seven bits say which tile");
 constexpr int kLines = 4 * kGroups, kConsumers = 128 * kGroups, kPanels = kTokens ? 1 : kWide / 64;
 constexpr int kNotes = 2 * kLines, kList = 4 + kCapacity, kRecord = kNotes + kList;  // ints
 constexpr int kBringers = 4, kEach = (kCapacity + 31) / 32;  // warps that bring stages, tiles of a lane

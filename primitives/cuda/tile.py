@@ -105,14 +105,14 @@ def spmm(
     lines, tiles = tables[0].numel() - 1, len(tables[1])
     large = tile_sm90.takes(x, rows, dtype, tokens)
     large = large and tiles >= LARGE[tokens] * lines * -(-inner // SIZE)
-    if _is_few(x.device.index, lines, tiles, inner, width, tokens, large):
+    if _is_few(x, tables, tokens, large):
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
-        thin = _thin(x, tables)
-        if thin is None:
+        found = _thin(x, tables)
+        if found is None:
             _few(out, values, x, tables, scale, transposed, bias, activation)
         else:
-            tile_thin.spmm(out, values, x, tables, thin, scale, transposed, bias, activation)
+            tile_thin.spmm(out, values, x, tables, found[1], scale, transposed, bias, activation)
         return out
     x = laid_out(aligned(x.mT)).mT if tokens else laid_out(aligned(x))
     # Aligning pads the last dimension with zeros: inner positions that no tile meets, or columns.
@@ -124,34 +124,33 @@ def spmm(
     return out.mT if tokens else out[..., :width].contiguous()
 
 
-def _thin(x: Tensor, tables: list[Tensor]) -> tile_thin.Thin | None:
-    """How spmm_tile_thin_sm90 is cut, None where spmm_tile_few does it."""
+def _thin(x: Tensor, tables: list[Tensor]) -> tuple[float, tile_thin.Thin] | None:
+    """How spmm_tile_thin_sm90 is cut, and what it brings; None where spmm_tile_few does it."""
     index, lines, tiles = x.device.index, tables[0].numel() - 1, len(tables[1])
     _, _, inner, width = x.shape
     if not _hopper(index) or inner % 8 or not ready(x, 2, 3):
         return None
     if tiles <= SHORT * lines and width <= FEW:
         return None
-    found = tile_thin.cut(facts(index), lines, tiles, inner, width)
-    return found and found[1]
+    return tile_thin.cut(facts(index), lines, tiles, inner, width)
 
 
-def _is_few(
-    index: int, lines: int, tiles: int, inner: int, width: int, tokens: bool, large: bool
-) -> bool:
+def _is_few(x: Tensor, tables: list[Tensor], tokens: bool, large: bool) -> bool:
     """Whether kernels for few columns are faster than spmm_tile, or (``large``) spmm_tile_sm90.
 
     They add up in another order, so the number of matrices has no part in the choice.
     """
+    lines, tiles, inner, width = tables[0].numel() - 1, len(tables[1]), *x.shape[2:]
     if width > WIDEST:
         return False
+    few = EACH[tokens] * width * tiles
     if not large:
-        return EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1)
-    there = facts(index)
-    found = tile_thin.cut(there, lines, tiles, inner, width) if tokens else None
-    few = CALL + (found[0] * BYTE[found[1].split] if found else EACH[tokens] * width * tiles)
-    how = tile_sm90.choose(there.multiprocessors, lines, tiles, inner, width, 1)
-    return few <= tile_sm90.cost(how, there.multiprocessors, lines, tiles, inner, width, 1)
+        return few <= START + STEP * tiles / max(lines, 1)
+    if found := _thin(x, tables):
+        few = found[0] * BYTE[found[1].split]
+    several = facts(x.device.index).multiprocessors
+    how = tile_sm90.choose(several, lines, tiles, inner, width, 1)
+    return CALL + few <= tile_sm90.cost(how, several, lines, tiles, inner, width, 1)
 
 
 def _few(

@@ -17,7 +17,7 @@ from mixgrain.cuda.tma import descriptor
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
-from .block_sm90 import walks
+from .block_sm90 import TILES, walks
 from .parts import CODES, activation_constant
 
 
@@ -120,30 +120,32 @@ def spmm(
     partial = out.dtype == torch.float32
     run = kernel(wide_request(how, x.dtype, transposed, tokens, partial, activation), device)
     several = facts(device).multiprocessors * how.each
-    tiles = walks(records, across, free, several)
-    run(
-        (tiles.shape[0],),
-        how.threads,
-        (
-            *_source(x, how, tokens),
-            values.data_ptr(),
-            np.int64(values.shape[1]),
-            bounds.data_ptr(),
-            links.data_ptr(),
-            unions.data_ptr(),
-            tiles.data_ptr(),
-            np.int32(tiles.shape[1]),
-            np.int32(bounds.numel() - 1),
-            np.int32(across),
-            np.float32(scale),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            np.int32(rows),
-            np.int32(inner),
-            np.int32(width),
-        ),
-        how.shared,
-    )
+    for start in range(0, free, step := max(1, TILES // max(1, records.shape[0] * across))):
+        to, weights, right = (t[start : start + step] for t in (out, values, x))
+        tiles = walks(records, across, to.shape[0], several)
+        run(
+            (tiles.shape[0],),
+            how.threads,
+            (
+                *_source(right, how, tokens),
+                weights.data_ptr(),
+                np.int64(weights.shape[1]),
+                bounds.data_ptr(),
+                links.data_ptr(),
+                unions.data_ptr(),
+                tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
+                np.int32(bounds.numel() - 1),
+                np.int32(across),
+                np.float32(scale),
+                0 if bias is None else bias.data_ptr(),
+                to.data_ptr(),
+                np.int32(rows),
+                np.int32(inner),
+                np.int32(width),
+            ),
+            how.shared,
+        )
 
 
 def _source(x: Tensor, how: Cut, tokens: bool) -> tuple[Any, ...]:

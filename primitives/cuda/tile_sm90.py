@@ -17,7 +17,7 @@ from mixgrain.cuda.tma import descriptor
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile_stages
-from .block_sm90 import CODES, walks
+from .block_sm90 import CODES, TILES, walks
 from .parts import activation_constant
 
 # Bytes of stages of a CTA.
@@ -133,33 +133,36 @@ def spmm(
         lambda: cuda_tile_stages.stages(bounds, cells, cut.groups, inner),
     )
     across = -(-width // cut.wide)
-    tiles = walks(made.spans, across, free, several)
-    partial = out.dtype == torch.float32
+    groups, partial = made.spans.shape[0], out.dtype == torch.float32
     wanted = spmm_request(cut, made.capacity, x.dtype, transposed, tokens, partial, activation)
-    kernel(wanted, x.device.index)(
-        (tiles.shape[0],),
-        128 * cut.groups + 128,
-        (
-            _map(x, cut.wide, tokens),
-            values.data_ptr(),
-            np.int64(values.shape[1]),
-            made.table.data_ptr(),
-            tiles.data_ptr(),
-            np.int32(tiles.shape[1]),
-            np.int32(across),
-            np.float32(scale),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            np.int32(rows),
-            np.int32(inner),
-            np.int32(width),
-            x.data_ptr(),
-            *(np.int64(x.stride(d)) for d in (0, 2, 3)),
-            bounds.data_ptr(),
-            cells.data_ptr(),
-        ),
-        cut.shared(made.capacity, tokens),
-    )
+    run = kernel(wanted, x.device.index)
+    for start in range(0, free, step := max(1, TILES // max(1, groups * across))):
+        to, weights, right = (t[start : start + step] for t in (out, values, x))
+        tiles = walks(made.spans, across, to.shape[0], several)
+        run(
+            (tiles.shape[0],),
+            128 * cut.groups + 128,
+            (
+                _map(right, cut.wide, tokens),
+                weights.data_ptr(),
+                np.int64(weights.shape[1]),
+                made.table.data_ptr(),
+                tiles.data_ptr(),
+                np.int32(tiles.shape[1]),
+                np.int32(across),
+                np.float32(scale),
+                0 if bias is None else bias.data_ptr(),
+                to.data_ptr(),
+                np.int32(rows),
+                np.int32(inner),
+                np.int32(width),
+                right.data_ptr(),
+                *(np.int64(right.stride(d)) for d in (0, 2, 3)),
+                bounds.data_ptr(),
+                cells.data_ptr(),
+            ),
+            cut.shared(made.capacity, tokens),
+        )
 
 
 def _map(x: Tensor, wide: int, tokens: bool) -> np.ndarray:

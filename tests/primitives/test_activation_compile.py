@@ -31,11 +31,11 @@ from mixgrain.primitives.plans import nm as nm_plans
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 ARCHES = ("80", "86", "89", "90", "90a", "100", "120")
 EVERYWHERE = {
-    "spmm_finish", "spmm_nm_any", "spmm_tile", "spmm_tile_few", "spmm_block_few", "spmm_row_few",
+    "spmm_finish", "spmm_nm_any", "spmm_tile_few", "spmm_block_few", "spmm_row_few",
 }  # fmt: skip
-ELSEWHERE = {"spmm_nm"}
+ELSEWHERE = {"spmm_nm", "spmm_tile"}
 HOPPER = {
-    "spmm_nm_sm90", "spmm_nm_thin_sm90", "spmm_tile_thin_sm90",
+    "spmm_nm_sm90", "spmm_nm_thin_sm90", "spmm_tile_sm90", "spmm_tile_thin_sm90",
     "spmm_block_sm90", "spmm_pair_sm90", "spmm_union_sm90", "spmm_strew_sm90",
 }  # fmt: skip
 

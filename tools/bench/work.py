@@ -12,8 +12,6 @@ from torch import Tensor
 # Ceilings of the device the floors are for: one H200, a 1 GiB copy and 4096³ cuBLAS products.
 COPY_BYTES = 4.24e12
 TENSOR_FLOPS = 8.0e14
-# Of mma.sync, which is not what cuBLAS uses there.
-MMA_FLOPS = 5.09e14
 L2_BYTES = 8.9e12
 # Largest relative error accepted of a product: a few roundings of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
