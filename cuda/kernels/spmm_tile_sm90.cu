@@ -9,8 +9,8 @@
 //            positions contiguous, (inner, D, F), boxes of 64 × kWide
 //   values   (F, slots), 512 bytes a tile
 //   records  (n, kRecord) int, of each stage of each group of lines: of each line four shorts, of each 16 inner positions
-//            whether its warpgroup multiplies by them (bit 0) and they hang over the edge (bit 1), and which of the
-//            stage's tiles lies there (from bit 9 on; bit 2: none); then inner position / 64, number of tiles, 0, 0;
+//            whether its warpgroup multiplies by them and they hang over the edge, and which of the stage's tiles lies
+//            there, if one does; then inner position / 64, number of tiles, 0, 0;
 //            numbers in memory of up to kCapacity tiles
 //   tiles    (n) int4         see walk.cuh; line = group of kLines lines of tiles, elements: records
 //
@@ -21,9 +21,10 @@
 //           by; L2: x once for each group of lines and tiles once for every kWide columns, at 8.6 TB/s
 //   needs   sm_90a, 16-byte aligned rows of x, of values and of the result
 //
-// What decides is how long a warpgroup takes from stage to stage, latency by latency: products in flight bar the way to
-// the tensor cores for its own, and only the other warpgroups' fill it meanwhile. So what it notes of a stage comes with
-// the stage before, and it looks whether a stage is there while it multiplies by the one before.
+// What decides is how long a warpgroup takes from stage to stage, latency by latency, while the others' products run. So
+// what it notes of a stage comes with the stage before, and it looks whether a stage is there before it multiplies by the
+// one before. Half a stage in registers ahead of the products in flight, and x shared by the CTAs of a cluster, were
+// tried on an H200: the one was slower, the other no faster.
 //
 // Zeros multiply elements of x that a line has no use for, and 0 · NaN is NaN. So all that is not finite in x shows:
 // every sum that met it is not finite. Those sums alone are made again, tile by tile.
@@ -41,6 +42,7 @@ static_assert(!(kTokens && kPartial), "rows of tokens are not summed elsewhere")
 static_assert(kCapacity % 4 == 0 && kCapacity <= 64, "CAPACITY: seven bits say which tile");
 constexpr int kLines = 4 * kGroups, kConsumers = 128 * kGroups, kPanels = kTokens ? 1 : kWide / 64;
 constexpr int kNotes = 2 * kLines, kList = 4 + kCapacity, kRecord = kNotes + kList;  // ints
+constexpr int kMultiply = 1, kOver = 2, kNone = 4, kPlace = 0xFE00;  // of what is noted; 512 bytes a tile
 constexpr int kBringers = 4, kEach = (kCapacity + 31) / 32;  // warps that bring stages, tiles of a lane
 constexpr int kAhead = 2, kLists = kAhead + 1;               // lists of a warp under way, and one that is read
 constexpr u32 kPanel = 64 * 128, kX = kWide * 128, kStage = kX + kCapacity * 512;
@@ -201,14 +203,12 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         for (int n = 0; n < tile.z; ++n) {
             const u32 at = mine + stage * kStage, barrier = full + 8 * stage;
             const int word[4] = {note.x, note.x >> 16, note.y, note.y >> 16};
-            const bool over = (note.x | note.y) & 0x20002;
+            const bool over = (note.x | note.y) & (kOver | kOver << 16);
             if (!here) barrier_wait(barrier, parity);
             wgmma_wait<0>();  // what they read is free, and so are the tiles in registers
             uint4 v[4];
 #pragma unroll
-            for (int q = 0; q < 4; ++q) {
-                v[q] = load_if(!(word[q] & 4), at + (word[q] & 0xFE00));
-            }
+            for (int q = 0; q < 4; ++q) v[q] = load_if(!(word[q] & kNone), at + (word[q] & kPlace));
             // The place of what it notes now is given back after tiles that it tells have been read.
             if (leads && held) barrier_arrive(held);
             held = barrier + 8 * kStages;
@@ -229,14 +229,14 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             if (over)  // the edge
 #pragma unroll
                 for (int q = 0; q < 4; ++q)
-                    if (word[q] & 2) {
+                    if (word[q] & kOver) {
                         u32 w[4] = {a[q][0], a[q][2], a[q][1], a[q][3]};
                         tile_cut(w, inner % 16);
                         a[q][0] = w[0], a[q][1] = w[2], a[q][2] = w[1], a[q][3] = w[3];
                     }
 #pragma unroll
             for (int q = 0; q < 4; ++q)
-                if (word[q] & 1) {
+                if (word[q] & kMultiply) {
                     wgmma_fence();
                     Wgmma<kWide>::template rs<!kTokens>(
                         acc, a[q], x_desc >> 32 << 32 | (x_at + ((kTokens ? 32 : 2048) * q >> 4)));
