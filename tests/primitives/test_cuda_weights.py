@@ -39,7 +39,7 @@ def taken(monkeypatch):
     for module in (block_weights_sm90, nm_weights_sm90, tile_weights_sm90):
         monkeypatch.setattr(module, "kernel", _noting(module.kernel, found))
     monkeypatch.setattr(block_weights_sm90, "LAUNCHES", 1e12)
-    monkeypatch.setattr(tile_sddmm, "START", 1e12)
+    monkeypatch.setattr(tile_sddmm, "CALL", 1e12)
     clear_caches()
     yield found
     clear_caches()
