@@ -16,11 +16,16 @@ constexpr u32 kPitch = 2 * kWide + 16;  // lanes write to all banks
 static_assert(kTall * kPitch <= kStages * kStage, "the tile has room");
 using Pool = Registers<kConsumers + 128, 40, 232>;
 
-// Makes the tile whose first element is (row, column). Consumers do `before` while data are on their way, and `after`
-// with their sums: not behind this, where they would have no more registers than who produces.
-template <class Before, class After>
-__device__ __forceinline__ void dense_sums(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
-                                           int matrix, int tokens, Before before, After after) {
+struct DensePlace {
+    int row, column, matrix;  // of a tile's first element
+};
+
+// Makes the tiles that `next` finds, each thread with one of its own: false behind the last. Producers bring a tile while
+// consumers are still with the one before. Those do `before` while data are on their way, and `after` with their sums: not
+// behind this, where they would have no more registers than who produces.
+template <class Next, class Before, class After>
+__device__ __forceinline__ void dense_sums(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int tokens, Next next,
+                                           Before before, After after) {
     __shared__ alignas(8) u64 barriers[2 * kStages];
     const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = uniform_warp(), lane = threadIdx.x % 32, steps = (tokens + 63) / 64;
@@ -32,46 +37,58 @@ __device__ __forceinline__ void dense_sums(const TensorMap &y_map, const TensorM
     }
     __syncthreads();
 
+    DensePlace at;
     if (warp >= kConsumers / 32) {  // producer
         Pool::give();
         if (threadIdx.x != kConsumers) return;
         int stage = 0;
         u32 parity = 1;
-        for (int i = 0; i < steps; ++i) {
-            const u32 to = ring + stage * kStage, done = full + 8 * stage;
-            barrier_wait(empty + 8 * stage, parity);
-            barrier_expect(done, kStage);
+        while (next(at)) {
+            for (int i = 0; i < steps; ++i) {
+                const u32 to = ring + stage * kStage, done = full + 8 * stage;
+                barrier_wait(empty + 8 * stage, parity);
+                barrier_expect(done, kStage);
 #pragma unroll
-            for (int p = 0; p < kPanelsY; ++p) tma_load(to + p * kPanel, y_map, done, row + 64 * p, 64 * i, 0, matrix);
+                for (int p = 0; p < kPanelsY; ++p) tma_load(to + p * kPanel, y_map, done, at.row + 64 * p, 64 * i, 0, at.matrix);
 #pragma unroll
-            for (int p = kPanelsY; p < kPanels; ++p)
-                tma_load(to + p * kPanel, x_map, done, column + 64 * (p - kPanelsY), 64 * i, 0, matrix);
-            if (++stage == kStages) stage = 0, parity ^= 1;
+                for (int p = kPanelsY; p < kPanels; ++p)
+                    tma_load(to + p * kPanel, x_map, done, at.column + 64 * (p - kPanelsY), 64 * i, 0, at.matrix);
+                if (++stage == kStages) stage = 0, parity ^= 1;
+            }
         }
         return;
     }
 
     Pool::take();
-    before();
-    float acc[kWide / 2];
-#pragma unroll
-    for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
     const u64 left = wgmma_descriptor(ring + warp / 4 * kPanel, kPanel);
     const u64 right = wgmma_descriptor(ring + kPanelsY * kPanel, kPanel);
-    multiply_ring<kStages>(steps, full, empty, lane, [&](int stage) {
+    RingPlace place;
+    while (next(at)) {
+        before();
+        float acc[kWide / 2];
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-            Wgmma<kWide>::template ss<1, 1>(acc, left + ((stage * kStage + k * 2048) >> 4),
-                                            right + ((stage * kStage + k * 2048) >> 4), 1);
-    });
-    after(acc);
+        for (int i = 0; i < kWide / 2; ++i) acc[i] = 0.f;
+        multiply_ring<kStages>(place, steps, full, empty, lane, [&](int stage) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                Wgmma<kWide>::template ss<1, 1>(acc, left + ((stage * kStage + k * 2048) >> 4),
+                                                right + ((stage * kStage + k * 2048) >> 4), 1);
+        });
+        after(at, acc);
+    }
 }
 
-// The same times scale, in shared memory, with whose place it does `after`.
+// One tile times scale, in shared memory, with whose place it does `after`.
 template <class Before, class After>
 __device__ __forceinline__ void dense_tile(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
                                            int matrix, int tokens, float scale, Before before, After after) {
-    dense_sums(y_map, x_map, ring, row, column, matrix, tokens, before, [&](const float (&acc)[kWide / 2]) {
+    auto once = [=, left = true](DensePlace &at) mutable {
+        at = {row, column, matrix};
+        const bool more = left;
+        left = false;
+        return more;
+    };
+    dense_sums(y_map, x_map, ring, tokens, once, before, [&](const DensePlace &, const float (&acc)[kWide / 2]) {
         named_barrier(1, kConsumers);  // nobody reads the ring any more
         const int lane = threadIdx.x % 32;
         const u32 mine = ring + (16 * uniform_warp() + lane / 4) * kPitch + lane % 4 * 4;

@@ -6,10 +6,10 @@
 //
 //   y, x      rows of tokens, see dense_tile.cuh
 //   values    (F, slots), 256 a tile: in fragment order, or with kRows row after row; zeros beyond rows or columns
-//   tiles     int2, (row, column) / (kTall, kWide), of those that keep something
-//   numbers   (row tiles · kTall / 16, across) int, column tiles of 16 padded to whole ones of kWide: a tile's number, or −1
+//   tiles     (count) int2, (row, column) / (kTall, kWide), of those that keep something
+//   numbers   (count, kTall / 16, kWide / 16) int: of each of them, where a tile is its number, else −1
 //
-//   grid   (tiles, F)
+//   grid   CTAs that take such tiles of `matrices` matrices in turn
 //   block  2 warpgroups of consumers, and one that produces
 //   smem   of dense_tile.cuh
 //   floor  2 · kTall · kWide · T FLOP at 800 TFLOP/s for each of `tiles`; values written, at 4.24 TB/s
@@ -21,21 +21,28 @@ constexpr bool kRows = MG_ROWS;
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     sddmm_pick_tile_sm90(const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap x_map,
-                         const int2 *__restrict__ tiles, const int *__restrict__ numbers, int across,
+                         const int2 *__restrict__ tiles, const int *__restrict__ numbers, int count, int matrices,
                          operand_t *__restrict__ values, i64 slots, float scale, int tokens, int rows, int columns) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
-    const int2 tile = __ldg(tiles + blockIdx.x);
     const int warp = uniform_warp(), lane = threadIdx.x % 32;
-    const int row0 = tile.x * kTall, column0 = tile.y * kWide, line = row0 / 16 + warp;
-    int number = -1;  // of this warp's tile at 16 columns for each lane
-    auto before = [&] {
-        if (lane < kWide / 16) number = __ldg(numbers + static_cast<i64>(line) * across + column0 / 16 + lane);
+    int n = int(blockIdx.x) - int(gridDim.x);
+    auto next = [&](DensePlace &at) {
+        n += gridDim.x;
+        if (n >= count * matrices) return false;
+        const int2 tile = __ldg(tiles + n % count);
+        at = {tile.x * kTall, tile.y * kWide, n / count};
+        return true;
     };
-    dense_sums(y_map, x_map, ring, row0, column0, blockIdx.y, tokens, before, [&](const float (&acc)[kWide / 2]) {
-        const bool inside = row0 + kTall <= rows && column0 + kWide <= columns;
-        const int row = 16 * line + lane / 4, first = column0 + lane % 4 * 2;
-        operand_t *const to = values + blockIdx.y * slots;
+    int number;  // of this warp's tile at 16 columns for each lane
+    auto before = [&] {
+        const int *const own = numbers + (static_cast<i64>(n % count) * (kTall / 16) + warp) * (kWide / 16);
+        number = __ldg(own + lane % (kWide / 16));
+    };
+    dense_sums(y_map, x_map, ring, tokens, next, before, [&](const DensePlace &at, const float (&acc)[kWide / 2]) {
+        const bool inside = at.row + kTall <= rows && at.column + kWide <= columns;
+        const int row = at.row + 16 * warp + lane / 4, first = at.column + lane % 4 * 2;
+        operand_t *const to = values + at.matrix * slots;
 #pragma unroll
         for (int j = 0; j < kWide / 16; ++j) {
             const int n = __shfl_sync(~0u, number, j);

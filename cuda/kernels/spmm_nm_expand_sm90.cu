@@ -26,11 +26,32 @@ constexpr int kConsumers = 256, kItems = 16 / kMembers;  // rows of a thread of 
 using Pool = Registers<384, 136, 184>;
 constexpr u32 kPanel = 64 * 128, kLeft = 2 * kPanel, kStage = kLeft + kWide * 128;
 
-// Two values as four columns, of which a nibble names theirs.
-__device__ __forceinline__ void spread(u32 two, u32 nibble, u32 &low, u32 &high) {
-    // Of each column two bytes of the pair, or of zeros.
-    const u32 bytes = 0x44444444u ^ 0x54u << ((nibble & 3) * 8) ^ 0x76u << ((nibble >> 2 & 3) * 8);
-    low = __byte_perm(two, 0u, bytes), high = __byte_perm(two, 0u, bytes >> 16);
+// Bytes of two words, 0 … 3 and 4 … 7, as the four lowest nibbles say, which are no more than 7: __byte_perm would see to
+// that.
+__device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 which) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(which));
+    return r;
+}
+
+// A nibble names two columns of four, the first and the second value's: one of 4, 8, 9, 12, 13, 14. Which of those, in
+// three bits, of all nibbles of a word.
+__device__ __forceinline__ u32 kinds(u32 word) {
+    const u32 first = ~word >> 3 & 0x11111111u;
+    return (word | first | first << 1) & 0x77777777u;
+}
+
+// Eight values as sixteen columns, of which four nibbles' kinds name theirs.
+__device__ __forceinline__ void spread(const uint4 &values, u32 kinds, u32 (&w)[8]) {
+    // Of each column a byte for each nibble: where its two bytes come from, 0x10 the first value, 0x32 the second, 0x44 zero.
+    const u32 column[4] = {permuted(0x44444410u, 0x10444410u, kinds), permuted(0x44441044u, 0x32441044u, kinds),
+                           permuted(0x44443232u, 0x44104444u, kinds), permuted(0x44444444u, 0x44323232u, kinds)};
+    const u32 v[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            w[2 * n + h] = permuted(v[n], 0u, permuted(column[2 * h], column[2 * h + 1], n | (n + 4) << 4));
 }
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers, 1)
@@ -91,15 +112,13 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < kItems; ++i) {
-                const u32 word = words[i / 4 * 2 + i % 2] >> (i / 2 % 2 * 16);
-                const u32 v[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+                u32 w[8];
+                spread(held[i], kinds(words[i / 4 * 2 + i % 2]) >> (i / 2 % 2 * 16), w);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    u32 w[4];
-#pragma unroll
-                    for (int q = 0; q < 2; ++q) spread(v[2 * h + q], word >> (8 * h + 4 * q), w[2 * q], w[2 * q + 1]);
                     const u32 at = swizzled(to + part / 4 * kPanel, row_of(i), part % 4 * 2 + h);
-                    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[4 * h]), "r"(w[4 * h + 1]),
+                                 "r"(w[4 * h + 2]), "r"(w[4 * h + 3])
                                  : "memory");
                 }
             }

@@ -16,10 +16,10 @@ from mixgrain.formats.tile import SIZE
 from ..plans.cuda_numbers import Numbers
 from .block_sm90 import CODES, operand_map
 from .dense_tile_sm90 import STAGES, THREADS, cycles, memory, wide_of
-from .parts import MOST_MATRICES, of_layer
+from .parts import of_layer
 
-# Places that a table of numbers has at most.
-MOST_PLACES = 1 << 24
+# Places that numbers are of at most; dense tiles of a call, which are counted in 32 bits.
+MOST_PLACES, MOST_TILES = 1 << 24, 1 << 30
 # Microseconds of a call beside its dense tiles; cycles of one.
 CALL, CLOCK = 4.0, 1850
 
@@ -63,18 +63,19 @@ def sddmm(
         rows: a tile's values are row after row, not in fragment order.
     """
     width = wide(q, k)
-    run = kernel(sddmm_request(width, q.dtype, rows), q.device.index)
-    for start in range(0, values.shape[0], MOST_MATRICES):
-        out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+    run, count = kernel(sddmm_request(width, q.dtype, rows), q.device.index), found.tiles.shape[0]
+    for start in range(0, values.shape[0], step := max(1, MOST_TILES // max(1, count))):
+        out, left, right = (t[start : start + step] for t in (values, q, k))
         run(
-            (found.tiles.shape[0], out.shape[0]),
+            (min(count * out.shape[0], facts(q.device.index).multiprocessors),),
             THREADS,
             (
                 operand_map(left.mT, 64),
                 operand_map(right.mT, 64),
                 found.tiles.data_ptr(),
-                found.table.data_ptr(),
-                np.int32(found.table.shape[1]),
+                found.numbers.data_ptr(),
+                np.int32(count),
+                np.int32(out.shape[0]),
                 out.data_ptr() + shift * out.element_size(),
                 np.int64(out.stride(0)),
                 np.float32(scale),

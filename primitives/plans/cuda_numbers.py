@@ -16,12 +16,12 @@ class Numbers(NamedTuple):
     Attributes:
         tiles: int32 (n, 2): row and column of each dense tile that keeps something; neighbours in a
             column of them follow each other, which share what they read.
-        table: int32 (lines, columns), both padded to whole dense tiles: the number in memory of the
-            tile there, −1 = none.
+        numbers: int32 (n, lines, columns), in tiles: of each of them the numbers in memory of the
+            tiles there, −1 = none.
     """
 
     tiles: Tensor
-    table: Tensor
+    numbers: Tensor
 
 
 def numbers(
@@ -42,6 +42,6 @@ def numbers(
     shape = -(-lines // down) * down, -(-across // over) * over
     table = torch.full(shape, -1, dtype=torch.int32, device=rows.device)
     table[rows.long(), columns.long()] = number.int()
-    kept = (table.view(shape[0] // down, down, shape[1] // over, over) >= 0).any(3).any(1)
-    found = kept.mT.nonzero().flip(1).int().contiguous()
-    return Numbers(found, table)
+    dense = table.view(shape[0] // down, down, shape[1] // over, over).transpose(1, 2)
+    column, row = (dense >= 0).flatten(2).any(2).mT.nonzero().unbind(1)
+    return Numbers(torch.stack([row, column], 1).int(), dense[row, column].contiguous())

@@ -22,11 +22,15 @@ def test_every_tile_is_found_once(wide, lines, across, d, seed):
     rows, columns = places.unbind(1)
     number = torch.randperm(len(rows), generator=g).int()
     found = numbers(rows, columns, number, lines, across, 128, wide)
-    down, over = found.table.shape
-    assert down % 8 == 0 and over % (wide // 16) == 0 and down >= lines and over >= across
-    assert found.table[rows.long(), columns.long()].tolist() == number.tolist()
-    assert int((found.table >= 0).sum()) == len(rows)
-    keeping = {(r // 8, c // (wide // 16)) for r, c in places.tolist()}
+    down, over = 8, wide // 16
+    assert found.numbers.shape == (len(found.tiles), down, over) and found.numbers.is_contiguous()
     listed = [tuple(tile) for tile in found.tiles.tolist()]
-    assert len(listed) == len(keeping) and set(listed) == keeping
-    assert listed == sorted(listed, key=lambda tile: tile[::-1])
+    assert len(set(listed)) == len(listed)
+    assert listed == sorted(listed, key=lambda tile: tile[::-1])  # columns of them
+    back = torch.full((-(-lines // down) * down, -(-across // over) * over), -1, dtype=torch.int32)
+    for (row, column), tile in zip(listed, found.numbers, strict=True):
+        assert (tile >= 0).any()
+        back[row * down : (row + 1) * down, column * over : (column + 1) * over] = tile
+    right = torch.full_like(back, -1)
+    right[rows.long(), columns.long()] = number
+    assert torch.equal(back, right)
