@@ -2,7 +2,7 @@
 //
 //   y      (F, T, rows)     by a 4-D tensor map (rows, T, 1, F); x (F, T, columns) alike; boxes of 64 × 64 tokens
 //   tile   kTall × kWide, by 2 warpgroups of consumers, 64 rows each; one more produces
-//   smem   kStages of 64 tokens of y and x, at a multiple of 1024; in their place the tile, rounded, kPitch bytes a row
+//   smem   kStages of 64 tokens of y and x, at a multiple of 1024; behind them the tile, rounded, kPitch bytes a row
 #pragma once
 
 #include "ring.cuh"
@@ -13,7 +13,6 @@ static_assert(kWide == 128 || kWide == 256, "WIDE must be 128 or 256");
 constexpr int kPanelsY = kTall / 64, kPanels = kPanelsY + kWide / 64;
 constexpr u32 kPanel = 64 * 128, kStage = kPanels * kPanel;
 constexpr u32 kPitch = 2 * kWide + 16;  // lanes write to all banks
-static_assert(kTall * kPitch <= kStages * kStage, "the tile has room");
 using Pool = Registers<kConsumers + 128, 40, 232>;
 
 struct DensePlace {
@@ -78,26 +77,21 @@ __device__ __forceinline__ void dense_sums(const TensorMap &y_map, const TensorM
     }
 }
 
-// One tile times scale, in shared memory, with whose place it does `after`.
-template <class Before, class After>
-__device__ __forceinline__ void dense_tile(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int row, int column,
-                                           int matrix, int tokens, float scale, Before before, After after) {
-    auto once = [=, left = true](DensePlace &at) mutable {
-        at = {row, column, matrix};
-        const bool more = left;
-        left = false;
-        return more;
-    };
-    dense_sums(y_map, x_map, ring, tokens, once, before, [&](const DensePlace &, const float (&acc)[kWide / 2]) {
-        named_barrier(1, kConsumers);  // nobody reads the ring any more
+// The same with tiles times scale in shared memory, behind the ring, with whose place it does `after`.
+template <class Next, class Before, class After>
+__device__ __forceinline__ void dense_tiles(const TensorMap &y_map, const TensorMap &x_map, u32 ring, int tokens, float scale,
+                                            Next next, Before before, After after) {
+    const u32 made = ring + kStages * kStage;
+    dense_sums(y_map, x_map, ring, tokens, next, before, [&](const DensePlace &at, const float (&acc)[kWide / 2]) {
+        named_barrier(1, kConsumers);  // nobody reads the tile before any more
         const int lane = threadIdx.x % 32;
-        const u32 mine = ring + (16 * uniform_warp() + lane / 4) * kPitch + lane % 4 * 4;
+        const u32 mine = made + (16 * uniform_warp() + lane / 4) * kPitch + lane % 4 * 4;
 #pragma unroll
         for (int i = 0; i < kWide / 2; i += 2)
             asm volatile("st.shared.b32 [%0], %1;" ::"r"(mine + i / 2 % 2 * 8 * kPitch + i / 4 * 16),
                          "r"(pack2<operand_t>(acc[i] * scale, acc[i + 1] * scale))
                          : "memory");
         named_barrier(1, kConsumers);
-        after(ring);
+        after(at, made);
     });
 }

@@ -8,7 +8,7 @@
 //   metadata  (packed / 16, lines / 32, 8 g, 2 a, 2 d) words: of rows 16 a + g in the low half and 16 a + g + 8 in the
 //             high half, of each group of 4 columns a nibble: two columns (formats/nm_metadata.py)
 //
-//   grid   (column tiles, row tiles, F)
+//   grid   CTAs that take `count` tiles in turn, `wide` of them side by side
 //   block  2 warpgroups of consumers, and one that produces
 //   smem   of dense_tile.cuh
 //   floor  2 · lines · 2 packed · T FLOP at 800 TFLOP/s; metadata read, values written, at 4.24 TB/s
@@ -30,17 +30,26 @@ __device__ __forceinline__ u32 within(u32 two, u32 nibble, int limit) {
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     sddmm_pick_nm_sm90(const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap x_map,
-                       const u32 *__restrict__ metadata, operand_t *__restrict__ values, i64 slots, float scale,
-                       int tokens, int rows, int columns, int lines, int packed) {
+                       const u32 *__restrict__ metadata, int wide, int count, operand_t *__restrict__ values, i64 slots,
+                       float scale, int tokens, int rows, int columns, int lines, int packed) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
-    const int row0 = blockIdx.y * kTall, column0 = blockIdx.x * kWide;
+    const int down = (lines + kTall - 1) / kTall;
+    int n = int(blockIdx.x) - int(gridDim.x), row0, column0;
+    auto next = [&](DensePlace &at) {
+        n += gridDim.x;
+        if (n >= count) return false;
+        row0 = n / wide % down * kTall, column0 = n % wide * kWide;
+        at = {row0, column0, n / wide / down};
+        return true;
+    };
     // Bits of a word's number: d, one of C, three of g; a, two of R; the rest of C.
     const int number = threadIdx.x % kConsumers, d = number % 2, g = number / 4 % 8, a = number / 32 % 2;
-    const int down = number / 64 * 32, line = row0 + down;
+    const int below = number / 64 * 32;
     auto across = [&](int i) { return (number / 2 % 2 + 2 * i) * 32; };
     u32 words[kWords];
     auto ahead = [&] {
+        const int line = row0 + below;
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
             const i64 column = (column0 + across(i)) / 32;
@@ -48,15 +57,15 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             words[i] = there ? __ldg(metadata + (column * (lines / 32) + line / 32) * 32 + 4 * g + 2 * a + d) : 0u;
         }
     };
-    dense_tile(y_map, x_map, ring, row0, column0, blockIdx.z, tokens, scale, ahead, [&](u32 made) {
-        if (line >= lines) return;
+    dense_tiles(y_map, x_map, ring, tokens, scale, next, ahead, [&](const DensePlace &at, u32 made) {
+        if (row0 + below >= lines) return;
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
             const int column = across(i) + 16 * d;  // of the tile
             if (column0 + column >= 2 * packed) break;
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
-                const int row = down + 16 * a + 8 * b + g;
+                const int row = below + 16 * a + 8 * b + g;
                 const u32 word = words[i] >> (16 * b), from = made + row * kPitch + 2 * column;
                 u32 v[8], kept[4];
 #pragma unroll
@@ -72,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
 #pragma unroll
                     for (int n = 0; n < 4; ++n) kept[n] = within(kept[n], word >> (4 * n), limit - 4 * n);
                 }
-                operand_t *to = values + blockIdx.z * slots + static_cast<i64>(row0 + row) * packed + (column0 + column) / 2;
+                operand_t *to = values + at.matrix * slots + static_cast<i64>(row0 + row) * packed + (column0 + column) / 2;
                 __stcs(reinterpret_cast<uint4 *>(to), uint4{kept[0], kept[1], kept[2], kept[3]});
             }
         }

@@ -5,10 +5,10 @@
 //
 //   y, x    rows of tokens, see dense_tile.cuh
 //   values  (F, slots)
-//   tiles   (CTAs) int4      first row and column of a tile, its first pick and the end of its picks
+//   tiles   (count) int4     first row and column of a tile, its first pick and the end of its picks
 //   spots   (picks) u16      kWide · row + column in the tile; slots (picks) int of its value; by slot
 //
-//   grid   (CTAs, F)
+//   grid   CTAs that take such tiles of `matrices` matrices in turn
 //   block  2 warpgroups of consumers, and one that produces
 //   smem   of dense_tile.cuh
 //   floor  2 · tiles · kTall · kWide · T FLOP at 800 TFLOP/s; 6 B a pick to read, 2 to write
@@ -21,18 +21,25 @@ constexpr int kAtOnce = 8;  // picks of a thread, whose loads are under way toge
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     sddmm_pick_sm90(const __grid_constant__ TensorMap y_map, const __grid_constant__ TensorMap x_map,
-                    const int4 *__restrict__ tiles, const u16 *__restrict__ spots, const int *__restrict__ slots,
-                    operand_t *__restrict__ values, i64 all_slots, float scale, int tokens) {
+                    const int4 *__restrict__ tiles, int count, int matrices, const u16 *__restrict__ spots,
+                    const int *__restrict__ slots, operand_t *__restrict__ values, i64 all_slots, float scale, int tokens) {
     extern __shared__ u8 raw[];
     const u32 ring = (shared_address(raw) + 1023) & ~1023u;
-    const int matrix = blockIdx.y;
-    const int4 tile = __ldg(tiles + blockIdx.x);
+    int n = int(blockIdx.x) - int(gridDim.x);
+    int4 tile;
+    auto next = [&](DensePlace &at) {
+        n += gridDim.x;
+        if (n >= count * matrices) return false;
+        tile = __ldg(tiles + n % count);
+        at = {tile.x, tile.y, n / count};
+        return true;
+    };
     auto ahead = [&] {  // what is to be picked, on its way to L2
         for (int i = tile.z + threadIdx.x * 32; i < tile.w; i += kConsumers * 32) prefetch_l2(slots + i);
         for (int i = tile.z + threadIdx.x * 64; i < tile.w; i += kConsumers * 64) prefetch_l2(spots + i);
     };
-    dense_tile(y_map, x_map, ring, tile.x, tile.y, matrix, tokens, scale, ahead, [&](u32 made) {
-        u16 *const to = reinterpret_cast<u16 *>(values + matrix * all_slots);
+    dense_tiles(y_map, x_map, ring, tokens, scale, next, ahead, [&](const DensePlace &at, u32 made) {
+        u16 *const to = reinterpret_cast<u16 *>(values + at.matrix * all_slots);
         const int last = tile.w - 1;
 #pragma unroll 1
         for (int first = tile.z + threadIdx.x; first < tile.w; first += kAtOnce * kConsumers) {
@@ -40,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             u32 spot[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {  // beyond the last it is the last, which is written again
-                const int at = min(first + i * kConsumers, last);
-                slot[i] = __ldg(slots + at), spot[i] = __ldg(spots + at);
+                const int pick = min(first + i * kConsumers, last);
+                slot[i] = __ldg(slots + pick), spot[i] = __ldg(spots + pick);
             }
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {

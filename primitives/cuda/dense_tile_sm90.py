@@ -4,15 +4,21 @@ from __future__ import annotations
 
 # Rows of a tile, and threads of a CTA: consumers of all rows, and a warpgroup that produces.
 TALL, THREADS = 128, 384
-# Stages of 64 tokens; cycles of a step, and of a tile beside its steps, by columns of a tile.
-STAGES = {256: 4, 128: 6}
+# Stages of 64 tokens, and how many there are where a tile is in shared memory, too; cycles of a
+# step, and of a tile beside its steps; by columns of a tile.
+STAGES, FEWER = {256: 4, 128: 6}, {256: 3, 128: 5}
 STEP = {256: 1280, 128: 770}
 START = {256: 5600, 128: 4000}
 
 
-def memory(wide: int) -> int:
-    """Dynamic shared memory of a CTA, bytes: stages, and room to align."""
-    return STAGES[wide] * (TALL + wide) * 128 + 1024
+# Dense tiles of a call at most, which kernels count in 32 bits.
+MOST_TILES = 1 << 30
+
+
+def memory(wide: int, staged: bool) -> int:
+    """Dynamic shared memory of a CTA, bytes: stages, a tile (``staged``), and room to align."""
+    stages = (FEWER if staged else STAGES)[wide]
+    return stages * (TALL + wide) * 128 + staged * TALL * (2 * wide + 16) + 1024
 
 
 def wide_of(several: int, rows: int, columns: int, tokens: int) -> int:

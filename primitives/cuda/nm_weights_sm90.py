@@ -14,21 +14,18 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import STAGES, TALL, THREADS, memory, wide_of
-from .parts import MOST_MATRICES, of_layer
+from .dense_tile_sm90 import FEWER, MOST_TILES, TALL, THREADS, memory, wide_of
+from .parts import of_layer
 
 if TYPE_CHECKING:
     from .nm import Stored
-
-# Row tiles, which a grid counts in 16 bits.
-MOST_TILES = 65_535
 
 
 def takes(s: Stored, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether ``sddmm`` is for q (F, E, rows, T) and k (F, E, columns, T), rows of tokens."""
     if s.encoding not in (0, 1) or not of_layer(keep, (dtype,), q, k):
         return False
-    if s.metadata.data_ptr() % 4 or s.lines > TALL * MOST_TILES or not s.packed:
+    if s.metadata.data_ptr() % 4 or not s.packed:
         return False
     return facts(q.device.index).hopper
 
@@ -43,29 +40,33 @@ def sddmm(values: Tensor, s: Stored, q: Tensor, k: Tensor, scale: float) -> None
         k: (F, 1, columns, T), likewise.
         scale: multiplies the products.
     """
-    columns, tokens = 2 * s.packed, q.shape[3]
-    wide = wide_of(facts(q.device.index).multiprocessors, s.lines, columns, tokens)
+    columns, tokens, several = 2 * s.packed, q.shape[3], facts(q.device.index).multiprocessors
+    wide = wide_of(several, s.lines, columns, tokens)
     run = kernel(sddmm_request(wide, q.dtype), q.device.index)
-    for start in range(0, values.shape[0], MOST_MATRICES):
-        out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+    across, down = -(-columns // wide), -(-s.lines // TALL)
+    for start in range(0, values.shape[0], step := max(1, MOST_TILES // (across * down))):
+        out, left, right = (t[start : start + step] for t in (values, q, k))
+        count = across * down * out.shape[0]
         run(
-            (-(-columns // wide), -(-s.lines // TALL), out.shape[0]),
+            (min(count, several),),
             THREADS,
             (
                 operand_map(left.mT, 64),
                 operand_map(right.mT, 64),
                 s.metadata.data_ptr(),
+                np.int32(across),
+                np.int32(count),
                 out.data_ptr(),
                 np.int64(out.shape[1]),
                 np.float32(scale),
                 *map(np.int32, (tokens, s.rows, s.columns, s.lines, s.packed)),
             ),
-            memory(wide),
+            memory(wide, staged=True),
         )
 
 
 @functools.lru_cache(maxsize=64)
 def sddmm_request(wide: int, dtype: torch.dtype) -> Request:
     """The kernel."""
-    constants = {"WIDE": wide, "STAGES": STAGES[wide], "DTYPE": CODES[dtype]}
+    constants = {"WIDE": wide, "STAGES": FEWER[wide], "DTYPE": CODES[dtype]}
     return request("sddmm_pick_nm_sm90", constants, flush=True)

@@ -16,8 +16,8 @@ from mixgrain.cuda.launch import kernel
 from ..plans import cuda_pick
 from ..plans.plan import PartPlan
 from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import STAGES, TALL, THREADS, cycles, memory, wide_of
-from .parts import MOST_MATRICES, of_layer
+from .dense_tile_sm90 import FEWER, MOST_TILES, TALL, THREADS, cycles, memory, wide_of
+from .parts import of_layer
 
 # Entries whose tables are worth their memory: while they are made, some 60 bytes each.
 MOST_ENTRIES = 1 << 27
@@ -59,22 +59,25 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
     """
     indices, items = part.tensors[:2]
     rows, columns, tokens = q.shape[2], k.shape[2], q.shape[3]
-    wide = wide_of(facts(q.device.index).multiprocessors, rows, columns, tokens)
+    several = facts(q.device.index).multiprocessors
+    wide = wide_of(several, rows, columns, tokens)
     table = derived(
         items,
         ("picks", wide),
         lambda: cuda_pick.picks(items, indices, rows, columns, TALL, wide),
     )
-    run = kernel(sddmm_request(wide, q.dtype), q.device.index)
-    for start in range(0, values.shape[0], MOST_MATRICES):
-        out, left, right = (t[start : start + MOST_MATRICES] for t in (values, q, k))
+    run, count = kernel(sddmm_request(wide, q.dtype), q.device.index), table.tiles.shape[0]
+    for start in range(0, values.shape[0], step := max(1, MOST_TILES // max(1, count))):
+        out, left, right = (t[start : start + step] for t in (values, q, k))
         run(
-            (table.tiles.shape[0], out.shape[0]),
+            (min(count * out.shape[0], several),),
             THREADS,
             (
                 operand_map(left.mT, 64),
                 operand_map(right.mT, 64),
                 table.tiles.data_ptr(),
+                np.int32(count),
+                np.int32(out.shape[0]),
                 table.spots.data_ptr(),
                 table.slots.data_ptr(),
                 out.data_ptr() + part.starts[0] * out.element_size(),
@@ -82,12 +85,12 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
                 np.float32(scale),
                 np.int32(tokens),
             ),
-            memory(wide),
+            memory(wide, staged=True),
         )
 
 
 @functools.lru_cache(maxsize=64)
 def sddmm_request(wide: int, dtype: torch.dtype) -> Request:
     """The kernel."""
-    constants = {"WIDE": wide, "STAGES": STAGES[wide], "DTYPE": CODES[dtype]}
+    constants = {"WIDE": wide, "STAGES": FEWER[wide], "DTYPE": CODES[dtype]}
     return request("sddmm_pick_sm90", constants, flush=True)

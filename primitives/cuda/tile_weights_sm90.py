@@ -15,11 +15,11 @@ from mixgrain.formats.tile import SIZE
 
 from ..plans.cuda_numbers import Numbers
 from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import STAGES, THREADS, cycles, memory, wide_of
+from .dense_tile_sm90 import MOST_TILES, STAGES, THREADS, cycles, memory, wide_of
 from .parts import of_layer
 
-# Places that numbers are of at most; dense tiles of a call, which are counted in 32 bits.
-MOST_PLACES, MOST_TILES = 1 << 24, 1 << 30
+# Places that numbers are of at most.
+MOST_PLACES = 1 << 24
 # Microseconds of a call beside its dense tiles; cycles of one.
 CALL, CLOCK = 4.0, 1850
 
@@ -81,7 +81,7 @@ def sddmm(
                 np.float32(scale),
                 *map(np.int32, (q.shape[3], q.shape[2], k.shape[2])),
             ),
-            memory(width),
+            memory(width, staged=False),
         )
 
 
