@@ -164,10 +164,11 @@ def test_no_read_is_too_early(count, d, wide, taken):
     assert taken
 
 
-def test_repeats_are_alike(wide, taken):
-    """A race would move a bit in one of 250."""
-    w, g = there(weight(600, 2048, 0.3), torch.float16), torch.Generator(DEVICE).manual_seed(0)
-    x, grad = (torch.randn(100, n, device=DEVICE, generator=g).half() for n in (2048, 600))
+@pytest.mark.parametrize("shape, d", [((600, 2048), 0.3), ((2056, 4104), 0.05)])
+def test_repeats_are_alike(shape, d, wide, taken):
+    """A race would move a bit in one of 250; CTAs take a tile, and several with edges."""
+    w, g = there(weight(*shape, d), torch.float16), torch.Generator(DEVICE).manual_seed(0)
+    x, grad = (torch.randn(100, n, device=DEVICE, generator=g).half() for n in shape[::-1])
     first = gradient(x, w, grad)
     assert all(torch.equal(gradient(x, w, grad), first) for _ in range(250))
     assert taken

@@ -20,6 +20,7 @@ from mixgrain.primitives.cuda import (
     tile_weights_sm90,
 )
 from mixgrain.primitives.linear import linear
+from mixgrain.primitives.plans import cuda_tile
 from mixgrain.primitives.sddmm import sddmm
 
 pytestmark = pytest.mark.gpu
@@ -199,13 +200,28 @@ def test_the_long_way_has_the_same_bits(kind, taken):
 
 @pytest.mark.parametrize("kind", [*BLOCKS, "picked16", "2:4"], indirect=True)
 def test_products_of_rows_of_tokens(kind, taken):
-    """Sddmm, scaled; of several matrices of blocks."""
+    """Sddmm, scaled; of blocks so many matrices that CTAs take several tiles."""
     layout = layout_of(kind, 208, 336)
-    lead = () if ":" in kind else (3,)
+    lead = () if ":" in kind else (70,)
     q, k = integers(*lead, 70, 208, seed=3), integers(*lead, 70, 336, seed=2)
     right = sddmm(q.mT, k.mT, layout, scale=0.5).values.half()
     ours = sddmm(*(t.to(DEVICE).half().mT for t in (q, k)), layout.to(DEVICE), scale=0.5).values
     assert torch.equal(ours.cpu(), right) and taken == [name_of(kind)]
+
+
+@pytest.mark.parametrize("wide", dense_tile_sm90.STAGES)
+def test_many_matrices_of_tiles(wide, monkeypatch, poisoned, taken):
+    """CTAs take tiles of several of them, and edges."""
+    monkeypatch.setattr(tile_weights_sm90, "wide_of", lambda *_: wide)
+    layout, free, tokens = layout_of("tile", 200, 344).to(DEVICE), 70, 130
+    q, k = (integers(free, 1, tokens, n, seed=n).to(DEVICE).half().mT for n in layout.shape)
+    part = cuda_tile.part(layout)
+    ours = tile_sddmm.sddmm(q, k, None, False, part, 0.5, torch.float16)
+    kept = SparseTensor(layout, torch.ones(layout.slots, device=DEVICE)).to_dense() != 0
+    for n in range(free):
+        right = torch.where(kept, 0.5 * (q[n, 0].double() @ k[n, 0].double().T), 0).half()
+        assert torch.equal(SparseTensor(layout, ours[n]).to_dense(), right)
+    assert taken == ["sddmm_pick_tile_sm90"]
 
 
 @pytest.mark.parametrize("count", [3, 300])
@@ -235,10 +251,11 @@ def test_no_read_is_too_early(count, kind, taken):
     assert taken
 
 
-def test_repeats_are_alike(kind, taken):
-    """A race would move a bit in one of 250."""
-    layout, g = layout_of(kind, 640, 2048).to(DEVICE), torch.Generator(DEVICE).manual_seed(0)
-    x, grad = (torch.randn(200, n, device=DEVICE, generator=g).half() for n in (2048, 640))
+@pytest.mark.parametrize("shape", [(640, 2048), (2056, 4104)])
+def test_repeats_are_alike(shape, kind, taken):
+    """A race would move a bit in one of 250; CTAs take a tile, and several with edges."""
+    layout, g = layout_of(kind, *shape).to(DEVICE), torch.Generator(DEVICE).manual_seed(0)
+    x, grad = (torch.randn(200, n, device=DEVICE, generator=g).half() for n in shape[::-1])
     values = torch.randn(layout.slots, device=DEVICE, generator=g).half()
     first = gradient(x, layout, values, grad)
     assert all(torch.equal(gradient(x, layout, values, grad), first) for _ in range(250))
