@@ -14,11 +14,9 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_strips
-from ..plans.cuda_numbers import Numbers, numbers
 from ..plans.plan import PartPlan
 from . import tile_weights_sm90
 from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import TALL
 from .parts import MOST_MATRICES, of_layer
 
 STAGES = 3
@@ -47,9 +45,8 @@ def takes(part: PartPlan, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torc
         return False
     if size >= 64:
         return True
-    cost = _cost(items, size, tokens, several)
-    if _pickable(items, size, q, k, dtype):
-        cost = min(cost, tile_weights_sm90.cost(q, k))
+    picked = _picked(items, size, q, k)
+    cost = tile_weights_sm90.cost(q, k) if picked else _cost(items, size, tokens, several)
     turned = (q.shape[2] + k.shape[2]) * tokens * 4 / TURN
     work = 2 * len(items) * size * size * tokens / RATE[size]
     return cost < LAUNCHES + (turned + work) / several
@@ -63,11 +60,14 @@ def _cost(items: Tensor, size: int, tokens: int, several: int) -> float:
     return START + max(1, ctas / several) * -(-tokens // 64) * read
 
 
-def _pickable(items: Tensor, size: int, q: Tensor, k: Tensor, dtype: torch.dtype) -> bool:
-    """Whether sddmm_pick_tile_sm90 is for the blocks, which have to be whole."""
-    if size != 16 or not tile_weights_sm90.possible(q, k, None, dtype):
+def _picked(items: Tensor, size: int, q: Tensor, k: Tensor) -> bool:
+    """Whether sddmm_pick_tile_sm90 is for the blocks, which have to be whole, and faster."""
+    if size != 16 or not tile_weights_sm90.possible(q, k, q.dtype):
         return False
-    return derived(items, "whole", lambda: bool((items[:, 3] < 0).all()))
+    if not derived(items, "whole", lambda: bool((items[:, 3] < 0).all())):
+        return False
+    several = facts(q.device.index).multiprocessors
+    return tile_weights_sm90.cost(q, k) < _cost(items, size, q.shape[3], several)
 
 
 def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) -> None:
@@ -81,14 +81,13 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
         scale: multiplies the products.
     """
     items, masks, (size,) = part.tensors[0], part.tensors[6], part.scalars
-    several = facts(q.device.index).multiprocessors
-    if _pickable(items, size, q, k, q.dtype) and (
-        tile_weights_sm90.cost(q, k) < _cost(items, size, q.shape[3], several)
-    ):
-        lines, across = (-(-t.shape[2] // size) for t in (q, k))
-        width = tile_weights_sm90.wide(q, k)
-        found = derived(items, ("numbers", width), lambda: _numbers(items, lines, across, width))
-        tile_weights_sm90.sddmm(values, part.starts[0], q, k, found, scale, rows=True)
+    if _picked(items, size, q, k):
+
+        def places() -> tuple[Tensor, Tensor, Tensor]:
+            order = torch.arange(len(items), dtype=torch.int32, device=items.device)
+            return items[:, 1], items[:, 2], order
+
+        tile_weights_sm90.sddmm(values, part.starts[0], q, k, items, places, scale, rows=True)
         return
     table, wide = _strips(items, size).table, min(size, 64)
     run = kernel(sddmm_request(size, q.dtype), q.device.index)
@@ -109,11 +108,6 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
             ),
             MEMORY,
         )
-
-
-def _numbers(items: Tensor, lines: int, across: int, wide: int) -> Numbers:
-    order = torch.arange(len(items), dtype=torch.int32, device=items.device)
-    return numbers(items[:, 1], items[:, 2], order, lines, across, TALL, wide)
 
 
 def _strips(items: Tensor, size: int) -> cuda_strips.Strips:

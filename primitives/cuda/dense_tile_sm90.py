@@ -9,9 +9,7 @@ TALL, THREADS = 128, 384
 STAGES, FEWER = {256: 4, 128: 6}, {256: 3, 128: 5}
 STEP = {256: 1280, 128: 770}
 START = {256: 5600, 128: 4000}
-
-
-# Dense tiles of a call at most, which kernels count in 32 bits.
+# Tiles of a call at most, which kernels count in 32 bits.
 MOST_TILES = 1 << 30
 
 

@@ -39,9 +39,6 @@ START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
 # Of those others on Hopper, where spmm_tile_sm90 does the rest: for a call, and each byte that a
 # multiprocessor brings for spmm_tile_thin_sm90, by CTAs of a cluster.
 CALL, BYTE = 6.7, {1: 1.8e-5, 2: 2.3e-5, 4: 2.8e-5}
-# The share of all tiles from which spmm_tile_sm90 is faster than spmm_tile, which multiplies by
-# nothing else than tiles; by whether x has rows of tokens.
-LARGE = {True: 0.05, False: 0.12}
 # Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
 SHORT, FEW = 40, 128
 # Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
@@ -102,9 +99,7 @@ def spmm(
         )
         return out.mT.contiguous().mT if tokens else out
     tables = part.tensors[2:] if transposed else part.tensors[:2]
-    lines, tiles = tables[0].numel() - 1, len(tables[1])
-    large = tile_sm90.takes(x, rows, dtype, tokens)
-    large = large and tiles >= LARGE[tokens] * lines * -(-inner // SIZE)
+    large = tile_sm90.takes(x, rows, tables, dtype, tokens)
     if _is_few(x, tables, tokens, large):
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out

@@ -15,11 +15,9 @@ from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
-from ..plans.cuda_numbers import numbers
 from ..plans.plan import PartPlan
 from . import block, tile_weights_sm90
 from .block_sm90 import laid_out
-from .dense_tile_sm90 import TALL
 from .parts import CODES, HALVES, MOST_MATRICES, aligned, in_tokens
 from .tile_tables import blocks_of, rows_first
 
@@ -47,25 +45,19 @@ def sddmm(
         q, k = aligned(q), aligned(k)
         block.sddmm(values, q, k, keep, keep_rows, blocks_of(part), scale)
         return rows_first(values, back=True)
+    bounds, cells = part.tensors[:2]
     if _picked(part, q, k, dtype):
-        bounds, cells = part.tensors[:2]
-        width = tile_weights_sm90.wide(q, k)
-        lines, across = -(-rows // SIZE), -(-columns // SIZE)
-        found = derived(
-            cells,
-            ("numbers", width),
-            lambda: numbers(
-                cuda_tile.lines_of(bounds), cells[:, 0], cells[:, 1], lines, across, TALL, width
-            ),
-        )
-        tile_weights_sm90.sddmm(values, 0, q, k, found, scale, rows=False)
+
+        def places() -> tuple[Tensor, Tensor, Tensor]:
+            return cuda_tile.lines_of(bounds), cells[:, 0], cells[:, 1]
+
+        tile_weights_sm90.sddmm(values, 0, q, k, cells, places, scale, rows=False)
         return values
     deep = in_tokens(q) and in_tokens(k)
     q, k = (laid_out(aligned(t.mT)).mT if deep else laid_out(aligned(t)) for t in (q, k))
     device = q.device.index
     large = _large(rows, columns, free, facts(device).multiprocessors)
     side, warps, each, span = sampling(large, facts(device).shared_bytes)
-    bounds, cells = part.tensors[:2]
     across = -(-columns // SIZE)
     chunks, listed = derived(
         cells,
@@ -108,7 +100,7 @@ def _picked(part: PartPlan, q: Tensor, k: Tensor, dtype: torch.dtype) -> bool:
 
     Whatever the number of matrices: sums are added up in another order.
     """
-    if not tile_weights_sm90.possible(q, k, None, dtype):
+    if not tile_weights_sm90.possible(q, k, dtype):
         return False
     rows, columns = part.scalars
     places, tiles = -(-rows // SIZE) * -(-columns // SIZE), len(part.tensors[1])

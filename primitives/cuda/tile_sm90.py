@@ -30,6 +30,9 @@ CLOCK, CALL, TILE = 1755, 12_000, 2500
 # for each when others multiply meanwhile; the share of the products that they do not hide. What
 # products take of their own at best. Bytes that a multiprocessor takes in in a clock.
 ALONE, EACH, BARE, BEST, READ = 250, 80, 0.65, 1.2, 55
+# The share of all tiles from which it is faster than spmm_tile, which multiplies by nothing else
+# than tiles; by whether x has rows of tokens.
+LARGE = {True: 0.05, False: 0.12}
 
 
 class Cut(NamedTuple):
@@ -63,11 +66,15 @@ class Cut(NamedTuple):
 CUTS = (Cut(4, 128), Cut(2, 128), Cut(2, 64))
 
 
-def takes(x: Tensor, rows: int, dtype: torch.dtype, tokens: bool) -> bool:
-    """Whether ``spmm`` is for results of x (F, 1, inner, D), halves, once it is aligned."""
-    if not facts(x.device.index).hopper:
+def takes(x: Tensor, rows: int, tables: list[Tensor], dtype: torch.dtype, tokens: bool) -> bool:
+    """Whether ``spmm`` is for results of x (F, 1, inner, D), halves, once it is aligned.
+
+    And faster than spmm_tile.
+    """
+    if not facts(x.device.index).hopper or (tokens and (rows % 8 or dtype != x.dtype)):
         return False
-    return not tokens or (rows % 8 == 0 and dtype == x.dtype)
+    bounds, cells = tables
+    return len(cells) >= LARGE[tokens] * (bounds.numel() - 1) * -(-x.shape[2] // SIZE)
 
 
 def choose(several: int, lines: int, tiles: int, inner: int, width: int, free: int) -> Cut:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
+from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 from mixgrain.formats.tile import SIZE
 
-from ..plans.cuda_numbers import Numbers
+from ..plans.cuda_numbers import numbers
 from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import MOST_TILES, STAGES, THREADS, cycles, memory, wide_of
+from .dense_tile_sm90 import MOST_TILES, STAGES, TALL, THREADS, cycles, memory, wide_of
 from .parts import of_layer
 
 # Places that numbers are of at most.
@@ -24,18 +26,17 @@ MOST_PLACES = 1 << 24
 CALL, CLOCK = 4.0, 1850
 
 
-def possible(q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:
+def possible(q: Tensor, k: Tensor, dtype: torch.dtype) -> bool:
     """Whether ``sddmm`` is for q (F, E, nq, T) and k (F, E, nk, T), rows of tokens transposed."""
-    if not of_layer(keep, (dtype,), q, k) or not facts(q.device.index).hopper:
+    if not of_layer(None, (dtype,), q, k) or not facts(q.device.index).hopper:
         return False
     return -(-q.shape[2] // SIZE) * -(-k.shape[2] // SIZE) <= MOST_PLACES
 
 
 def cost(q: Tensor, k: Tensor) -> float:
     """Cycles of one matrix that keeps something of every dense tile."""
-    several, tokens = facts(q.device.index).multiprocessors, q.shape[3]
-    wide = wide_of(several, q.shape[2], k.shape[2], tokens)
-    return cycles(wide, several, q.shape[2], k.shape[2], tokens)
+    given = facts(q.device.index).multiprocessors, q.shape[2], k.shape[2], q.shape[3]
+    return cycles(wide_of(*given), *given)
 
 
 def microseconds(q: Tensor, k: Tensor) -> float:
@@ -43,13 +44,15 @@ def microseconds(q: Tensor, k: Tensor) -> float:
     return CALL + cost(q, k) / CLOCK
 
 
-def wide(q: Tensor, k: Tensor) -> int:
-    """Columns of a dense tile."""
-    return wide_of(facts(q.device.index).multiprocessors, q.shape[2], k.shape[2], q.shape[3])
-
-
 def sddmm(
-    values: Tensor, shift: int, q: Tensor, k: Tensor, found: Numbers, scale: float, rows: bool
+    values: Tensor,
+    shift: int,
+    q: Tensor,
+    k: Tensor,
+    source: Tensor,
+    places: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    scale: float,
+    rows: bool,
 ) -> None:
     """Write scale · q kᵀ at the tiles.
 
@@ -58,16 +61,23 @@ def sddmm(
         shift: slot of the first tile, a multiple of 8.
         q: (F, 1, nq, T), as ``possible`` says.
         k: (F, 1, nk, T), likewise.
-        found: the tiles, in dense tiles of ``wide``.
+        source: a tensor of the plan, with which what is derived is kept.
+        places: tile rows, tile columns and numbers in memory of the tiles.
         scale: multiplies the products.
         rows: a tile's values are row after row, not in fragment order.
     """
-    width = wide(q, k)
-    run, count = kernel(sddmm_request(width, q.dtype, rows), q.device.index), found.tiles.shape[0]
+    several, down, over = facts(q.device.index).multiprocessors, q.shape[2], k.shape[2]
+    wide = wide_of(several, down, over, q.shape[3])
+    found = derived(
+        source,
+        ("numbers", wide),
+        lambda: numbers(*places(), -(-down // SIZE), -(-over // SIZE), TALL, wide),
+    )
+    run, count = kernel(sddmm_request(wide, q.dtype, rows), q.device.index), found.tiles.shape[0]
     for start in range(0, values.shape[0], step := max(1, MOST_TILES // max(1, count))):
         out, left, right = (t[start : start + step] for t in (values, q, k))
         run(
-            (min(count * out.shape[0], facts(q.device.index).multiprocessors),),
+            (min(count * out.shape[0], several),),
             THREADS,
             (
                 operand_map(left.mT, 64),
@@ -79,9 +89,9 @@ def sddmm(
                 out.data_ptr() + shift * out.element_size(),
                 np.int64(out.stride(0)),
                 np.float32(scale),
-                *map(np.int32, (q.shape[3], q.shape[2], k.shape[2])),
+                *map(np.int32, (q.shape[3], down, over)),
             ),
-            memory(width, staged=False),
+            memory(wide, staged=False),
         )
 
 

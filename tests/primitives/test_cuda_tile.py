@@ -55,7 +55,7 @@ def kernel(request, monkeypatch):
         how, way = chosen
         monkeypatch.setattr(tile, "_is_few", lambda *_: False)
         if how == "wgmma":
-            monkeypatch.setattr(tile, "LARGE", {False: 0.0, True: 0.0})
+            monkeypatch.setattr(tile_sm90, "LARGE", {False: 0.0, True: 0.0})
             monkeypatch.setattr(tile_sm90, "choose", lambda *_: tile_sm90.CUTS[way])
         else:
             monkeypatch.setattr(tile_sm90, "takes", lambda *_: False)

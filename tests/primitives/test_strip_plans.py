@@ -6,23 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_layer_plans import asked, weight
+from test_layer_plans import asked, tiles, weight
 
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
-from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90, nm_expand_sm90
 from mixgrain.primitives.plans import cuda_block, cuda_strips
 
 SIZES = (16, 32, 64, 128)
-
-
-def tiles(rows: int, columns: int, d: float) -> TileLayout:
-    g = torch.Generator().manual_seed(0)
-    return TileLayout.from_tile_mask(
-        torch.rand(rows // 16, columns // 16, generator=g) < d, (rows, columns)
-    )
 
 
 def unpacked(made: cuda_strips.Strips, size: int):
