@@ -1,13 +1,10 @@
 """What CUDA kernels derive from a TileLayout's plan; no GPU."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mixgrain.cuda import device
 from mixgrain.cuda.device import facts, pretending
 from mixgrain.cuda.recording import Launch, Operand, Recording, recorded
 from mixgrain.formats.tile import TileLayout
@@ -233,7 +230,6 @@ def kernel_of(arch: str, layout: TileLayout, columns: int, across: bool, free: i
     """The one kernel of a product with so many columns, in rows of tokens or across."""
     inner = layout.shape[1]
     with pretending(arch):
-        device._pretended.facts = dataclasses.replace(device.facts(0), multiprocessors=132)
         recording, plan = Recording(0), cuda_tile.cuda(layout)
         shape = (free, 1, inner, columns) if across else (free, 1, columns, inner)
         values, x = (
@@ -247,34 +243,31 @@ def kernel_of(arch: str, layout: TileLayout, columns: int, across: bool, free: i
     return step.kernel.wanted.name
 
 
-FEW, THIN, MMA = "spmm_tile_few", "spmm_tile_thin_sm90", "spmm_tile"
-
-
 @pytest.mark.parametrize("free", [1, 5])
 @pytest.mark.parametrize(
-    "shape, d, columns, across, hopper, other",
-    [
-        ((768, 768), 0.2, 128, False, FEW, FEW),
-        ((2048, 2048), 0.2, 1, False, FEW, FEW),
-        ((768, 3072), 0.2, 512, False, THIN, FEW),
-        ((4096, 4096), 0.2, 32, False, THIN, FEW),
-        ((4096, 4096), 0.2, 256, False, THIN, FEW),
-        ((4096, 4096), 0.2, 1024, False, MMA, MMA),
-        ((4096, 4096), 0.2, 32, True, FEW, FEW),
-        ((4096, 4096), 0.2, 256, True, MMA, MMA),
-        # Rows of x that bulk copies cannot read.
-        ((4096, 4094), 0.2, 32, False, FEW, FEW),
+    "shape, d, columns, across, name",
+    [  # what was measured to be faster on an H200
+        ((768, 768), 0.2, 128, False, "spmm_tile_few"),
+        ((2048, 2048), 0.2, 1, False, "spmm_tile_few"),
+        ((768, 3072), 0.2, 512, False, "spmm_tile_thin_sm90"),
+        ((4096, 4096), 0.2, 32, False, "spmm_tile_thin_sm90"),
+        ((4096, 4096), 0.2, 256, False, "spmm_tile_thin_sm90"),
+        ((4096, 4096), 0.2, 1024, False, "spmm_tile"),
+        ((4096, 4096), 0.2, 32, True, "spmm_tile_few"),
+        ((4096, 4096), 0.2, 256, True, "spmm_tile"),
+        ((4096, 4094), 0.2, 32, False, "spmm_tile_few"),  # no rows for bulk copies
         # A grid counts tiles of columns in 16 bits.
-        ((32, 32), 2.0, 600_000, False, MMA, MMA),
-        ((32, 32), 2.0, 600_000, True, MMA, MMA),
+        ((32, 32), 2.0, 600_000, False, "spmm_tile"),
+        ((32, 32), 2.0, 600_000, True, "spmm_tile"),
     ],
 )
 def test_the_kernel_is_the_fastest_whatever_the_number_of_matrices(
-    shape, d, columns, across, hopper, other, free
+    shape, d, columns, across, name, free
 ):
     layout = layout_of(shape, d * 7 / 6)  # of every seven lines one is empty
-    assert kernel_of("90a", layout, columns, across, free) == hopper
-    assert kernel_of("80", layout, columns, across, free) == other
+    assert kernel_of("90a", layout, columns, across, free) == name
+    elsewhere = name.replace("thin_sm90", "few")
+    assert kernel_of("80", layout, columns, across, free) == elsewhere
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.float32])
