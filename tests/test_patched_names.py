@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,10 @@ FILES = sorted(
 )
 
 
-def imported(tree: ast.Module) -> dict[str, object]:
-    """The library's objects that a file imports, by the names it gives them."""
+def imported(nodes: Iterable[ast.AST]) -> dict[str, object]:
+    """The library's objects that are imported, by the names they are given."""
     found: dict[str, object] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mixgrain":
             for alias in node.names:
                 name = alias.asname or alias.name
@@ -36,18 +36,28 @@ def imported(tree: ast.Module) -> dict[str, object]:
 
 
 def meant(node: ast.expr, known: dict[str, object]) -> object | None:
-    """What an expression of names and attributes is; None if it is no object of the library."""
+    """What an expression of names and attributes is; None if it is no object of the library.
+
+    Raises:
+        AttributeError: an object of the library does not have what is asked of it.
+    """
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.Attribute):
         owner = meant(node.value, known)
-        return None if owner is None else getattr(owner, node.attr, None)
+        return None if owner is None else getattr(owner, node.attr)
     return None
 
 
-def replaced(tree: ast.Module) -> Iterator[tuple[object, str, int]]:
+def replaced(module: ast.Module) -> Iterator[tuple[object, str, int]]:
     """Each object of which a test replaces an attribute, the attribute and the line."""
-    known = imported(tree)
+    everywhere = imported(module.body)
+    for tree in module.body:  # what a function imports is its own
+        yield from replaced_in(tree, everywhere | imported(ast.walk(tree)))
+
+
+def replaced_in(tree: ast.stmt, known: dict[str, object]) -> Iterator[tuple[object, str, int]]:
+    """The same of one statement, where these names are known."""
     loops = [
         (node.target.id, node.iter.elts, {id(child) for child in ast.walk(node)})
         for node in ast.walk(tree)
@@ -96,9 +106,8 @@ def test(monkeypatch):
     found = [
         (owner.__name__.split(".")[-1], name) for owner, name, _ in replaced(ast.parse(source))
     ]
-    assert found == [
-        ("tile", "SHORT"),
-        ("launch", "nothing"),
-        ("tile", "gone"),
-        ("tile_mma", "gone"),
-    ]
+    gone = [("tile", "gone"), ("tile_mma", "gone")]
+    assert found == [("tile", "SHORT"), ("launch", "nothing"), *gone]
+    missing = source.replace("mixgrain.cuda.launch, ", "mixgrain.cuda.launch.gone, ")
+    with pytest.raises(AttributeError, match="gone"):
+        list(replaced(ast.parse(missing)))
