@@ -95,7 +95,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_EACH)
     };
     bring();
 
-    const Ends ends(bias, blockIdx.x * kRows, rows, columns);
+    const Ends ends(sums, bias, blockIdx.x * kRows, rows, columns,
+                    out + f * out_free + column * out_column + blockIdx.x * kRows * out_row, out_row, out_column);
     float acc[kStrips][kBlocks][4];
 #pragma unroll
     for (int m = 0; m < kStrips; ++m)
@@ -140,5 +141,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_EACH)
             for (int i = 0; i < 4; ++i)
                 mine[(8 * j + i % 2) * Ends::kPitch + 16 * m + i / 2 * (kTransposed ? 2 : 8)] = acc[m][j][i];
     __syncthreads();
-    ends.write(sums, scale, out + f * out_free + column * out_column + blockIdx.x * kRows * out_row, out_row, out_column, quads);
+    ends.write(scale, out_row, quads);
 }

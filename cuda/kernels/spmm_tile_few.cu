@@ -30,8 +30,11 @@ constexpr bool kTransposed = MG_TRANSPOSED, kWide = MG_WIDE;
 static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2 or 4");
 constexpr int kWarps = MG_WARPS, kThreads = 32 * kWarps, kAhead = MG_AHEAD;  // tiles of a warp at once
 // Warps of a multiprocessor, as registers allow; from sm_100 on the compiler needs more of them.
-constexpr int kResident = kBlocks == 4 ? (kWide ? 24 : 16) : kWide && __CUDA_ARCH__ < 1000 ? 32 : 24;
+constexpr int kResident = kBlocks == 1 ? (kWide && __CUDA_ARCH__ < 1000 ? 32 : 24)
+                          : kBlocks == 2 ? (kWide ? 20 : 12)
+                                         : (kWide ? 24 : 16);
 constexpr int kRoom = MG_ROOM;
+constexpr bool kEdge = MG_EDGE, kInOrder = kRoom && !kTransposed;
 using Ends = Sums<16, kColumns, kWarps>;
 
 struct alignas(16) Table {
@@ -65,17 +68,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     int2 head, cell[kAhead];
 #if MG_ROOM
     const u16 *bounds = reinterpret_cast<const u16 *>(table.bytes), *numbers = bounds + gridDim.x + 1;
-    const int tiles = kTransposed ? bounds[gridDim.x] : 0, begin = bounds[line], count = bounds[line + 1] - begin;
-    const u8 *places = reinterpret_cast<const u8 *>(numbers + tiles);
+    const u32 begin = bounds[line], count = bounds[line + 1] - begin;
+    const u8 *places = reinterpret_cast<const u8 *>(numbers + (kTransposed ? bounds[gridDim.x] : 0));
     head.x = begin + count * warp / kWarps, head.y = begin + count * (warp + 1) / kWarps - head.x;
-    auto list = [&](int first, int rest) {
+    auto list = [&](int first) {  // of cells that are not there what comes next in the table
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            const int n = i < rest ? first + i : 0;
-            cell[i] = make_int2(places[n], kTransposed ? numbers[n] : n);
-        }
+        for (int i = 0; i < kAhead; ++i)
+            cell[i] = make_int2(places[first + i], kTransposed ? numbers[first + i] : first + i);
     };
-    list(head.x, head.y);
+    list(head.x);
 #else
     const int2 *share = shares + static_cast<u64>(line * kWarps + warp) * (1 + kAhead);
     load_if(head, share, true);
@@ -87,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
         if (thread < slots / 64) prefetch_l2(values + static_cast<u64>(thread) * 64);
         if (kWide && cta < width && threadIdx.x * 64 < inner) prefetch_l2(x + cta * x_column + threadIdx.x * 64);
     }
-    const i64 f = blockIdx.z;
+    const i64 f = kRoom ? 0 : blockIdx.z;
     const u8 *right[kBlocks];  // of columns that are not there the last: nobody keeps their sums
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
@@ -105,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     asm volatile("" : "+l"(left));
 
     int next = head.x, rest = head.y;  // the first cell that is not done, and how many are not
+    const u8 *mine = further(left, next, 512);
     Batch has;
     u32 over;  // a bit for each tile that hangs over the edge
     auto bring = [&] {
@@ -112,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             const bool live = i < rest;
-            const u8 *at = further(left, cell[i].y, 512);
+            const u8 *at = kInOrder ? mine + 512 * i : further(left, cell[i].y, 512);
             if constexpr (kTransposed) {
                 load_if(has.tile[i][0], at, live), load_if(has.tile[i][1], at + 8, live);
                 load_if(has.tile[i][2], at + 128, live), load_if(has.tile[i][3], at + 136, live);
@@ -121,11 +123,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
                 load_if(has.tile[i][2], has.tile[i][3], at + 16, live);
             }
             const int k = cell[i].x * 16 + 4 * t;
-            if (cell[i].x == inner / 16) over |= 1u << i;
+            if (kEdge && cell[i].x == inner / 16) over |= 1u << i;
 #pragma unroll
             for (int j = 0; j < kBlocks; ++j) {
                 if constexpr (kWide) {
-                    load_if(has.pairs[i][j][0], has.pairs[i][j][1], further(right[j], cell[i].x, 32), live && k < inner);
+                    load_if(has.pairs[i][j][0], has.pairs[i][j][1], further(right[j], cell[i].x, 32), live && (!kEdge || k < inner));
                 } else {
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
@@ -134,8 +136,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
             }
         }
         next += kAhead;
+        mine += 512 * kAhead;
 #if MG_ROOM
-        if (kAhead < rest) list(next, rest - kAhead);
+        if (kAhead < rest) list(next);
 #else
         if (kAhead < rest)
 #pragma unroll
@@ -145,9 +148,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     bring();
 
     // What nobody needs before.
-    int put = (warp * kColumns + 2 * t) * Ends::kPitch + g;
+    u32 put = address_in_shared(sums + (warp * kColumns + 2 * t) * Ends::kPitch + g);
     asm volatile("" : "+r"(put));
-    const Ends ends(bias, line * 16, rows, last + 1);
+    const Ends ends(sums, bias, line * 16, rows, last + 1, out + f * out_free + column * out_column + line * 16 * out_row,
+                    out_row, out_column);
     float acc[kBlocks][4];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j)
@@ -170,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
 #pragma unroll
                     for (int h = 0; h < 2; ++h)
                         has.pairs[i][j][h] = has.single[i][j][2 * h] | u32(has.single[i][j][2 * h + 1]) << 16;
-            if (over >> i & 1) {  // what a tile has beyond may be anything, and of x there is nothing
+            if (kEdge && over >> i & 1) {  // what a tile has beyond may be anything, and of x there is nothing
                 const int live = inner % 16 - 4 * t;
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
@@ -192,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[put + (8 * j + i % 2) * Ends::kPitch + i / 2 * 8] = acc[j][i];
+        for (int i = 0; i < 4; ++i) shared_put(put + ((8 * j + i % 2) * Ends::kPitch + i / 2 * 8) * 4, acc[j][i]);
     __syncthreads();
-    ends.write(sums, scale, out + f * out_free + column * out_column + line * 16 * out_row, out_row, out_column, quads);
+    ends.write(scale, out_row, quads);
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 # Rows of a tile, and threads of a CTA: consumers of all rows, and a warpgroup that produces.
 TALL, THREADS = 128, 384
 # Stages of 64 tokens, and how many there are where a tile is in shared memory, too; cycles of a
-# step, and of a tile beside its steps; by columns of a tile.
+# step, and of a tile beside its steps; by columns of a tile. Cycles until the first is under way.
 STAGES, FEWER = {256: 4, 128: 6}, {256: 3, 128: 5}
-STEP = {256: 1280, 128: 770}
-START = {256: 5600, 128: 4000}
+STEP = {256: 1230, 128: 620}
+START = {256: 2000, 128: 1700}
+BEGIN = 5000
 # Tiles of a call at most, which kernels count in 32 bits.
 MOST_TILES = 1 << 30
 
@@ -27,4 +28,4 @@ def wide_of(several: int, rows: int, columns: int, tokens: int) -> int:
 def cycles(wide: int, several: int, rows: int, columns: int, tokens: int) -> float:
     """What one matrix takes that keeps something of every tile, beside its entries."""
     tiles = -(-rows // TALL) * -(-columns // wide)
-    return -(-tiles // several) * (START[wide] + STEP[wide] * -(-tokens // 64))
+    return BEGIN + -(-tiles // several) * (START[wide] + STEP[wide] * -(-tokens // 64))

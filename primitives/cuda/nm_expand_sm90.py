@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ACROSS = 128
 # For fewer tokens than this kernels for all devices go entry by entry; from there on they expand S
 # in memory, which is as fast for smaller matrices, and for more tokens than MANY faster.
-FEW, MANY, LARGE = 256, 1024, 1 << 22
+FEW, MANY, LARGE = 256, 2048, 1 << 22
 # Stages of 64 rows; cycles of one, by tokens of a CTA; and of a CTA beside them.
 STAGES = {256: 4, 128: 6, 64: 8}
 STEP = {256: 1150, 128: 640, 64: 460}

@@ -44,7 +44,7 @@ SHORT, FEW = 40, 128
 # Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
 WIDEST = 2048
 # Warps of its CTAs and tiles that a warp asks for at once, by blocks of 8 columns that a CTA takes.
-FEW_CUTS = {1: (8, 4), 2: (8, 3), 4: (4, 2)}
+FEW_CUTS = {1: (8, 4), 2: (4, 5), 4: (4, 2)}
 # Bytes of a table among its parameters, which may be 4 KiB in all.
 ROOMS = (1024, 2816)
 
@@ -163,7 +163,8 @@ def _few(
     lines, inner = bounds.numel() - 1, x.shape[2]
     blocks = few_blocks(facts(x.device.index).multiprocessors, lines, width)
     warps, ahead = FEW_CUTS[blocks]
-    room = room_for(lines, len(cells), inner, transposed)
+    # A batch of cells may end behind the last of them.
+    room = room_for(lines, len(cells) + ahead, inner, transposed) if free == 1 else 0
     # Sums are added up in the order of warps, so the number of matrices has no part in the cut.
     if room:
         known = derived(
@@ -180,7 +181,8 @@ def _few(
     # Of what one CTA and all of them can ask for at once.
     small = free == 1 and width <= lines * chunks and inner <= 64 * threads
     small = small and values.shape[1] <= 64 * threads * lines * chunks
-    wanted = few_request(blocks, x.dtype, out.dtype, transposed, _in_fours(x), activation, room)
+    dtypes, edge = (x.dtype, out.dtype), inner % SIZE > 0
+    wanted = few_request(blocks, *dtypes, transposed, _in_fours(x), activation, room, edge)
     run = kernel(wanted, x.device.index)
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
@@ -216,9 +218,8 @@ def room_for(lines: int, tiles: int, inner: int, transposed: bool) -> int:
 
 def few_blocks(several: int, lines: int, width: int) -> int:
     """Of 8 columns, that a CTA of spmm_tile_few takes: the fewest whose CTAs are one wave."""
-    if width <= 8:
-        return 1
-    return 2 if width <= 16 or lines * -(-width // 16) <= 4 * several else 4
+    enough = (b for b in (1, 2) if width <= 8 * b or lines * -(-width // (8 * b)) <= 4 * several)
+    return next(enough, 4)
 
 
 def _in_fours(x: Tensor) -> bool:
@@ -265,14 +266,16 @@ def few_request(
     wide: bool,
     activation: int = 0,
     room: int = 0,
+    edge: bool = False,
 ) -> Request:
     """The kernel for few columns; ``wide`` loads of four inner positions bring x.
 
-    With ``room`` a table of up to so many bytes is one of its parameters.
+    With ``room`` a table of up to so many bytes is one of its parameters, of a single matrix. The
+    last tiles of lines hang over the ``edge``.
     """
     warps, ahead = FEW_CUTS[blocks]
     constants = {"BLOCKS": blocks, "WARPS": warps, "AHEAD": ahead, "ROOM": room}
     constants |= {"DTYPE": CODES[dtype], "OUT": CODES[out]}
-    constants |= {"TRANSPOSED": int(transposed), "WIDE": int(wide)}
+    constants |= {"TRANSPOSED": int(transposed), "WIDE": int(wide), "EDGE": int(edge)}
     constants |= activation_constant(activation)
     return request("spmm_tile_few", constants, flush=True)

@@ -81,7 +81,7 @@ def test_few_bytes_say_where_tiles_are(shape, transposed):
     assert not tile.room_for(lines, count, 4097, transposed)  # a byte says which inner tile
 
 
-@pytest.mark.parametrize("warps, ahead", [(4, 2), (8, 3), (8, 4)])
+@pytest.mark.parametrize("warps, ahead", [(4, 2), (4, 5), (8, 4)])
 @pytest.mark.parametrize("d", [0.4, 2.0])
 @pytest.mark.parametrize("shape", [*SHAPES, (32, 9000)])
 def test_shares_of_a_line_are_all_of_it(shape, d, warps, ahead):
