@@ -12,15 +12,15 @@
 //   values  (F, slots), 512 bytes a tile
 //   shares  (lines, kWarps, 1 + kAhead) int2: first cell of a warp and number of its cells, then the first of them
 //   cells   (tiles) int2: inner tile, number of the tile in memory
-//   table   kRoom: u16 for each line and one more, the first of its cells; u16 numbers of cells in memory, where
-//           kTransposed, else they are in order; u8 inner tiles
+//   table   kRoom, F = 1: u16 for each line and one more, the first of its cells; u16 numbers of cells in memory,
+//           where kTransposed, else they are in order; u8 inner tiles, and kAhead bytes more
 //
 //   grid   (lines, tiles of columns, F)
 //   block  kWarps warps
 //   smem   static: the warps' sums
 //   floor  the latency of two loads (kRoom: one) and a store that depend on each other: of two, on an H200, caches
 //          flushed, 1.4 µs behind the 4.7 of an empty kernel
-//   needs  sm_80
+//   needs  sm_80; kEdge where inner % 16 != 0
 #include "types.cuh"
 #include "few.cuh"
 #include "tile.cuh"
@@ -29,7 +29,7 @@ constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks;
 constexpr bool kTransposed = MG_TRANSPOSED, kWide = MG_WIDE;
 static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2 or 4");
 constexpr int kWarps = MG_WARPS, kThreads = 32 * kWarps, kAhead = MG_AHEAD;  // tiles of a warp at once
-// Warps of a multiprocessor, as registers allow; from sm_100 on the compiler needs more of them.
+// Warps of a multiprocessor, as registers allow; from sm_100 on the compiler needs more of them for one block.
 constexpr int kResident = kBlocks == 1 ? (kWide && __CUDA_ARCH__ < 1000 ? 32 : 24)
                           : kBlocks == 2 ? (kWide ? 20 : 12)
                                          : (kWide ? 24 : 16);
@@ -127,7 +127,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
 #pragma unroll
             for (int j = 0; j < kBlocks; ++j) {
                 if constexpr (kWide) {
-                    load_if(has.pairs[i][j][0], has.pairs[i][j][1], further(right[j], cell[i].x, 32), live && (!kEdge || k < inner));
+                    load_if(has.pairs[i][j][0], has.pairs[i][j][1], further(right[j], cell[i].x, 32),
+                            live && (!kEdge || k < inner));
                 } else {
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
@@ -150,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     // What nobody needs before.
     u32 put = address_in_shared(sums + (warp * kColumns + 2 * t) * Ends::kPitch + g);
     asm volatile("" : "+r"(put));
-    const Ends ends(sums, bias, line * 16, rows, last + 1, out + f * out_free + column * out_column + line * 16 * out_row,
-                    out_row, out_column);
+    const Ends ends(sums, bias, line * 16, rows, last + 1,
+                    out + f * out_free + column * out_column + line * 16 * out_row, out_row, out_column);
     float acc[kBlocks][4];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j)

@@ -163,7 +163,7 @@ def _few(
     lines, inner = bounds.numel() - 1, x.shape[2]
     blocks = few_blocks(facts(x.device.index).multiprocessors, lines, width)
     warps, ahead = FEW_CUTS[blocks]
-    # A batch of cells may end behind the last of them.
+    # A batch of cells may end behind the last of them; no table says which of several matrices.
     room = room_for(lines, len(cells) + ahead, inner, transposed) if free == 1 else 0
     # Sums are added up in the order of warps, so the number of matrices has no part in the cut.
     if room:
@@ -208,16 +208,19 @@ def _few(
         )
 
 
-def room_for(lines: int, tiles: int, inner: int, transposed: bool) -> int:
+def room_for(lines: int, cells: int, inner: int, transposed: bool) -> int:
     """Bytes of a parameter of spmm_tile_few that hold ``cuda_tile.compact``; 0 if none do."""
-    size = 2 * (lines + 1) + tiles * (3 if transposed else 1)
-    if not tiles or inner > 256 * SIZE:
+    size = 2 * (lines + 1) + cells * (3 if transposed else 1)
+    if inner > 256 * SIZE:
         return 0
     return next((room for room in ROOMS if room >= size), 0)
 
 
 def few_blocks(several: int, lines: int, width: int) -> int:
-    """Of 8 columns, that a CTA of spmm_tile_few takes: the fewest whose CTAs are one wave."""
+    """Of 8 columns, that a CTA of spmm_tile_few takes: the fewest whose CTAs are about a wave.
+
+    Up to 16 columns are one CTA's.
+    """
     enough = (b for b in (1, 2) if width <= 8 * b or lines * -(-width // (8 * b)) <= 4 * several)
     return next(enough, 4)
 

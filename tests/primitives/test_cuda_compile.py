@@ -108,11 +108,11 @@ def tile_cuts(arch: str) -> list[service.Request]:
         assert all(tile_sddmm.sddmm_shared(side, span, deep) <= shared for deep in (False, True))
     made += [tile_sddmm.sddmm_request(4, BRAIN, BRAIN, True, *tile_sddmm.sampling(False, 0)[1:])]
     made += [
-        tile.few_request(blocks, HALF, out, transposed, wide, edge=edge)
+        tile.few_request(blocks, HALF, out, transposed, wide, room=room, edge=edge)
         for blocks in tile.FEW_CUTS
         for out in (HALF, torch.float32)
-        for transposed in (False, True)
-        for wide, edge in ((False, True), (True, False), (True, True))
+        for transposed, wide, edge in itertools.product((False, True), repeat=3)
+        for room in (0, tile.ROOMS[0])
     ]
     return made
 
