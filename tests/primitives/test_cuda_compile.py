@@ -107,14 +107,14 @@ def tile_cuts(arch: str) -> list[service.Request]:
         ]
         assert all(tile_sddmm.sddmm_shared(side, span, deep) <= shared for deep in (False, True))
     made += [tile_sddmm.sddmm_request(4, BRAIN, BRAIN, True, *tile_sddmm.sampling(False, 0)[1:])]
-    made += [
+    few = [
         tile.few_request(blocks, HALF, out, transposed, wide, room=room, edge=edge)
         for blocks in tile.FEW_CUTS
         for out in (HALF, torch.float32)
         for transposed, wide, edge in itertools.product((False, True), repeat=3)
         for room in (0, tile.ROOMS[0])
     ]
-    return made
+    return made + covering(few, 3)
 
 
 # Of these every two values of constants that are asked for at once; of others every value. Spills
