@@ -15,6 +15,7 @@
 //   floor  2 · rows · columns · T FLOP at 800 TFLOP/s; shared memory: 32 KiB + 384 · kWide bytes a stage, of 128 a clock
 //   needs  sm_90a, rows of tokens at multiples of 16 bytes
 #include "types.cuh"
+#include "nm_spread.cuh"
 #include "ring.cuh"
 #include "token_rows.cuh"
 
@@ -25,34 +26,6 @@ constexpr int kMembers = kWide == 256 ? 1 : 2;  // for 256 tokens consumers need
 constexpr int kConsumers = 256, kItems = 16 / kMembers;  // rows of a thread of a team, in a stage
 using Pool = Registers<384, 136, 184>;
 constexpr u32 kPanel = 64 * 128, kLeft = 2 * kPanel, kStage = kLeft + kWide * 128;
-
-// Bytes of two words, 0 … 3 and 4 … 7, as the four lowest nibbles say, which are no more than 7: __byte_perm would see to
-// that.
-__device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 which) {
-    u32 r;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(which));
-    return r;
-}
-
-// A nibble names two columns of four, the first and the second value's: one of 4, 8, 9, 12, 13, 14. Which of those, in
-// three bits, of all nibbles of a word.
-__device__ __forceinline__ u32 kinds(u32 word) {
-    const u32 first = ~word >> 3 & 0x11111111u;
-    return (word | first | first << 1) & 0x77777777u;
-}
-
-// Eight values as sixteen columns, of which four nibbles' kinds name theirs.
-__device__ __forceinline__ void spread(const uint4 &values, u32 kinds, u32 (&w)[8]) {
-    // Of each column a byte for each nibble: where its two bytes come from, 0x10 the first value, 0x32 the second, 0x44 zero.
-    const u32 column[4] = {permuted(0x44444410u, 0x10444410u, kinds), permuted(0x44441044u, 0x32441044u, kinds),
-                           permuted(0x44443232u, 0x44104444u, kinds), permuted(0x44444444u, 0x44323232u, kinds)};
-    const u32 v[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            w[2 * n + h] = permuted(v[n], 0u, permuted(column[2 * h], column[2 * h + 1], n | (n + 4) << 4));
-}
 
 extern "C" __global__ void __launch_bounds__(kConsumers + 32 * kTeams * kMembers, 1)
     spmm_nm_expand_sm90(const __grid_constant__ TensorMap x_map, const operand_t *__restrict__ values,

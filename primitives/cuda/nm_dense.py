@@ -7,6 +7,7 @@ dense weight's size; a kernel that reads and writes its bytes once does the rest
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,12 @@ def expand_request(s: Stored, dtype: torch.dtype) -> Request:
     return _request("nm_expand", s.encoding, s.n, s.m, dtype)
 
 
+@functools.lru_cache(maxsize=64)
+def spread_request(dtype: torch.dtype) -> Request:
+    """The kernel that expands 2:4 and 1:2 of halves."""
+    return request("nm_spread", {"DTYPE": CODES[dtype]}, flush=True)
+
+
 def sample_request(s: Stored, dtype: torch.dtype) -> Request:
     """The kernel that picks."""
     return _request("nm_sample", s.encoding, s.n, s.m, dtype)
@@ -45,7 +52,7 @@ def product(values: Tensor, s: Stored, x: Tensor) -> Tensor:
     """Product x S with a weight S of rows × columns.
 
     Args:
-        values: (1, slots) of x's dtype, contiguous.
+        values: (1, slots) of x's dtype, contiguous, 16-byte aligned.
         s: one matrix.
         x: (T, rows), any strides.
 
@@ -54,6 +61,18 @@ def product(values: Tensor, s: Stored, x: Tensor) -> Tensor:
     """
     pitch = s.columns + -s.columns % 8
     whole = values.new_empty(s.rows, pitch)
+    if s.encoding in (0, 1) and not s.metadata.data_ptr() % 4:
+        kernel(spread_request(values.dtype), values.device.index)(
+            (-(-s.rows // 256), -(-pitch // 128)),
+            256,
+            (
+                whole.data_ptr(),
+                values.data_ptr(),
+                s.metadata.data_ptr(),
+                *map(np.int32, (s.rows, s.lines, s.packed, pitch)),
+            ),
+        )
+        return torch.matmul(x, whole[:, : s.columns])
     depth = 32 if values.dtype == torch.float32 else 64
     kernel(expand_request(s, values.dtype), values.device.index)(
         (-(-s.rows // 64), -(-pitch // depth)),

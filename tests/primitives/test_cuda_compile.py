@@ -36,7 +36,7 @@ EVERYWHERE = {
     "spmm_row_merge", "spmm_merge", "spmm_join",
     "rowwise_block", "rowwise_row", "rowwise_panel", "rowwise_merge",
     "prune_nm", "rowwise_nm", "nm_blocks",
-    "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_sample",
+    "spmm_nm_any", "sddmm_nm", "nm_expand", "nm_spread", "nm_sample",
     "spmm_tile_few", "sddmm_tile", "tile_order", "turn", "spmm_finish",
     "spmm_block_few", "spmm_row_few",
 }  # fmt: skip

@@ -110,7 +110,7 @@ def test_who_takes_the_gradient_of_values(make, tokens, hopper, other):
         (0, 300, "sddmm_pick_nm_sm90", "nm_sample"),
         (1, 1, "spmm_nm_expand_sm90", "spmm_nm_any"),
         (1, 255, "spmm_nm_expand_sm90", "spmm_nm_any"),
-        (1, 300, "nm_expand", "nm_expand"),
+        (1, 300, "nm_spread", "nm_spread"),
     ],
 )
 def test_who_takes_the_gradients_of_24(n, of, tokens, hopper, other):
