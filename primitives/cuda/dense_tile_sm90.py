@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mixgrain.cuda.device import facts
+from mixgrain.cuda.launch import Argument, Kernel
+
+from .block_sm90 import operand_map
+
 # Rows of a tile, and threads of a CTA: consumers of all rows, and a warpgroup that produces.
 TALL, THREADS = 128, 384
 # Stages of 64 tokens, and how many there are where a tile is in shared memory, too; cycles of a
@@ -29,3 +38,36 @@ def cycles(wide: int, several: int, rows: int, columns: int, tokens: int) -> flo
     """What one matrix takes that keeps something of every tile, beside its entries."""
     tiles = -(-rows // TALL) * -(-columns // wide)
     return BEGIN + -(-tiles // several) * (START[wide] + STEP[wide] * -(-tokens // 64))
+
+
+def launch(
+    run: Kernel,
+    values: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rest: Callable[[Tensor], tuple[Argument, ...]],
+    count: int,
+    wide: int,
+    staged: bool,
+) -> None:
+    """Launch a kernel that keeps some of dense tiles, for as many matrices at once as it counts.
+
+    Args:
+        run: the kernel; takes maps of q and k, then ``rest``.
+        values: (F, slots), written.
+        q: (F, 1, nq, T), float16 or bfloat16, rows of tokens transposed.
+        k: (F, 1, nk, T), likewise.
+        rest: what else the kernel takes, from the values of some matrices.
+        count: tiles of a matrix.
+        wide: columns of a tile.
+        staged: a tile is in shared memory, too.
+    """
+    several = facts(q.device.index).multiprocessors
+    for start in range(0, values.shape[0], step := max(1, MOST_TILES // max(1, count))):
+        out, left, right = (t[start : start + step] for t in (values, q, k))
+        run(
+            (min(count * out.shape[0], several),),
+            THREADS,
+            (operand_map(left.mT, 64), operand_map(right.mT, 64), *rest(out)),
+            memory(wide, staged),
+        )

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.launch import Argument, kernel
 
-from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import FEWER, MOST_TILES, TALL, THREADS, memory, wide_of
+from .block_sm90 import CODES
+from .dense_tile_sm90 import FEWER, TALL, launch, wide_of
 from .parts import of_layer
 
 if TYPE_CHECKING:
@@ -44,25 +44,19 @@ def sddmm(values: Tensor, s: Stored, q: Tensor, k: Tensor, scale: float) -> None
     wide = wide_of(several, s.lines, columns, tokens)
     run = kernel(sddmm_request(wide, q.dtype), q.device.index)
     across, down = -(-columns // wide), -(-s.lines // TALL)
-    for start in range(0, values.shape[0], step := max(1, MOST_TILES // (across * down))):
-        out, left, right = (t[start : start + step] for t in (values, q, k))
-        count = across * down * out.shape[0]
-        run(
-            (min(count, several),),
-            THREADS,
-            (
-                operand_map(left.mT, 64),
-                operand_map(right.mT, 64),
-                s.metadata.data_ptr(),
-                np.int32(across),
-                np.int32(count),
-                out.data_ptr(),
-                np.int64(out.shape[1]),
-                np.float32(scale),
-                *map(np.int32, (tokens, s.rows, s.columns, s.lines, s.packed)),
-            ),
-            memory(wide, staged=True),
+
+    def rest(out: Tensor) -> tuple[Argument, ...]:
+        return (
+            s.metadata.data_ptr(),
+            np.int32(across),
+            np.int32(across * down * out.shape[0]),
+            out.data_ptr(),
+            np.int64(out.shape[1]),
+            np.float32(scale),
+            *map(np.int32, (tokens, s.rows, s.columns, s.lines, s.packed)),
         )
+
+    launch(run, values, q, k, rest, across * down, wide, staged=True)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,12 +11,12 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.launch import Argument, kernel
 
 from ..plans import cuda_pick
 from ..plans.plan import PartPlan
-from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import FEWER, MOST_TILES, TALL, THREADS, cycles, memory, wide_of
+from .block_sm90 import CODES
+from .dense_tile_sm90 import FEWER, TALL, cycles, launch, wide_of
 from .parts import of_layer
 
 # Entries whose tables are worth their memory: while they are made, some 60 bytes each.
@@ -67,26 +67,21 @@ def sddmm(values: Tensor, q: Tensor, k: Tensor, part: PartPlan, scale: float) ->
         lambda: cuda_pick.picks(items, indices, rows, columns, TALL, wide),
     )
     run, count = kernel(sddmm_request(wide, q.dtype), q.device.index), table.tiles.shape[0]
-    for start in range(0, values.shape[0], step := max(1, MOST_TILES // max(1, count))):
-        out, left, right = (t[start : start + step] for t in (values, q, k))
-        run(
-            (min(count * out.shape[0], several),),
-            THREADS,
-            (
-                operand_map(left.mT, 64),
-                operand_map(right.mT, 64),
-                table.tiles.data_ptr(),
-                np.int32(count),
-                np.int32(out.shape[0]),
-                table.spots.data_ptr(),
-                table.slots.data_ptr(),
-                out.data_ptr() + part.starts[0] * out.element_size(),
-                np.int64(out.shape[1]),
-                np.float32(scale),
-                np.int32(tokens),
-            ),
-            memory(wide, staged=True),
+
+    def rest(out: Tensor) -> tuple[Argument, ...]:
+        return (
+            table.tiles.data_ptr(),
+            np.int32(count),
+            np.int32(out.shape[0]),
+            table.spots.data_ptr(),
+            table.slots.data_ptr(),
+            out.data_ptr() + part.starts[0] * out.element_size(),
+            np.int64(out.shape[1]),
+            np.float32(scale),
+            np.int32(tokens),
         )
+
+    launch(run, values, q, k, rest, count, wide, staged=True)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,12 +12,12 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.derived import derived
 from mixgrain.cuda.device import facts
-from mixgrain.cuda.launch import kernel
+from mixgrain.cuda.launch import Argument, kernel
 from mixgrain.formats.tile import SIZE
 
 from ..plans.cuda_numbers import numbers
-from .block_sm90 import CODES, operand_map
-from .dense_tile_sm90 import MOST_TILES, STAGES, TALL, THREADS, cycles, memory, wide_of
+from .block_sm90 import CODES
+from .dense_tile_sm90 import STAGES, TALL, cycles, launch, wide_of
 from .parts import of_layer
 
 # Places that numbers are of at most.
@@ -74,25 +74,20 @@ def sddmm(
         lambda: numbers(*places(), -(-down // SIZE), -(-over // SIZE), TALL, wide),
     )
     run, count = kernel(sddmm_request(wide, q.dtype, rows), q.device.index), found.tiles.shape[0]
-    for start in range(0, values.shape[0], step := max(1, MOST_TILES // max(1, count))):
-        out, left, right = (t[start : start + step] for t in (values, q, k))
-        run(
-            (min(count * out.shape[0], several),),
-            THREADS,
-            (
-                operand_map(left.mT, 64),
-                operand_map(right.mT, 64),
-                found.tiles.data_ptr(),
-                found.numbers.data_ptr(),
-                np.int32(count),
-                np.int32(out.shape[0]),
-                out.data_ptr() + shift * out.element_size(),
-                np.int64(out.stride(0)),
-                np.float32(scale),
-                *map(np.int32, (q.shape[3], down, over)),
-            ),
-            memory(wide, staged=False),
+
+    def rest(out: Tensor) -> tuple[Argument, ...]:
+        return (
+            found.tiles.data_ptr(),
+            found.numbers.data_ptr(),
+            np.int32(count),
+            np.int32(out.shape[0]),
+            out.data_ptr() + shift * out.element_size(),
+            np.int64(out.stride(0)),
+            np.float32(scale),
+            *map(np.int32, (q.shape[3], down, over)),
         )
+
+    launch(run, values, q, k, rest, count, wide, staged=False)
 
 
 @functools.lru_cache(maxsize=64)
