@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -166,9 +167,7 @@ def spmm(
     several = several if cut.alone else 0
     run = kernel(spmm_request(size, x.dtype, cut, transposed, partial, end_of(tokens)), device)
     shared = cut.shared(size, tokens is not None)
-    for start in range(0, free, step := max(1, TILES // (lines * across))):
-        to, weights, right = (t[start : start + step] for t in (out, values, x))
-        tiles = walks(records, across, to.shape[0], several)
+    for tiles, to, weights, right in walked(records, across, several, out, values, x):
         run(
             (tiles.shape[0],),
             cut.threads(size),
@@ -331,6 +330,26 @@ def walks(records: Tensor, across: int, matrices: int, several: int) -> Tensor:
         return tiles.contiguous()
 
     return derived(records, ("walks", across, matrices, several), make)
+
+
+def walked(
+    records: Tensor, across: int, several: int, *tensors: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """What each launch is for: matrices of at most ``TILES`` tiles together; mostly all at once.
+
+    Args:
+        records: see ``walks``.
+        across: likewise.
+        several: likewise.
+        *tensors: (F, …) each.
+
+    Yields:
+        ``walks`` of some matrices, then these of each tensor.
+    """
+    step = max(1, TILES // max(1, records.shape[0] * across))
+    for start in range(0, tensors[0].shape[0], step):
+        some = [t[start : start + step] for t in tensors]
+        yield walks(records, across, some[0].shape[0], several), *some
 
 
 def _strided(lines: int, repeats: int, ctas: int) -> Tensor:

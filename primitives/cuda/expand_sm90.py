@@ -21,7 +21,7 @@ from mixgrain.cuda.launch import kernel
 
 from ..plans import cuda_expand
 from ..plans.plan import PartPlan
-from .block_sm90 import CODES, TILES, laid_out, operand_map, walks
+from .block_sm90 import CODES, laid_out, operand_map, walked
 
 # Stages of 64 inner positions of S and x, by columns of a CTA.
 STAGES = {64: 8, 128: 6, 256: 4}
@@ -99,11 +99,9 @@ def spmm(
     if any(x.stride(d) % 8 for d in range(3)):  # of dimensions of one index, which a map has too
         x = x.clone(memory_format=torch.contiguous_format)
     partial = out.dtype == torch.float32
-    lines, across = made.records.shape[0], -(-width // wide)
+    across, several = -(-width // wide), there.multiprocessors
     run = kernel(spmm_request(x.dtype, tall, wide, transposed, partial), there.index)
-    for start in range(0, out.shape[0], step := max(1, TILES // (lines * across))):
-        to, weights, right = (t[start : start + step] for t in (out, values, x))
-        tiles = walks(made.records, across, to.shape[0], there.multiprocessors)
+    for tiles, to, weights, right in walked(made.records, across, several, out, values, x):
         run(
             (tiles.shape[0],),
             2 * tall + 128,

@@ -17,7 +17,7 @@ from mixgrain.cuda.tma import descriptor
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile
-from .block_sm90 import TILES, walks
+from .block_sm90 import walked
 from .parts import CODES, activation_constant
 
 
@@ -120,9 +120,7 @@ def spmm(
     partial = out.dtype == torch.float32
     run = kernel(wide_request(how, x.dtype, transposed, tokens, partial, activation), device)
     several = facts(device).multiprocessors * how.each
-    for start in range(0, free, step := max(1, TILES // max(1, records.shape[0] * across))):
-        to, weights, right = (t[start : start + step] for t in (out, values, x))
-        tiles = walks(records, across, to.shape[0], several)
+    for tiles, to, weights, right in walked(records, across, several, out, values, x):
         run(
             (tiles.shape[0],),
             how.threads,

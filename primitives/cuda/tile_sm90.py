@@ -17,7 +17,7 @@ from mixgrain.cuda.tma import descriptor
 from mixgrain.formats.tile import SIZE
 
 from ..plans import cuda_tile_stages
-from .block_sm90 import CODES, TILES, walks
+from .block_sm90 import CODES, walked
 from .parts import activation_constant
 
 # Bytes of stages of a CTA.
@@ -140,12 +140,10 @@ def spmm(
         lambda: cuda_tile_stages.stages(bounds, cells, cut.groups, inner),
     )
     across = -(-width // cut.wide)
-    groups, partial = made.spans.shape[0], out.dtype == torch.float32
+    partial = out.dtype == torch.float32
     wanted = spmm_request(cut, made.capacity, x.dtype, transposed, tokens, partial, activation)
     run = kernel(wanted, x.device.index)
-    for start in range(0, free, step := max(1, TILES // max(1, groups * across))):
-        to, weights, right = (t[start : start + step] for t in (out, values, x))
-        tiles = walks(made.spans, across, to.shape[0], several)
+    for tiles, to, weights, right in walked(made.spans, across, several, out, values, x):
         run(
             (tiles.shape[0],),
             128 * cut.groups + 128,

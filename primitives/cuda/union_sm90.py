@@ -15,7 +15,6 @@ from mixgrain.cuda.launch import kernel
 from ..plans.cuda_block import UNION_ROWS
 from .block_sm90 import (
     CODES,
-    TILES,
     Tokens,
     bias_of,
     end_of,
@@ -23,7 +22,7 @@ from .block_sm90 import (
     right_map,
     token_constants,
     values_map,
-    walks,
+    walked,
 )
 
 # TMA stages of 64 rows of x, by columns of a CTA.
@@ -78,9 +77,7 @@ def spmm(
     groups, across = records.shape[0], -(-width // wide)
     several *= 2 if wide == 64 else 1
     run = kernel(spmm_request(size, x.dtype, wide, transposed, partial, end_of(tokens)), device)
-    for start in range(0, free, step := max(1, TILES // (groups * across))):
-        to, weights, right = (t[start : start + step] for t in (out, values, x))
-        tiles = walks(records, across, to.shape[0], several)
+    for tiles, to, weights, right in walked(records, across, several, out, values, x):
         run(
             (tiles.shape[0],),
             THREADS,
