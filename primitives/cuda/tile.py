@@ -163,6 +163,7 @@ def _few(
     lines, inner = bounds.numel() - 1, x.shape[2]
     blocks = few_blocks(facts(x.device.index).multiprocessors, lines, width)
     warps, ahead = FEW_CUTS[blocks]
+    chunks, threads, small = -(-width // (8 * blocks)), 32 * warps, False
     # A batch of cells may end behind the last of them; no table says which of several matrices.
     room = room_for(lines, len(cells) + ahead, inner, transposed) if free == 1 else 0
     # Sums are added up in the order of warps, so the number of matrices has no part in the cut.
@@ -176,11 +177,9 @@ def _few(
             cells, ("shares", warps, ahead), lambda: cuda_tile.shares(bounds, cells, warps, ahead)
         )
         listed = shares.data_ptr(), cells.data_ptr()
-    chunks = -(-width // (8 * blocks))
-    threads = 32 * warps
-    # Of what one CTA and all of them can ask for at once.
-    small = free == 1 and width <= lines * chunks and inner <= 64 * threads
-    small = small and values.shape[1] <= 64 * threads * lines * chunks
+        # Of what one CTA and all of them can ask for at once, while they wait for the tables.
+        small = free == 1 and width <= lines * chunks and inner <= 64 * threads
+        small = small and values.shape[1] <= 64 * threads * lines * chunks
     dtypes, edge = (x.dtype, out.dtype), inner % SIZE > 0
     wanted = few_request(blocks, *dtypes, transposed, _in_fours(x), activation, room, edge)
     run = kernel(wanted, x.device.index)
