@@ -1,10 +1,24 @@
 #pragma once
-// Copies from global to shared memory that need no registers (cp.async, sm_80 and later).
+// Copies from global to shared memory that need no registers (cp.async, sm_80 and later); reads of it by address.
 #include "types.cuh"
 
 // Address of shared memory as the instructions want it.
 __device__ __forceinline__ u32 address_in_shared(const void *pointer) {
     return u32(__cvta_generic_to_shared(pointer));
+}
+
+// Sixteen bytes of shared memory. They pass no barrier and no write, above or below; other reads they may.
+__device__ __forceinline__ uint4 load_shared16(u32 from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ float4 load_shared_floats(u32 from) {
+    const uint4 v = load_shared16(from);
+    return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
 // Sixteen bytes, zeros when not live: nothing is read then. Goes past L1: what is staged in shared

@@ -34,14 +34,6 @@ __device__ __forceinline__ void load_if(int2 &v, const int2 *from, bool live) {
 __device__ __forceinline__ void shared_put(u32 at, float v) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
 }
-__device__ __forceinline__ float4 shared_four(u32 at) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(at)
-                 : "memory");
-    return v;
-}
 
 // n steps of so many bytes further, in one instruction.
 __device__ __forceinline__ const u8 *further(const u8 *from, u32 n, u32 step) {
@@ -92,10 +84,10 @@ template <int kRows, int kColumns, int kWarps> struct Sums {
 #pragma unroll
         for (int n = 0; n < kRounds; ++n) {
             if (writes[n] <= 0) continue;
-            float4 sum = shared_four(get[n]);
+            float4 sum = load_shared_floats(get[n]);
 #pragma unroll
             for (int w = 1; w < kWarps; ++w) {
-                const float4 more = shared_four(get[n] + w * kColumns * kPitch * 4);
+                const float4 more = load_shared_floats(get[n] + w * kColumns * kPitch * 4);
                 sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
             }
             const float v[4] = {sum.x, sum.y, sum.z, sum.w};

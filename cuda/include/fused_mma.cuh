@@ -107,10 +107,10 @@ struct Rows {
             for (int u = 0; u < kHold; ++u)
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
-                    if (owns(kOwn, u)) a[u][h] = shared4(rows.at(64 * u + 8 * h, d));
+                    if (owns(kOwn, u)) a[u][h] = load_shared_floats(rows.at(64 * u + 8 * h, d));
 #pragma unroll
             for (int i = 0; i < 2 * kTiles; ++i) {
-                const float4 b = shared4((i % 2 ? odd : even).at(i / 2 * 8, d));
+                const float4 b = load_shared_floats((i % 2 ? odd : even).at(i / 2 * 8, d));
 #pragma unroll
                 for (int u = 0; u < kHold; ++u)
 #pragma unroll

@@ -67,11 +67,6 @@ __device__ __forceinline__ void copy_rows(u32 to, const char *from, i64 pitch, i
     for (int i = 0; i < kRows / kAtOnce; ++i, from += step) copy_async16(mine.at(i), from, i * kAtOnce < left);
 }
 
-__device__ __forceinline__ float4 shared4(u32 at) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
-    return v;
-}
 // Rounds to TF32 what this thread copied there: each number once, not once a warp that reads it.
 template <int kRows> __device__ __forceinline__ void round_rows(u32 at) {
     if constexpr (kFloat && kRounded) {
@@ -79,7 +74,7 @@ template <int kRows> __device__ __forceinline__ void round_rows(u32 at) {
         if (mine.rests()) return;
 #pragma unroll 4
         for (int i = 0; i < kRows / kAtOnce; ++i) {
-            const float4 v = shared4(mine.at(i));
+            const float4 v = load_shared_floats(mine.at(i));
             asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(mine.at(i)), "r"(to_tf32(v.x)), "r"(to_tf32(v.y)),
                          "r"(to_tf32(v.z)), "r"(to_tf32(v.w))
                          : "memory");

@@ -1,5 +1,6 @@
 #pragma once
 // From the accumulators of a wgmma to a row-major result in global memory, through a little shared memory.
+#include "copy.cuh"
 #include "tma.cuh"
 #include "types.cuh"
 
@@ -30,11 +31,7 @@ __device__ __forceinline__ void store_staged(const float (&acc)[kWide / 2], floa
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
                 const int r = 4 * q + lane / 8, to = row + 8 * h + r, at = column + 8 * j + lane % 8 * 8;
-                uint4 v8;
-                asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(v8.x), "=r"(v8.y), "=r"(v8.z), "=r"(v8.w)
-                             : "r"(swizzled(stage, r, lane % 8))
-                             : "memory");
+                const uint4 v8 = load_shared16(swizzled(stage, r, lane % 8));
                 if (to < rows && at < width) __stcs(reinterpret_cast<uint4 *>(out + static_cast<i64>(to) * width + at), v8);
             }
         }
@@ -60,11 +57,7 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kWide / 2], float 
 #pragma unroll
     for (int q = 0; q < kChunks / 2; ++q) {
         const int i = 32 * q + lane;
-        uint4 v;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(chunk_of_row<2 * kWide>(stage, i / kChunks, i % kChunks))
-                     : "memory");
+        const uint4 v = load_shared16(chunk_of_row<2 * kWide>(stage, i / kChunks, i % kChunks));
         __stcs(reinterpret_cast<uint4 *>(out) + i, v);
     }
 }

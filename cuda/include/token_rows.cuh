@@ -1,6 +1,7 @@
 #pragma once
 // wgmma on x as users of linear layers hold it: B is rows of tokens, and so is the result.
 #include "activation.cuh"
+#include "copy.cuh"
 #include "tma.cuh"
 #include "types.cuh"
 
@@ -55,11 +56,7 @@ __device__ __forceinline__ void store_turned(const float (&acc)[kWide / 2], floa
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
             const int n = 8 * warp + 4 * q + lane / 8, to = token + 8 * j + n, at = feature + lane % 8 * 8;
-            uint4 v;
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                         : "r"(swizzled(stage, n, lane % 8))
-                         : "memory");
+            const uint4 v = load_shared16(swizzled(stage, n, lane % 8));
             if (to < tokens && at < features)
                 *reinterpret_cast<uint4 *>(out + static_cast<i64>(to) * features + at) = v;
         }

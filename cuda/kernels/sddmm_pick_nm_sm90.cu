@@ -14,6 +14,7 @@
 //   floor  2 · lines · 2 packed · T FLOP at 800 TFLOP/s; metadata read, values written, at 4.24 TB/s
 //   needs  sm_90a, rows of tokens at multiples of 16 bytes
 #include "types.cuh"
+#include "copy.cuh"
 #include "dense_tile.cuh"
 
 // Of a tile: words of metadata of a thread, two rows and 16 columns each.
@@ -69,11 +70,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
                 const u32 word = words[i] >> (16 * b), from = made + row * kPitch + 2 * column;
                 u32 v[8], kept[4];
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                                 : "=r"(v[4 * h]), "=r"(v[4 * h + 1]), "=r"(v[4 * h + 2]), "=r"(v[4 * h + 3])
-                                 : "r"(from + 16 * h)
-                                 : "memory");
+                for (int h = 0; h < 2; ++h) {
+                    const uint4 four = load_shared16(from + 16 * h);
+                    v[4 * h] = four.x, v[4 * h + 1] = four.y, v[4 * h + 2] = four.z, v[4 * h + 3] = four.w;
+                }
 #pragma unroll
                 for (int n = 0; n < 4; ++n) kept[n] = kept2(v[2 * n], v[2 * n + 1], word >> (4 * n));
                 const int limit = row0 + row < rows ? columns - column0 - column : 0;

@@ -17,6 +17,7 @@
 // Dead slots of partial blocks are zeroed in shared memory, whatever they held, and so are rows of x
 // that such a block has no use for: 0 · NaN is NaN.
 #include "types.cuh"
+#include "copy.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 #include "result.cuh"
@@ -44,10 +45,10 @@ constexpr int kProducers = kUneven ? 128 : 32;
 // Keeps those of eight neighbouring halves whose bit is set.
 __device__ __forceinline__ void keep8(u32 address, u32 bits) {
     u32 v[4] = {0, 0, 0, 0};
-    if (bits)
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                     : "r"(address));
+    if (bits) {
+        const uint4 eight = load_shared16(address);
+        v[0] = eight.x, v[1] = eight.y, v[2] = eight.z, v[3] = eight.w;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
         v[i] &= ((bits >> (2 * i)) & 1 ? 0x0000FFFFu : 0u) | ((bits >> (2 * i)) & 2 ? 0xFFFF0000u : 0u);

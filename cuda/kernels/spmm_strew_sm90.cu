@@ -28,6 +28,7 @@
 // A dense tile multiplies elements of x that a line has no use for by zero, and 0 · NaN is NaN. So all that is not
 // finite in x shows: every sum that met it is not finite. Those sums alone are made again, entry by entry.
 #include "cluster.cuh"
+#include "copy.cuh"
 #include "ring.cuh"
 #include "tile.cuh"
 #include "token_rows.cuh"
@@ -56,8 +57,9 @@ constexpr int kNotes = 8;  // of pieces, that a team has at once
 constexpr int kSums = kWide / 2, kSlice = kConsumers / 32 / kParts;  // warps whose lines a CTA finishes
 static_assert(kParts == 1 || kParts * kSlice * 128 * kSums <= kStages * kStage, "what a cluster sends has room");
 
-// In the order of the program: the last of them back, all are. A load that nothing has waited for may be overtaken by a
-// bulk copy to where it reads, however much later that begins: it stands in line behind loads that miss all caches.
+// In the order of the program, as load_shared16 is not: the last of them back, all are. A load that nothing has waited
+// for may be overtaken by a bulk copy to where it reads, however much later that begins: it stands in line behind loads
+// that miss all caches.
 __device__ __forceinline__ void shared16(u32 &a, u32 &b, u32 &c, u32 &d, u32 at) {
     asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(at) : "memory");
 }
@@ -223,11 +225,7 @@ __launch_bounds__(kThreads, 1)
             float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
             for (int r = 0; r < kParts; ++r) {
-                float4 v;
-                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                             : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                             : "r"(to + (r * kSums / 4 + i / 4) * kSlice * 512)
-                             : "memory");
+                const float4 v = load_shared_floats(to + (r * kSums / 4 + i / 4) * kSlice * 512);
                 sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
             }
             acc[i] = sum.x, acc[i + 1] = sum.y, acc[i + 2] = sum.z, acc[i + 3] = sum.w;

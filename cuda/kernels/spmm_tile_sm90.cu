@@ -29,6 +29,7 @@
 // Zeros multiply elements of x that a line has no use for, and 0 · NaN is NaN. So all that is not finite in x shows:
 // every sum that met it is not finite. Those sums alone are made again, tile by tile.
 #include "types.cuh"
+#include "copy.cuh"
 #include "result.cuh"
 #include "tile.cuh"
 #include "token_rows.cuh"
@@ -74,12 +75,6 @@ struct Cursor {
         return true;
     }
 };
-
-__device__ __forceinline__ int4 load_shared4(u32 address) {
-    int4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-    return v;
-}
 
 // Zeros if not; in one piece, so that nothing of it comes before products have been waited for.
 __device__ __forceinline__ uint4 load_if(bool there, u32 address) {
@@ -143,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
             const operand_t *const from = values + matrix * slots;
             ask();  // into the place of the list before, which all lanes have used
             barrier_wait(listed + 8 * (mine * kLists + list), known);
-            const int4 head = load_shared4(items);
+            const uint4 head = load_shared16(items);
             const int first = head.x * 64, count = head.y;
             int item[kEach];
 #pragma unroll

@@ -19,6 +19,7 @@
 //   floor  L2: (kWide · 128 B for every 64 positions of the union + blocks) at 8.9 TB/s
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x and blocks, no run-time mask
 #include "types.cuh"
+#include "copy.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 #include "mma.cuh"
@@ -185,10 +186,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
                         const u32 bits = notes[stage][slot].y >> (8 * chunk) & 255;
                         if (bits == 255) continue;
                         const u32 to = chunk_of_row<kSize * 2>(at + slot * kSize * kWide * 2, n / (kSize / 8) % kWide, chunk);
-                        u32 v[4];
-                        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                                     : "r"(to));
+                        const uint4 eight = load_shared16(to);
+                        u32 v[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
                         for (int i = 0; i < 4; ++i) v[i] &= both(bits >> (2 * i));
                         asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]),
