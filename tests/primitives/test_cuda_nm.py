@@ -12,7 +12,7 @@ from mixgrain.formats.cache import clear_caches
 from mixgrain.formats.nm import NMLayout, choose
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import reference
-from mixgrain.primitives.cuda import nm, nm_sm90
+from mixgrain.primitives.cuda import nm, nm_dense, nm_sm90
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sddmm import sddmm
 from mixgrain.primitives.spmm import spmm
@@ -168,6 +168,22 @@ def nm_part(layout: NMLayout):
     from mixgrain.primitives.plans.plan import split
 
     return split(plans.plan(layout))[3][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ratio", [(2, 4), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 128), (257, 71), (300, 1033), (513, 130), (1000, 258)])
+def test_halves_that_are_spread_are_exact(shape, ratio, dtype, poisoned):
+    """Of one CTA and of several that are not full; short last groups; rows that nobody has."""
+    layout = layout_of(shape, ratio, dtype)
+    values = integers(layout.slots, seed=1)
+    dense = SparseTensor(layout, values.double()).to_dense()
+    # Every row of the weight by itself, then many of them added up.
+    x = torch.cat([torch.eye(shape[0]), integers(nm_dense.TOKENS, shape[0], seed=2, most=1)])
+    t = SparseTensor(layout.to(DEVICE), poison(layout, values).to(DEVICE, dtype))
+    part = nm.stored(nm_part(t.layout), shape, 1)
+    ours = nm_dense.product(t.values[None], part, x.to(DEVICE, dtype))
+    assert torch.equal(ours.cpu(), (x.double() @ dense).to(dtype))
 
 
 # What must not depend on anything else
