@@ -15,7 +15,8 @@
 //   table   kRoom, F = 1: u16 for each line and one more, the first of its cells; u16 numbers of cells in memory,
 //           where kTransposed, else they are in order; u8 inner tiles, and kAhead bytes more
 //
-//   grid   (lines, tiles of columns, F)
+//   grid   (lines, tiles of columns, F); kRoom, few lines: (tiles of columns, lines), so that those who read the same
+//          tiles start together
 //   block  kWarps warps
 //   smem   static: the warps' sums
 //   floor  the latency of two loads (kRoom: one) and a store that depend on each other: of two, on an H200, caches
@@ -62,14 +63,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
                   int inner, int width) {
     __shared__ __align__(16) float sums[Ends::kFloats];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int line = blockIdx.x, column = blockIdx.y * kColumns, last = min(kColumns, width - column) - 1;
+    const int line = kRoom ? blockIdx.y : blockIdx.x, column = (kRoom ? blockIdx.x : blockIdx.y) * kColumns;
+    const int last = min(kColumns, width - column) - 1;
 
     // 1. Which tiles; and while nobody knows, small work on its way to L2, whoever's it is.
     int2 head, cell[kAhead];
 #if MG_ROOM
-    const u16 *bounds = reinterpret_cast<const u16 *>(table.bytes), *numbers = bounds + gridDim.x + 1;
+    const u16 *bounds = reinterpret_cast<const u16 *>(table.bytes), *numbers = bounds + gridDim.y + 1;
     const u32 begin = bounds[line], count = bounds[line + 1] - begin;
-    const u8 *places = reinterpret_cast<const u8 *>(numbers + (kTransposed ? bounds[gridDim.x] : 0));
+    const u8 *places = reinterpret_cast<const u8 *>(numbers + (kTransposed ? bounds[gridDim.y] : 0));
     head.x = begin + count * warp / kWarps, head.y = begin + count * (warp + 1) / kWarps - head.x;
     auto list = [&](int first) {  // of cells that are not there what comes next in the table
 #pragma unroll

@@ -186,7 +186,7 @@ def _few(
     for start in range(0, free, MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
-            (lines, chunks, to.shape[0]),
+            (chunks, lines) if room else (lines, chunks, to.shape[0]),
             threads,
             (
                 right.data_ptr(),
