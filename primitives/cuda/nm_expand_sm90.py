@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 # Columns of S of a CTA.
 ACROSS = 128
 # For fewer tokens than this kernels for all devices go entry by entry; from there on they expand S
-# in memory, which is as fast for smaller matrices, and for more tokens than MANY faster.
-FEW, MANY, LARGE = 256, 2048, 1 << 22
-# Stages of 64 rows; cycles of one, by tokens of a CTA; and of a CTA beside them.
+# in memory.
+FEW = 256
+# Stages of 64 rows; cycles of one, by tokens of a CTA; of a CTA beside them; and of a microsecond
+# under this load.
 STAGES = {256: 4, 128: 6, 64: 8}
 STEP = {256: 1150, 128: 640, 64: 460}
-START = 6000
+START, CLOCK = 8000, 1370
+# The same product with S expanded in memory, microseconds: a call, an element of S, more of it
+# where S is larger than L2 and comes back from memory, an element and token. All of an H200.
+CALL, EACH, NEAR, FAR, RATE = 4.0, 5.5e-7, 20e6, 3.5e-7, 2.7e-9
 
 
 def takes(s: Stored, values: Tensor, x: Tensor) -> bool:
@@ -36,8 +40,16 @@ def takes(s: Stored, values: Tensor, x: Tensor) -> bool:
         return False
     if s.metadata.data_ptr() % 4 or not facts(x.device.index).hopper:
         return False
-    tokens = x.shape[3]
-    return tokens < FEW or (tokens <= MANY and s.rows * s.columns >= LARGE)
+    several, tokens = facts(x.device.index).multiprocessors, x.shape[3]
+    return tokens < FEW or on_chip(several, s.rows, s.columns, tokens)
+
+
+def on_chip(several: int, rows: int, columns: int, tokens: int) -> bool:
+    """Whether S is better expanded on chip than in memory."""
+    elements = rows * columns
+    memory = CALL + EACH * elements + FAR * max(0.0, elements - NEAR) + RATE * elements * tokens
+    wide = wide_of(several, columns, tokens, rows)
+    return cycles(several, columns, tokens, rows, wide) < CLOCK * memory
 
 
 def product(values: Tensor, s: Stored, x: Tensor) -> Tensor:
@@ -76,12 +88,13 @@ def memory(wide: int) -> int:
 
 def wide_of(several: int, columns: int, tokens: int, rows: int) -> int:
     """Tokens of a CTA; however many, it adds up in the same order."""
+    return min(STEP, key=lambda wide: cycles(several, columns, tokens, rows, wide))
 
-    def cycles(wide: int) -> int:
-        ctas = -(-columns // ACROSS) * -(-tokens // wide)
-        return -(-ctas // several) * (START + STEP[wide] * -(-rows // 64))
 
-    return min(STEP, key=cycles)
+def cycles(several: int, columns: int, tokens: int, rows: int, wide: int) -> int:
+    """What the product takes in CTAs of ``wide`` tokens."""
+    ctas = -(-columns // ACROSS) * -(-tokens // wide)
+    return -(-ctas // several) * (START + STEP[wide] * -(-rows // 64))
 
 
 @functools.lru_cache(maxsize=64)

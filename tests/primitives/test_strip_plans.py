@@ -73,6 +73,24 @@ def test_cuts_fit():
 
 
 @pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "chip"),
+    [
+        # As measured on an H200, microseconds on chip and in memory.
+        (4096, 4096, 512, True),  # 34 and 35
+        (4096, 4096, 1536, False),  # 103 and 87: in two rounds, the second of half a device
+        (4096, 4096, 3072, False),  # 170 and 152
+        (2048, 2048, 256, False),  # 16 and 12
+        (8192, 8192, 512, True),  # 115 and 149
+        (8192, 8192, 2048, False),  # 462 and 416
+        (4096, 11008, 256, True),  # 54 and 73
+        (11008, 4096, 2048, False),  # 302 and 260
+    ],
+)
+def test_where_24_is_expanded(rows, columns, tokens, chip):
+    assert nm_expand_sm90.on_chip(132, rows, columns, tokens) == chip
+
+
+@pytest.mark.parametrize(
     ("make", "tokens", "hopper", "other"),
     [
         (lambda: weight(1024, 1024, 64, 0.5), 4096, "sddmm_tokens_sm90", "sddmm_block"),
