@@ -107,9 +107,9 @@ extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers))
         int lines, int across, float scale, const operand_t *__restrict__ bias, void *__restrict__ out, int rows,
         int inner, int width) {
     extern __shared__ u8 raw[];
-    const u32 ring = (address_in_shared(raw) + 1023) & ~1023u;
+    const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
-    const u32 full = address_in_shared(barriers), empty = full + 8 * kStages;
+    const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
