@@ -5,12 +5,6 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-// The same of the only CTA of a multiprocessor. Nobody reads kFirst: cubins of kernels that use this have it as a symbol,
-// and without it they would be others.
-template <int kThreads, int kFew, int kMany> struct Registers : RegisterPool<kThreads, kFew, kMany> {
-    static constexpr int kFirst = 65536 / kThreads / 8 * 8;  // of a thread
-};
-
 // Where in it somebody is.
 struct RingPlace {
     int stage = 0;

@@ -30,7 +30,7 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-using Pool = RegisterPool<kThreads, 24, 112, MG_CTAS>;  // if HELD
+using Pool = Registers<kThreads, 24, 112, MG_CTAS>;  // if HELD
 
 // What a CTA works on at a time: key units of one row tile, and where the next begins.
 struct Piece {

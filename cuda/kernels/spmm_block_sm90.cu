@@ -42,7 +42,7 @@ constexpr u32 kStageA = kGroups * kPanelA, kStageB = kPanels * kPanelB;
 constexpr int kMost = kAcross < 256 ? kAcross : 256;  // tokens of a copy
 constexpr bool kUneven = kWide == 256 && kConsumers == 256;
 constexpr int kProducers = kUneven ? 128 : 32;
-using Pool = RegisterPool<256 + 128, 40, 232>;  // if kUneven
+using Pool = Registers<256 + 128, 40, 232>;  // if kUneven
 
 // Keeps those of eight neighbouring halves whose bit is set.
 __device__ __forceinline__ void keep8(u32 address, u32 bits) {

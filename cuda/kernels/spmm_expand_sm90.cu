@@ -37,7 +37,7 @@ constexpr int kConsumers = 2 * kRows, kProducers = 128, kPanels = kWide / 64;
 constexpr u32 kLeft = kRows * 128, kPanel = 64 * 128, kRight = kPanels * kPanel, kStage = kLeft + kRight;
 // Sums of 256 columns leave no room for a fair share of registers.
 constexpr bool kUneven = kWide == 256 && kConsumers == 256;
-using Pool = RegisterPool<kConsumers + kProducers, 120, 192>;  // if kUneven
+using Pool = Registers<kConsumers + kProducers, 120, 192>;  // if kUneven
 constexpr int kFillers = kProducers / 32;  // warps, each with a chunk of its own
 static_assert(kStages >= kFillers, "a stage for each warp that fills");
 constexpr int kEach = 16, kPiece = kEach * 32;  // entries that a warp has under way

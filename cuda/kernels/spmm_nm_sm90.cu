@@ -38,7 +38,7 @@ constexpr u32 kStage = (kRight + kValueBytes + kWords + 1023) / 1024 * 1024;
 constexpr int kPass = 64;                                     // of N, that a staged store takes
 constexpr u32 kStaged = kPass * 128;                          // of a warpgroup
 constexpr bool kUneven = kWide == 256;
-using Pool = RegisterPool<kConsumers + 128, 56, 224>;         // if kUneven
+using Pool = Registers<kConsumers + 128, 56, 224>;         // if kUneven
 constexpr bool kFloat = kPartial || sizeof(operand_t) == 4;
 
 // Which tile is the n-th: bands of `band` row tiles go through all columns, so that L2 holds what they share.

@@ -34,7 +34,7 @@ constexpr int kSize = 64, kDepth = MG_DEPTH, kWide = 256, kStagesA = MG_STAGES_A
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kDepth == 32 || kDepth == 64, "DEPTH must be 32 or 64");
 constexpr int kConsumers = 2 * 128, kAcross = 2 * kWide, kPanels = kAcross / 64, kSubs = kSize / kDepth;
-using Pool = RegisterPool<kConsumers + 128, 56, 224>;
+using Pool = Registers<kConsumers + 128, 56, 224>;
 constexpr u32 kPanelB = kDepth * 128, kStageA = kSize * 128, kStageB = kPanels * kPanelB;
 
 // A stage of a ring, and the parity of its round.

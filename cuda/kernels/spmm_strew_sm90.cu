@@ -43,7 +43,7 @@ constexpr bool kUneven = kWide == 256;  // sums leave no room for a fair share o
 static_assert(!kUneven || MG_TEAMS * MG_TEAM == 128, "what producers give consumers take");
 constexpr int kConsumers = 2 * kRows, kTeams = MG_TEAMS, kTeam = MG_TEAM;
 constexpr int kThreads = kConsumers + kTeams * kTeam;
-using Pool = RegisterPool<kConsumers + 128, 120, 192>;  // if kUneven
+using Pool = Registers<kConsumers + 128, 120, 192>;  // if kUneven
 // A team that waits for a stage knows that it was given back once but for the last time: it would not tell two rounds
 // from none.
 static_assert(kTeams <= kStages, "a team asks for a stage at most a round ahead");

@@ -39,7 +39,7 @@ static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
 constexpr int kProducers = kBulk ? 1 : kWarps > 8 ? 4 : kWarps > 4 ? 2 : 1;  // warps that bring x
 enum : int { kThreads = (kWarps + (kBulk ? 4 : kProducers)) * 32, kCtas = kWarps > 8 ? 1 : kWarps > 4 ? 2 : 4 };
 #if MG_TMA
-using Pool = RegisterPool<kThreads, 24, (kWarps > 8 ? 112 : kWarps > 4 ? 104 : 96), kCtas>;
+using Pool = Registers<kThreads, 24, (kWarps > 8 ? 112 : kWarps > 4 ? 104 : 96), kCtas>;
 #endif
 constexpr int kPanels = kWide / 64, kQuarters = 4;
 constexpr u32 kPanel = 64 * 128, kStage = kWide * 128;

@@ -35,7 +35,7 @@ static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128
 constexpr int kRows = 128, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
 constexpr int kSlots = 64 / kSize, kSteps = kSize / 16;                 // unions of a stage
 constexpr int kConsumers = 256, kPanels = kWide / 64;
-using Pool = RegisterPool<kConsumers + 128, 48, 224>;                   // if kWide == 256
+using Pool = Registers<kConsumers + 128, 48, 224>;                   // if kWide == 256
 constexpr int kProducers = 2;                                           // warps: for x and for blocks
 static_assert(kLines * kSlots <= 32 && kPanels * kSlots <= 32, "a lane for each copy of a stage");
 constexpr u32 kPanel = 64 * 128, kBlock = kSize * kSize * 2, kRight = kPanels * kPanel;
