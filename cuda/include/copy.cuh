@@ -3,7 +3,7 @@
 #include "types.cuh"
 
 // Address of shared memory as the instructions want it.
-__device__ __forceinline__ u32 address_in_shared(const void *pointer) {
+__device__ __forceinline__ u32 shared_address(const void *pointer) {
     return u32(__cvta_generic_to_shared(pointer));
 }
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void copy_async16(u32 to, const void *from, bool live
                  : "memory");
 }
 __device__ __forceinline__ void copy_async16(void *to, const void *from, bool live) {
-    copy_async16(address_in_shared(to), from, live);
+    copy_async16(shared_address(to), from, live);
 }
 // Close the group of copies issued by this thread since the last one.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -66,7 +66,7 @@ template <int kRows, int kColumns, int kWarps> struct Sums {
 #pragma unroll
         for (int n = 0; n < kRounds; ++n) {
             const int r = row0 + row(n);
-            get[n] = address_in_shared(sums + column(n) * kPitch + row(n));
+            get[n] = shared_address(sums + column(n) * kPitch + row(n));
             writes[n] = int(threadIdx.x) + n * kThreads < kPlaces && column(n) < columns ? min(rows - r, 4) : 0;
             to[n] = out + column(n) * out_column + row(n) * out_row;
             asm volatile("" : "+r"(get[n]), "+r"(writes[n]), "+l"(to[n]));  // here, not behind the products

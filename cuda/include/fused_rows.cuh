@@ -2,6 +2,7 @@
 // Fused attention on sm_90a: its constants, and what a consumer warpgroup does with the rows it holds.
 #include "exponent.cuh"
 #include "mma.cuh"
+#include "registers.cuh"
 #include "tma.cuh"
 #include "types.cuh"
 #include "wgmma.cuh"
@@ -16,6 +17,7 @@ static_assert(kStages >= 2, "rings of at least two units");
 constexpr int kStreams = MG_STREAMS, kConsumers = 128 * kGroups * kStreams;
 // Registers of consumers, and what is left for the producer's warpgroup.
 constexpr int kMany = kStreams == 2 ? 112 : kGroups == 3 ? 160 : 232, kFew = kGroups == 2 && kStreams == 1 ? 40 : 32;
+using Pool = Registers<kConsumers + 128, kFew, kMany>;
 static_assert(kStreams == 1 || (kStreams == 2 && kGroups == 2), "two streams are of two warpgroups");
 constexpr int kPanels = (kDim + 63) / 64, kDepth = kDim / 16;
 constexpr int kQueries = MG_QUERIES;  // places of Q

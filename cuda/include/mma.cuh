@@ -15,7 +15,7 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 row) {
                  : "memory");
 }
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], const void *row) {
-    load_matrices(r, address_in_shared(row));
+    load_matrices(r, shared_address(row));
 }
 // The same, each matrix transposed: register i receives (rows 2t, 2t + 1, column g) of matrix i.
 __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 row) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], u32 row) {
                  : "memory");
 }
 __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const void *row) {
-    load_matrices_transposed(r, address_in_shared(row));
+    load_matrices_transposed(r, shared_address(row));
 }
 
 // c += a b, m16n8k16, float32 accumulators. A lane holds

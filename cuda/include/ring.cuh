@@ -1,18 +1,9 @@
 // What consumers do with a ring of stages in shared memory that producers fill.
 #pragma once
 
+#include "registers.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
-
-// Registers that one warpgroup gives up and all others of a CTA of kThreads take: together no more than they start
-// with, or the last to take would wait for ever.
-template <int kThreads, int kFew, int kMany> struct Registers {
-    static constexpr int kFirst = 65536 / kThreads / 8 * 8;  // of a thread, by __launch_bounds__(kThreads, 1)
-    static_assert(128 * kFew + (kThreads - 128) * kMany <= kThreads * kFirst, "more registers than there are");
-
-    __device__ __forceinline__ static void give() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFew)); }
-    __device__ __forceinline__ static void take() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMany)); }
-};
 
 // Where in it somebody is.
 struct RingPlace {

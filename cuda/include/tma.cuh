@@ -1,15 +1,12 @@
 #pragma once
 // TMA: bulk tensor copies of sm_90, the mbarriers they complete on, and the fences between proxies.
+#include "copy.cuh"
 #include "types.cuh"
 
 // A tensor map as the host encoded it; passed by value, never copied.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
-
-__device__ __forceinline__ u32 shared_address(const void *p) {
-    return static_cast<u32>(__cvta_generic_to_shared(p));
-}
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_RESIDENT)
               float *__restrict__ lse, float *__restrict__ partial_out, float *__restrict__ partial_lse,
               int slots) {
     extern __shared__ u8 raw[];
-    const u32 q_at = (address_in_shared(raw) + 127) & ~127u, ring = q_at + kUnits * kUnit;
+    const u32 q_at = (shared_address(raw) + 127) & ~127u, ring = q_at + kUnits * kUnit;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row16 = warp % 4 * 16;
     const int group = kHold == 2 ? 0 : warp / 4;  // the warp's first unit among those of a pass
     const u32 mine_at = q_at + group * kUnit;

@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
     const int walk = blockIdx.x * kStreams + stream;
     const int begin = walk < walks ? starts[walk] : 0, end = walk < walks ? starts[walk + 1] : 0;
     if (!consumes) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFew));
+        Pool::give();
         const int role = (warp - kConsumers / 32) / kStreams;
         // Gathered rows come from the grid before; partial results go to the one behind.
         wait_for_grids_before();
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, 1)
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMany));
+    Pool::take();
     const int group = warp / 4 % kGroups, row16 = warp % 4 * 16;
     const float log2_scale = scale * kLog2e;
     Ring<kStages> ring(0);

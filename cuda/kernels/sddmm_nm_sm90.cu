@@ -26,8 +26,11 @@
 // for three results two go out together, 256 bytes of a row, which device memory takes up more cheaply.
 #include "mma.cuh"
 #include "nm_scores.cuh"
+#include "registers.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
+
+using Pool = Registers<kThreads, 24, 112, MG_CTAS>;  // if HELD
 
 // What a CTA works on at a time: key units of one row tile, and where the next begins.
 struct Piece {
@@ -89,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
     __syncthreads();
 
     if (warp >= kConsumers / 32) {  // producer
-        if constexpr (kHeld) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if constexpr (kHeld) Pool::give();
         if (threadIdx.x == kConsumers) {
             int slot = 0, stage = 0;
             u32 q_parity = 1, parity = 1;  // places are free at first
@@ -122,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_CTAS)
         return;
     }
 
-    if constexpr (kHeld) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+    if constexpr (kHeld) Pool::take();
     const int group = warp / 4, g = lane / 4, t = lane % 4, row16 = warp % 4 * 16;
     const int rows = (nq + 31) / 32 * 32;
     // This lane's word of metadata in a unit: rows g and g + 8 of the warp, 16 columns.

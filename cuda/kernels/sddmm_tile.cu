@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 1)
                 const operand_t *from = side ? k : q;
                 const i64 stride = side ? k_line : q_line;
                 const int line0 = side ? column0 : row0, lines = side ? nk : nq, used = chunk.w >> (16 * side);
-                const u32 to = address_in_shared(stages + step % kStages * 2 * kOperand + side * kOperand);
+                const u32 to = shared_address(stages + step % kStages * 2 * kOperand + side * kOperand);
 #pragma unroll 4
                 for (int i = threadIdx.x; i < kCopies; i += kWarps * 32) {
                     const int row = i / kPerRow, at = i % kPerRow * 8;
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, 1)
         copy_wait<kStages - 2>();
         __syncthreads();
         issue(step + kStages - 1);
-        const u32 left = address_in_shared(stages + step % kStages * 2 * kOperand), right = left + 2 * kOperand;
+        const u32 left = shared_address(stages + step % kStages * 2 * kOperand), right = left + 2 * kOperand;
 #pragma unroll
         for (int e = 0; e < kEach; ++e) {
             if (mine[e].x < 0) break;

@@ -18,6 +18,7 @@
 // that such a block has no use for: 0 · NaN is NaN.
 #include "types.cuh"
 #include "copy.cuh"
+#include "registers.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 #include "result.cuh"
@@ -41,6 +42,7 @@ constexpr u32 kStageA = kGroups * kPanelA, kStageB = kPanels * kPanelB;
 constexpr int kMost = kAcross < 256 ? kAcross : 256;  // tokens of a copy
 constexpr bool kUneven = kWide == 256 && kConsumers == 256;
 constexpr int kProducers = kUneven ? 128 : 32;
+using Pool = Registers<256 + 128, 40, 232>;  // if kUneven
 
 // Keeps those of eight neighbouring halves whose bit is set.
 __device__ __forceinline__ void keep8(u32 address, u32 bits) {
@@ -81,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     int4 tile;
 
     if (warp >= kConsumers / 32) {  // producer
-        if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if constexpr (kUneven) Pool::give();
         if (threadIdx.x != kConsumers) return;
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         int a = 0, b = 0;
@@ -125,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         return;
     }
 
-    if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (kUneven) Pool::take();
     const int group = warp / 4 % kGroups, group_n = warp / 4 / kGroups;
     const int row16 = (warp % 4) * 16;  // of this warp within its group's 64
     int a = 0, b = 0;

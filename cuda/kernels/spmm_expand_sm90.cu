@@ -37,6 +37,7 @@ constexpr int kConsumers = 2 * kRows, kProducers = 128, kPanels = kWide / 64;
 constexpr u32 kLeft = kRows * 128, kPanel = 64 * 128, kRight = kPanels * kPanel, kStage = kLeft + kRight;
 // Sums of 256 columns leave no room for a fair share of registers.
 constexpr bool kUneven = kWide == 256 && kConsumers == 256;
+using Pool = Registers<kConsumers + kProducers, 120, 192>;  // if kUneven
 constexpr int kFillers = kProducers / 32;  // warps, each with a chunk of its own
 static_assert(kStages >= kFillers, "a stage for each warp that fills");
 constexpr int kEach = 16, kPiece = kEach * 32;  // entries that a warp has under way
@@ -99,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
     int4 tile;
 
     if (warp >= kConsumers / 32) {  // producers
-        if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
+        if constexpr (kUneven) Pool::give();
         const int mine = warp - kConsumers / 32;
         Walk walk(tiles, each);
         int2 *const my = coming[mine] + lane;  // what this lane asks for, and nobody else reads
@@ -174,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + kProducers, 1)
         return;
     }
 
-    if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+    if constexpr (kUneven) Pool::take();
     const int group = warp / 4;
     const u64 left = wgmma_descriptor(ring + group * kPanel, kPanel), right = wgmma_descriptor(ring + kLeft, kPanel);
     RingPlace place;

@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             const operand_t *__restrict__ x, i64 x_free, i64 x_entry, i64 x_line, const operand_t *__restrict__ bias,
             int entries, int rows, int pitch, int inner, int width, int stored, int packed, int lines, float scale) {
     extern __shared__ __align__(128) u8 shared[];
-    const u32 ring = address_in_shared(shared);
+    const u32 ring = shared_address(shared);
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int m0 = warp / kWarpsAcross * kTall, n0 = warp % kWarpsAcross * kBroad;
     const int first = blockIdx.x * kRows, from = blockIdx.y * kWide;

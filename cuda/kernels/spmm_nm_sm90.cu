@@ -19,6 +19,7 @@
 #include "activation.cuh"
 #include "cluster.cuh"
 #include "nm_words.cuh"
+#include "registers.cuh"
 #include "wgmma.cuh"
 #include "wgmma_sparse.cuh"
 #include "result.cuh"
@@ -37,6 +38,7 @@ constexpr u32 kStage = (kRight + kValueBytes + kWords + 1023) / 1024 * 1024;
 constexpr int kPass = 64;                                     // of N, that a staged store takes
 constexpr u32 kStaged = kPass * 128;                          // of a warpgroup
 constexpr bool kUneven = kWide == 256;
+using Pool = Registers<kConsumers + 128, 56, 224>;         // if kUneven
 constexpr bool kFloat = kPartial || sizeof(operand_t) == 4;
 
 // Which tile is the n-th: bands of `band` row tiles go through all columns, so that L2 holds what they share.
@@ -89,7 +91,7 @@ __launch_bounds__(kConsumers + 128, 1)
     int matrix, row_tile, column_tile, stage = 0;
 
     if (warp >= kConsumers / 32) {  // producer
-        if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if constexpr (kUneven) Pool::give();
         if (threadIdx.x == kConsumers) {
             u32 parity = 1;
             for (int n = blockIdx.x / kCluster; n < count; n += gridDim.x / kCluster) {
@@ -133,7 +135,7 @@ __launch_bounds__(kConsumers + 128, 1)
         return;
     }
 
-    if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    if constexpr (kUneven) Pool::take();
     const int group = warp / 4;
     const LeftPlaces places = LeftPlaces::of<kRows>(16 * warp, kRight, kRight + kValueBytes);
     u32 parity = 0;

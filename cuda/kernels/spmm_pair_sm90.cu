@@ -23,6 +23,7 @@
 #include "types.cuh"
 #include "tma.cuh"
 #include "cluster.cuh"
+#include "registers.cuh"
 #include "wgmma.cuh"
 #include "result.cuh"
 #include "staged.cuh"
@@ -33,6 +34,7 @@ constexpr int kSize = 64, kDepth = MG_DEPTH, kWide = 256, kStagesA = MG_STAGES_A
 constexpr bool kTransposed = MG_TRANSPOSED, kPartial = MG_PARTIAL;
 static_assert(kDepth == 32 || kDepth == 64, "DEPTH must be 32 or 64");
 constexpr int kConsumers = 2 * 128, kAcross = 2 * kWide, kPanels = kAcross / 64, kSubs = kSize / kDepth;
+using Pool = Registers<kConsumers + 128, 56, 224>;
 constexpr u32 kPanelB = kDepth * 128, kStageA = kSize * 128, kStageB = kPanels * kPanelB;
 
 // A stage of a ring, and the parity of its round.
@@ -72,7 +74,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
     int4 tile;
 
     if (warp >= kConsumers / 32) {  // producers
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        Pool::give();
         if (lane != 0) return;
         // Barriers of an empty ring let the first round pass: the parity of the round before it.
         if (warp == kConsumers / 32) {  // of x
@@ -137,7 +139,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kConsumer
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        Pool::take();
         const int group = warp / 4, row16 = (warp % 4) * 16;  // of this warp within the line
         Ring<kStagesA> a{0, 0};
         Ring<kStagesB> b{0, 0};

@@ -43,6 +43,7 @@ constexpr bool kUneven = kWide == 256;  // sums leave no room for a fair share o
 static_assert(!kUneven || MG_TEAMS * MG_TEAM == 128, "what producers give consumers take");
 constexpr int kConsumers = 2 * kRows, kTeams = MG_TEAMS, kTeam = MG_TEAM;
 constexpr int kThreads = kConsumers + kTeams * kTeam;
+using Pool = Registers<kConsumers + 128, 120, 192>;  // if kUneven
 // A team that waits for a stage knows that it was given back once but for the last time: it would not tell two rounds
 // from none.
 static_assert(kTeams <= kStages, "a team asks for a stage at most a round ahead");
@@ -107,7 +108,7 @@ __launch_bounds__(kThreads, 1)
     const operand_t *const weights = values + f * all_slots;
 
     if (warp >= kConsumers / 32) {  // producers
-        if constexpr (kUneven) asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
+        if constexpr (kUneven) Pool::give();
         const int thread = threadIdx.x % kTeam, mine = head.y;
         const u16 *const source = reinterpret_cast<const u16 *>(weights);
         const u32 tables = ring + kTables + 2 * team * kTable, arrived = known + 16 * team;
@@ -199,7 +200,7 @@ __launch_bounds__(kThreads, 1)
         return;
     }
 
-    if constexpr (kUneven) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
+    if constexpr (kUneven) Pool::take();
     float acc[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) acc[i] = 0.f;

@@ -28,6 +28,7 @@
 #include "tile.cuh"
 #include "tile_result.cuh"
 #if MG_TMA
+#include "registers.cuh"
 #include "tma.cuh"
 #endif
 
@@ -36,6 +37,10 @@ constexpr bool kTransposed = MG_TRANSPOSED, kTokens = MG_TOKENS, kFloat = MG_PAR
 static_assert(kTokens || !kActivation, "ACTIVATION: TOKENS only");
 static_assert(kWide == 64 || kWide == 128, "WIDE must be 64 or 128");
 constexpr int kProducers = kBulk ? 1 : kWarps > 8 ? 4 : kWarps > 4 ? 2 : 1;  // warps that bring x
+enum : int { kThreads = (kWarps + (kBulk ? 4 : kProducers)) * 32, kCtas = kWarps > 8 ? 1 : kWarps > 4 ? 2 : 4 };
+#if MG_TMA
+using Pool = Registers<kThreads, 24, (kWarps > 8 ? 112 : kWarps > 4 ? 104 : 96), kCtas>;
+#endif
 constexpr int kPanels = kWide / 64, kQuarters = 4;
 constexpr u32 kPanel = 64 * 128, kStage = kWide * 128;
 constexpr int kAhead = MG_AHEAD;
@@ -95,7 +100,7 @@ __device__ __forceinline__ void produce(const Source &from, u32 to, u32 full, in
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers)) * 32, kWarps > 8 ? 1 : kWarps > 4 ? 2 : 4)
+extern "C" __global__ void __launch_bounds__(kThreads, kCtas)
     spmm_tile(
 #if MG_TMA
         const __grid_constant__ TensorMap x_map,
@@ -107,9 +112,9 @@ extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers))
         int lines, int across, float scale, const operand_t *__restrict__ bias, void *__restrict__ out, int rows,
         int inner, int width) {
     extern __shared__ u8 raw[];
-    const u32 ring = (address_in_shared(raw) + 1023) & ~1023u;
+    const u32 ring = (shared_address(raw) + 1023) & ~1023u;
     __shared__ alignas(8) u64 barriers[2 * kStages];
-    const u32 full = address_in_shared(barriers), empty = full + 8 * kStages;
+    const u32 full = shared_address(barriers), empty = full + 8 * kStages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
@@ -126,7 +131,7 @@ extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers))
 
     if (warp >= kWarps) {
 #if MG_TMA
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        Pool::give();
         if (warp > kWarps) return;
         const Source from{x_map};
 #else
@@ -153,12 +158,7 @@ extern "C" __global__ void __launch_bounds__((kWarps + (kBulk ? 4 : kProducers))
     }
 
 #if MG_TMA
-    if constexpr (kWarps > 8)
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
-    else if constexpr (kWarps > 4)
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
-    else
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
+    Pool::take();
 #endif
     // Lane l gives ldmatrix row l % 16 of a 16 × 16 piece, 16-byte chunk l / 16 of its two, swizzled; piece j
     // of a row of 128 bytes lies at an address whose bits 5 and 6 are turned by j.

@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident / kWarps)
     bring();
 
     // What nobody needs before.
-    u32 put = address_in_shared(sums + (warp * kColumns + 2 * t) * Ends::kPitch + g);
+    u32 put = shared_address(sums + (warp * kColumns + 2 * t) * Ends::kPitch + g);
     asm volatile("" : "+r"(put));
     const Ends ends(sums, bias, line * 16, rows, last + 1,
                     out + f * out_free + column * out_column + line * 16 * out_row, out_row, out_column);

@@ -116,7 +116,7 @@ __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
         const int c = kBlocks == 1 ? lane % 8 : 16 * j + lane / 16 * 8 + lane % 8;
-        right[j] = address_in_shared(raw) + min(c, columns - 1) * pitch + lane / 8 % 2 * 16;
+        right[j] = shared_address(raw) + min(c, columns - 1) * pitch + lane / 8 % 2 * 16;
         asm volatile("" : "+r"(right[j]));  // here, not again for every tile
     }
 

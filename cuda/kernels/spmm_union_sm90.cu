@@ -20,6 +20,7 @@
 //   needs  sm_90a, D % 8 == 0, 16-byte aligned rows of x and blocks, no run-time mask
 #include "types.cuh"
 #include "copy.cuh"
+#include "registers.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 #include "mma.cuh"
@@ -34,6 +35,7 @@ static_assert(kWide == 64 || kWide == 128 || kWide == 256, "WIDE must be 64, 128
 constexpr int kRows = 128, kLines = kRows / kSize, kEach = 64 / kSize;  // kEach: lines of a warpgroup
 constexpr int kSlots = 64 / kSize, kSteps = kSize / 16;                 // unions of a stage
 constexpr int kConsumers = 256, kPanels = kWide / 64;
+using Pool = Registers<kConsumers + 128, 48, 224>;                   // if kWide == 256
 constexpr int kProducers = 2;                                           // warps: for x and for blocks
 static_assert(kLines * kSlots <= 32 && kPanels * kSlots <= 32, "a lane for each copy of a stage");
 constexpr u32 kPanel = 64 * 128, kBlock = kSize * kSize * 2, kRight = kPanels * kPanel;
@@ -78,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
     int stage = 0;
 
     if (warp >= kConsumers / 32) {  // producers
-        if constexpr (kWide == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+        if constexpr (kWide == 256) Pool::give();
         const int role = warp - kConsumers / 32;
         u32 parity = 1;
         // What describes a stage is asked for kAhead stages ahead, into shared memory.
@@ -148,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 128, kWide == 64 ? 2 :
         return;
     }
 
-    if constexpr (kWide == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    if constexpr (kWide == 256) Pool::take();
     const int group = warp / 4, line = group * kEach + warp % 4 / kSteps;  // this warp's line of the 128 rows
     const int half = kSize == 32 ? warp % 2 : 0;                          // its 16 rows of the block
     // Of ldmatrix: lane l gives row l % 8 of matrix l / 8: rows + 8 (m % 2) and k + 8 (m / 2), or turned.
