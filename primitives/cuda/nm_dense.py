@@ -17,7 +17,7 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.launch import kernel
 
-from .parts import CODES, THREADS
+from .parts import CODES, HALVES, THREADS
 
 if TYPE_CHECKING:
     from .nm import Stored
@@ -61,7 +61,7 @@ def product(values: Tensor, s: Stored, x: Tensor) -> Tensor:
     """
     pitch = s.columns + -s.columns % 8
     whole = values.new_empty(s.rows, pitch)
-    if s.encoding in (0, 1) and not s.metadata.data_ptr() % 4:
+    if s.encoding in (0, 1) and values.dtype in HALVES and not s.metadata.data_ptr() % 4:
         kernel(spread_request(values.dtype), values.device.index)(
             (-(-s.rows // 256), -(-pitch // 128)),
             256,

@@ -102,12 +102,17 @@ def asked(*given, **named) -> list[str]:
 
 
 def launched(
-    layout: Layout, tokens: int, arch: str, name: str = "tokens", of: int = 1
+    layout: Layout,
+    tokens: int,
+    arch: str,
+    name: str = "tokens",
+    of: int = 1,
+    dtype: torch.dtype = HALF,
 ) -> list[Launch]:
     """The kernels of one layer, or of one gradient, on an H200."""
     rows, columns = layout.shape
     values, x, y = (
-        torch.empty(*n, dtype=HALF, device="meta")
+        torch.empty(*n, dtype=dtype, device="meta")
         for n in ((layout.slots,), (tokens, columns), (tokens, rows))
     )
     with pretending(arch, multiprocessors=132):
@@ -115,7 +120,7 @@ def launched(
         recording = Recording(0)
         given = (values, x, None, *plan, None, False, None)
         if name == "token_gradients":
-            given = (values, x, y, *plan, None, False, tuple(n == of for n in range(3)), HALF)
+            given = (values, x, y, *plan, None, False, tuple(n == of for n in range(3)), dtype)
         if name == "linear":  # the operator, which torch.compile traces
             given = (values[None], x[None], None, *plan, False)
         with recorded(recording):

@@ -137,3 +137,14 @@ def test_who_takes_the_gradients_of_24(n, of, tokens, hopper, other):
     layout = sparsify(dense, "nm", prune=True, n=n, m=2 * n).layout
     for arch, name in (("90a", hopper), ("80", other)):
         assert asked(layout, tokens, arch, "token_gradients", of=of) == [name]
+
+
+@pytest.mark.parametrize("arch", ["90a", "80"])
+@pytest.mark.parametrize("n", [2, 1])
+def test_who_takes_the_gradients_of_24_in_float32(n, arch):
+    """Kernels of halves take none, whatever their metadata look like."""
+    dense = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    layout = sparsify(dense, "nm", prune=True, n=n, m=2 * n).layout
+    for of, name in ((1, "nm_expand"), (0, "nm_sample")):
+        given = asked(layout, 300, arch, "token_gradients", of=of, dtype=torch.float32)
+        assert given == [name]
