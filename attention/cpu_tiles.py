@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plan import ALIGN, SPARE, Step, unpack_steps
+from .plan_steps import ALIGN, SPARE, Step, unpack_steps
 
 # Elements of the largest temporary of the element-exact product.
 _SLAB = 1 << 21

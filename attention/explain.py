@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mixgrain.formats.arguments import as_device, as_integer, check_costs, kind_of
+from mixgrain.formats.arguments import as_device, as_integer, kind_of
 from mixgrain.formats.block import BlockLayout
-from mixgrain.formats.costs import Costs
+from mixgrain.formats.costs import Costs, check_costs
 from mixgrain.formats.errors import LayoutError
 from mixgrain.formats.layout import Layout
 from mixgrain.formats.panel import PanelLayout
@@ -22,7 +22,8 @@ from .cuda.plan import Plan as CudaPlan
 from .cuda.plan import count_work
 from .cuda.plan import plan as plan_on_cuda
 from .dense import rule
-from .plan import Plan, plan, plan_nm
+from .plan import plan, plan_nm
+from .plan_steps import Plan
 
 
 @dataclass(frozen=True)

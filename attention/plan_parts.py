@@ -14,7 +14,7 @@ from mixgrain.formats.entries import unpack_bits
 from mixgrain.formats.panel import PanelLayout
 from mixgrain.formats.row import RowLayout
 
-from .plan import BUDGET, Builder, pack_columns
+from .plan_steps import BUDGET, Builder, pack_columns
 
 # Columns of one step at most: a longer row is cut, and its pieces are merged online.
 LONGEST = 4096

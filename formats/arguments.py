@@ -308,11 +308,3 @@ def as_size(op: str, what: str, value: object, least: int = 0) -> int:
             f"{op}({what}): {shown(value)} given, an integer >= {least} expected, and below 2**31"
         )
     return number
-
-
-def check_costs(op: str, costs: object) -> None:
-    """Raise TypeError unless the rates are a ``Costs`` or None."""
-    from .costs import Costs
-
-    if costs is not None and not isinstance(costs, Costs):
-        raise TypeError(f"{op}: costs is a {kind_of(costs)}; expected a mixgrain.Costs or None")

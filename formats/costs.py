@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .arguments import as_number
+from .arguments import as_number, kind_of
 from .errors import LayoutError
 
 UNIT = 64
@@ -120,3 +120,9 @@ class Costs:
     def _unit_seconds(self, rows: int, cols: int, stored_cols: int, D: int | None) -> float:
         D = self.head_dim if D is None else D
         return 4 * rows * cols * D / self.dense_flops + self.slots_seconds(rows * stored_cols)
+
+
+def check_costs(op: str, costs: object) -> None:
+    """Raise TypeError unless the rates are a ``Costs`` or None."""
+    if costs is not None and not isinstance(costs, Costs):
+        raise TypeError(f"{op}: costs is a {kind_of(costs)}; expected a mixgrain.Costs or None")

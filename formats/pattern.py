@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from . import cache, pattern_queries
-from .arguments import SIDE_LIMIT, as_device, as_index, as_integer, check_costs, kind_of
+from .arguments import SIDE_LIMIT, as_device, as_index, as_integer, kind_of
+from .costs import Costs, check_costs
 from .errors import LayoutError, ShapeError
 from .runs import Runs, from_interval
 from .source import Source
 
 if TYPE_CHECKING:
-    from .costs import Costs
     from .layout import Layout
 
 __all__ = ["UNBOUND", "Cut", "Factored", "Frame", "Interval", "Pattern"]

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .arguments import check_costs
-from .costs import Costs
+from .costs import Costs, check_costs
 from .errors import LayoutError
 from .layout import Layout
 from .nm import NMLayout, choose
