@@ -177,7 +177,9 @@ def test_wheel_from_sdist_holds_every_file(tmp_path: Path) -> None:
         return next(tmp_path.glob(name))
 
     with tarfile.open(build("sdist", ROOT, "*.tar.gz")) as archive:
-        archive.extractall(tmp_path, filter="data")
+        # By attribute: Python before 3.11.4 knows no filter, and takes no argument of that name.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(tmp_path)
     (unpacked,) = tmp_path.glob("mixgrain-*/")
     with zipfile.ZipFile(build("wheel", unpacked, "*.whl")) as wheel:
         packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
