@@ -22,7 +22,7 @@ from .parts import CODES, HALVES, THREADS
 if TYPE_CHECKING:
     from .nm import Stored
 
-#: Fewer tokens than this are multiplied on chip.
+#: Fewer tokens than this are multiplied without making anything of the dense weight's size.
 TOKENS = 256
 
 

@@ -14,6 +14,7 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
 from .block_sm90 import CODES, operand_map
+from .nm_dense import TOKENS
 from .parts import of_layer
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 # Columns of S of a CTA.
 ACROSS = 128
-# For fewer tokens than this kernels for all devices go entry by entry; from there on they expand S
-# in memory.
-FEW = 256
 # Stages of 64 rows; cycles of one, by tokens of a CTA; of a CTA beside them; and of a microsecond
 # under this load.
 STAGES = {256: 4, 128: 6, 64: 8}
@@ -35,13 +33,16 @@ CALL, EACH, NEAR, FAR, RATE = 4.0, 5.5e-7, 20e6, 3.5e-7, 2.7e-9
 
 
 def takes(s: Stored, values: Tensor, x: Tensor) -> bool:
-    """Whether ``product`` is for x (1, 1, rows, T), rows of tokens transposed."""
+    """Whether ``product`` is for x (1, 1, rows, T), rows of tokens transposed.
+
+    Always where S is not expanded in memory: kernels for all devices would go entry by entry.
+    """
     if s.encoding not in (0, 1) or s.columns % 8 or not of_layer(None, (values.dtype,), x):
         return False
     if s.metadata.data_ptr() % 4 or not facts(x.device.index).hopper:
         return False
     several, tokens = facts(x.device.index).multiprocessors, x.shape[3]
-    return tokens < FEW or on_chip(several, s.rows, s.columns, tokens)
+    return tokens < TOKENS or not s.fits or on_chip(several, s.rows, s.columns, tokens)
 
 
 def on_chip(several: int, rows: int, columns: int, tokens: int) -> bool:

@@ -30,7 +30,7 @@ def taken(monkeypatch):
         return plain(wide, *rest)
 
     monkeypatch.setattr(nm_expand_sm90, "spmm_request", spmm_request)
-    monkeypatch.setattr(nm_expand_sm90, "FEW", 1 << 30)
+    monkeypatch.setattr(nm_expand_sm90, "TOKENS", 1 << 30)
     clear_caches()
     yield found
     clear_caches()

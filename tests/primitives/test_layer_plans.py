@@ -10,13 +10,14 @@ from mixgrain.cuda.steps import Launch
 from mixgrain.formats import patterns as P
 from mixgrain.formats.block import BlockLayout
 from mixgrain.formats.layout import Layout
+from mixgrain.formats.nm import NMLayout
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
 from mixgrain.formats.tile import TileLayout
 from mixgrain.primitives.cuda import block_few, block_sm90, launch_code, row_few, strew_sm90
 from mixgrain.primitives.cuda.calls import describe
 from mixgrain.primitives.dispatch import TABLE
-from mixgrain.primitives.plans import cuda_block, cuda_row
+from mixgrain.primitives.plans import cuda_block, cuda_row, nm
 
 HALF = torch.float16
 
@@ -116,7 +117,8 @@ def launched(
         for n in ((layout.slots,), (tokens, columns), (tokens, rows))
     )
     with pretending(arch, multiprocessors=132):
-        plan = TABLE["linear"][type(layout)]["cuda"](layout)
+        blank = isinstance(layout, NMLayout) and not layout.metadata.numel()
+        plan = nm.plan_of(layout) if blank else TABLE["linear"][type(layout)]["cuda"](layout)
         recording = Recording(0)
         given = (values, x, None, *plan, None, False, None)
         if name == "token_gradients":

@@ -11,6 +11,7 @@ from test_layer_plans import asked, tiles, weight
 from mixgrain.formats import patterns as P
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.formats.sparsify import sparsify
+from mixgrain.primitives.blank import nm_layout
 from mixgrain.primitives.cuda import block_weights_sm90, dense_tile_sm90, nm_expand_sm90
 from mixgrain.primitives.plans import cuda_block, cuda_strips
 
@@ -137,6 +138,27 @@ def test_who_takes_the_gradients_of_24(n, of, tokens, hopper, other):
     layout = sparsify(dense, "nm", prune=True, n=n, m=2 * n).layout
     for arch, name in (("90a", hopper), ("80", other)):
         assert asked(layout, tokens, arch, "token_gradients", of=of) == [name]
+
+
+@pytest.mark.parametrize("encoding", ["2:4", "1:2-half"])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "hopper", "other"),
+    [
+        # The largest that may stand whole in memory; larger ones never do.
+        ((16384, 16384), 2048, "nm_spread", "nm_spread"),
+        ((16384, 16392), 2048, "spmm_nm_expand_sm90", "spmm_nm_any"),
+        ((16384, 65536), 255, "spmm_nm_expand_sm90", "spmm_nm_any"),
+        ((16384, 65536), 512, "spmm_nm_expand_sm90", "spmm_nm_any"),
+        ((16384, 65536), 8192, "spmm_nm_expand_sm90", "spmm_nm_any"),
+        # Rows that 16-byte stores cannot write.
+        ((16384, 65532), 8192, "spmm_nm_any", "spmm_nm_any"),
+    ],
+)
+def test_24_too_large_for_memory_is_expanded_on_chip(shape, tokens, hopper, other, encoding):
+    n = 2 if encoding == "2:4" else 1
+    layout = nm_layout(shape, n, 2 * n, encoding, (1, 1), None)
+    for arch, name in (("90a", hopper), ("80", other)):
+        assert asked(layout, tokens, arch, "token_gradients") == [name]
 
 
 @pytest.mark.parametrize("arch", ["90a", "80"])
