@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.launch import Kernel, kernel
 
+from .nm_stored import Stored
 from .parts import CODES, THREADS, activation_constant, aligned, mask, ready, runs, tf32
-
-if TYPE_CHECKING:
-    from .nm import Stored
 
 
 def spmm(

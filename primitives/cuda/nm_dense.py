@@ -8,7 +8,6 @@ dense weight's size; a kernel that reads and writes its bytes once does the rest
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.launch import kernel
 
+from .nm_stored import Stored
 from .parts import CODES, HALVES, THREADS
-
-if TYPE_CHECKING:
-    from .nm import Stored
 
 #: Fewer tokens than this are multiplied without making anything of the dense weight's size.
 TOKENS = 256

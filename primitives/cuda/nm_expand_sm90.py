@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +14,8 @@ from mixgrain.cuda.launch import kernel
 
 from .block_sm90 import CODES, operand_map
 from .nm_dense import TOKENS
+from .nm_stored import Stored
 from .parts import of_layer
-
-if TYPE_CHECKING:
-    from .nm import Stored
 
 # Columns of S of a CTA.
 ACROSS = 128

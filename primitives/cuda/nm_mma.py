@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,8 @@ from mixgrain.cuda.compile import Request, request
 from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import kernel
 
+from .nm_stored import Stored
 from .parts import CODES, activation_constant, runs
-
-if TYPE_CHECKING:
-    from .nm import Stored
 
 
 def tile_of(rows: int, width: int, matrices: int, several: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Launch code for one product of a batch of matrices; ``nm.py`` decides when it is
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from mixgrain.cuda.device import facts
 from mixgrain.cuda.launch import Argument, kernel
 from mixgrain.cuda.tma import descriptor
 
+from .nm_stored import Stored
 from .parts import CODES, MOST_MATRICES, activation_constant
-
-if TYPE_CHECKING:
-    from .nm import Stored
 
 # Row tiles that go through all columns together; see Tiles in the kernel.
 BAND = 8

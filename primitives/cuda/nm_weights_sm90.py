@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +14,8 @@ from mixgrain.cuda.launch import Argument, kernel
 
 from .block_sm90 import CODES
 from .dense_tile_sm90 import FEWER, TALL, launch, wide_of
+from .nm_stored import Stored
 from .parts import of_layer
-
-if TYPE_CHECKING:
-    from .nm import Stored
 
 
 def takes(s: Stored, q: Tensor, k: Tensor, keep: Tensor | None, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from mixgrain.formats.nm import NMLayout, choose
 from mixgrain.formats.sparse import SparseTensor
 from mixgrain.primitives import reference
 from mixgrain.primitives.cuda import nm, nm_dense, nm_sm90
+from mixgrain.primitives.cuda.nm_stored import stored
 from mixgrain.primitives.linear import linear
 from mixgrain.primitives.sddmm import sddmm
 from mixgrain.primitives.spmm import spmm
@@ -156,7 +157,7 @@ def test_every_cut_of_sparse_wgmma_is_exact(cut, tokens):
     values = poison(layout, integers(layout.slots, seed=1))
     x = integers(tokens, shape[1], seed=2)
     s, t = pair(layout, values, torch.float16)
-    part = nm.stored(nm_part(t.layout), shape, 1)
+    part = stored(nm_part(t.layout), shape, 1)
     out = torch.full((1, 1, tokens, 704), torch.nan, device=DEVICE, dtype=torch.float16)
     right = x.to(DEVICE).half().T[None, None]
     nm_sm90.spmm(out, t.values[None], part, right, False, 1.0, True, None, cuts[cut])
@@ -181,7 +182,7 @@ def test_halves_that_are_spread_are_exact(shape, ratio, dtype, poisoned):
     # Every row of the weight by itself, then many of them added up.
     x = torch.cat([torch.eye(shape[0]), integers(nm_dense.TOKENS, shape[0], seed=2, most=1)])
     t = SparseTensor(layout.to(DEVICE), poison(layout, values).to(DEVICE, dtype))
-    part = nm.stored(nm_part(t.layout), shape, 1)
+    part = stored(nm_part(t.layout), shape, 1)
     ours = nm_dense.product(t.values[None], part, x.to(DEVICE, dtype))
     assert torch.equal(ours.cpu(), (x.double() @ dense).to(dtype))
 
