@@ -36,9 +36,8 @@ from .tile_tables import blocks_of, rows_first
 # of a line, which a warp takes one after the other; of the others for each tile and column, by
 # whether x has rows of tokens.
 START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
-# Of those others on Hopper, where spmm_tile_sm90 does the rest: for a call, and each byte that a
-# multiprocessor brings for spmm_tile_thin_sm90, by CTAs of a cluster.
-CALL, BYTE = 6.7, {1: 1.8e-5, 2: 2.3e-5, 4: 2.8e-5}
+# Of spmm_tile_few on Hopper, where spmm_tile_sm90 does the rest, for a call.
+CALL = 6.7
 # Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
 SHORT, FEW = 40, 128
 # Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
@@ -120,14 +119,16 @@ def spmm(
 
 
 def _thin(x: Tensor, tables: list[Tensor]) -> tuple[float, tile_thin.Thin] | None:
-    """How spmm_tile_thin_sm90 is cut, and what it brings; None where spmm_tile_few does it."""
+    """How spmm_tile_thin_sm90 is cut, and its time; None where spmm_tile_few does it."""
     index, lines, tiles = x.device.index, tables[0].numel() - 1, len(tables[1])
     _, _, inner, width = x.shape
     if not _hopper(index) or inner % 8 or not ready(x, 2, 3):
         return None
     if tiles <= SHORT * lines and width <= FEW:
         return None
-    return tile_thin.cut(facts(index), lines, tiles, inner, width)
+    size = (lines, tiles, inner, width)
+    # A layout may turn out to need a way that is sure to have room.
+    return tile_thin.cut(facts(index), *size, sure=True) and tile_thin.cut(facts(index), *size)
 
 
 def _is_few(x: Tensor, tables: list[Tensor], tokens: bool, large: bool) -> bool:
@@ -141,11 +142,11 @@ def _is_few(x: Tensor, tables: list[Tensor], tokens: bool, large: bool) -> bool:
     few = EACH[tokens] * width * tiles
     if not large:
         return few <= START + STEP * tiles / max(lines, 1)
-    if found := _thin(x, tables):
-        few = found[0] * BYTE[found[1].split]
+    found = _thin(x, tables)
+    few = found[0] if found else CALL + few
     several = facts(x.device.index).multiprocessors
     how = tile_sm90.choose(several, lines, tiles, inner, width, 1)
-    return CALL + few <= tile_sm90.cost(how, several, lines, tiles, inner, width, 1)
+    return few <= tile_sm90.cost(how, several, lines, tiles, inner, width, 1)
 
 
 def _few(

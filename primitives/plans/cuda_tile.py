@@ -86,11 +86,12 @@ def compact(bounds: Tensor, cells: Tensor, numbered: bool) -> NDArray[np.uint8]:
 
 def segments(
     bounds: Tensor, cells: Tensor, per: int, split: int, warps: int, inner: int
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor, int, int]:
     """Work of CTAs that take some lines and one slab of inner positions each.
 
     Lines are dealt to groups evenly. Warps share the cells of a CTA evenly; the cells of one line
-    with one warp are a segment.
+    with one warp are a segment. The CTAs of a group, one for each slab, finish its lines in turn:
+    who does has a place for each segment of the line, by slabs and then warps.
 
     Args:
         bounds: int32 (lines + 1,), of ``part``.
@@ -102,52 +103,61 @@ def segments(
 
     Returns:
         work int32 (CTAs, pitch), CTA = split * group of lines + slab: for each warp its first
-        cell, number of its cells + 2²⁰ * its first segment of the CTA, and the first ``span`` of
-        its cells, up to 32; then for each line of the CTA the segments before it and which it is,
-        and one more for all. cells int32 (tiles, 2): 32 * inner tile of the slab + 2 where it hangs
-        over the edge + 1 where a segment ends; number in memory. span.
+        cell, number of its cells, and the first ``span`` of its cells, up to 32; then for each
+        line that the CTA finishes the places before it and which it is, and one more for all.
+        cells int32 (tiles, 2): 2**18 * place + 32 * inner tile of the slab + 4 * who of the group
+        finishes the line (both where a segment ends) + 2 where it hangs over the edge + 1 where a
+        segment ends; number in memory. span. The most places of a CTA.
     """
-    count, column = bounds.numel() - 1, cells[:, 0].long()
-    slab = slab_of(inner, split)
+    count, column, device = bounds.numel() - 1, cells[:, 0].long(), cells.device
+    slab, kept = slab_of(inner, split), -(-per // split)
     loads = torch.bincount(lines_of(bounds) * split + column // slab, minlength=count * split)
-    dealt = torch.from_numpy(deal(loads.view(count, split).cpu().numpy(), per)).to(cells.device)
+    dealt = torch.from_numpy(deal(loads.view(count, split).cpu().numpy(), per)).to(device)
     ctas = split * len(dealt)
-    where = torch.empty(count + 1, dtype=torch.int64, device=cells.device)
-    where[dealt.flatten()] = torch.arange(dealt.numel(), device=cells.device)
+    where = torch.empty(count + 1, dtype=torch.int64, device=device)
+    where[dealt.flatten()] = torch.arange(dealt.numel(), device=device)
     lines = where[lines_of(bounds)]  # per * group + place in it
     key = (lines // per * split + column // slab) * per + lines % per
     order = torch.sort(key, stable=True)
-    cta, column = order.values // per, column[order.indices]
+    cta, column, line = order.values // per, column[order.indices], order.values % per
     counts = torch.bincount(cta, minlength=ctas)
-    place = torch.arange(len(cta), device=cta.device) - running(counts).long()[cta]
+    place = torch.arange(len(cta), device=device) - running(counts).long()[cta]
     warp = ((place + 1) * warps - 1) // counts[cta]
     new = torch.ones_like(cta, dtype=torch.bool)
     key = order.values * warps + warp
     new[1:] = key[1:] != key[:-1]
     last = torch.cat([new[1:], new[:1]])  # the first cell is new
-    word = column % slab * 32 + ((column + 1) * SIZE > inner) * 2 + last
-    made = torch.stack([word.int(), cells[order.indices, 1]], 1)
 
-    ends = torch.full((ctas, per + 1, 2), count, dtype=torch.int64, device=cta.device)
-    found = torch.bincount(order.values[new], minlength=ctas * per)
-    ends[:, 0, 0], ends[:, 1:, 0] = 0, found.view(ctas, per).cumsum(1)
-    ends[:, :-1, 1] = dealt.repeat_interleave(split, 0)
+    # Segments are in the order of CTAs; who finishes them has them by lines.
+    of_line = (cta // split * split + line % split)[last] * kept + line[last] // split
+    there = torch.bincount(of_line, minlength=ctas * kept)
+    at = torch.empty_like(of_line)
+    at[torch.sort(of_line, stable=True).indices] = torch.arange(len(of_line), device=device)
+    ends = torch.full((ctas, kept + 1, 2), count, dtype=torch.int64, device=device)
+    ends[:, 0, 0], ends[:, 1:, 0] = 0, there.view(ctas, kept).cumsum(1)
+    padded = torch.full((len(dealt), kept * split), count, dtype=torch.int64, device=device)
+    padded[:, :per] = dealt
+    ends[:, :-1, 1] = padded.view(-1, kept, split).mT.flatten(0, 1)
+    at -= running(ends[:, -1, 0])[:-1].long()[of_line // kept]
+
+    word = column % slab * 32 + ((column + 1) * SIZE > inner) * 2 + last
+    word[last] += (at << 18) + line[last] % split * 4
+    made = torch.stack([word.int(), cells[order.indices, 1]], 1)
     sizes = torch.bincount(cta * warps + warp, minlength=ctas * warps)
     first = running(sizes)[:-1].long()
-    of_warp = torch.bincount((cta * warps + warp)[new], minlength=ctas * warps).view(ctas, warps)
-    before = (of_warp.cumsum(1) - of_warp).flatten()
-    heads = torch.stack([first, sizes + (before << 20)], 1).int()
+    heads = torch.stack([first, sizes], 1).int()
     span, most = 4, int(sizes.max()) if sizes.numel() else 0
     while span < min(most, 32):
         span *= 2
     early = made.new_zeros(ctas * warps, span, 2)
     if len(made):
-        at = torch.arange(span, device=cta.device)
-        which = (first[:, None] + at).clamp(max=len(made) - 1)
-        early = torch.where((at < sizes[:, None])[..., None], made[which], 0)
+        which = (first[:, None] + torch.arange(span, device=device)).clamp(max=len(made) - 1)
+        held = torch.arange(span, device=device) < sizes[:, None]
+        early = torch.where(held[..., None], made[which], 0)
     records = torch.cat([heads, early.flatten(1)], 1).view(ctas, warps * (2 + 2 * span))
-    padding = made.new_zeros(ctas, -2 * (per + 1) % 4)
-    return torch.cat([records, ends.flatten(1).int(), padding], 1), made, span
+    padding = made.new_zeros(ctas, -2 * (kept + 1) % 4)
+    work = torch.cat([records, ends.flatten(1).int(), padding], 1)
+    return work, made, span, int(ends[:, -1, 0].max()) if ctas else 0
 
 
 def deal(loads: NDArray[np.int64], per: int) -> NDArray[np.int64]:

@@ -141,7 +141,7 @@ def test_a_layout_and_its_transpose(first, tokens, kernel):
         assert torch.equal(call().cpu().double(), expected.half().double())
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 16, 40, 100])
+@pytest.mark.parametrize("tokens", [1, 3, 6, 8, 12, 16, 40, 100])
 def test_aligned_rows_are_exact(tokens, kernel):
     """Rows that bulk copies can read, which not every kernel takes."""
     exact(linear, (208, 720), tokens, 0.4, torch.float16)

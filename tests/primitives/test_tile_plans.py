@@ -103,41 +103,76 @@ def test_shares_of_a_line_are_all_of_it(shape, d, warps, ahead):
         assert at == len(cells)
 
 
-@pytest.mark.parametrize("per, split", [(1, 1), (3, 2), (20, 4)])
+@pytest.mark.parametrize("per, split", [(1, 1), (1, 2), (3, 2), (20, 4)])
 @pytest.mark.parametrize("d", [0.02, 0.4, 2.0])
 @pytest.mark.parametrize("shape", [*SHAPES, (32, 9000)])
 def test_segments_of_a_line_are_all_of_it(shape, d, per, split):
-    warps = 4
+    how, warps = tile_thin.Thin(1, split, per, 4), tile_thin.WARPS
     for bounds, cells, inner, tiles in sides(layout_of(shape, d)):
-        work, made, span = cuda_tile.segments(bounds, cells, per, split, warps, inner)
+        work, made, span, most = cuda_tile.segments(bounds, cells, per, split, warps, inner)
         slab, lines = cuda_tile.slab_of(inner, split), bounds.numel() - 1
         assert len(work) == split * -(-lines // per) and not work.shape[1] % 4
-        found, at, dealt = set(), 0, []
+        assert most <= how.most_places
+        at, sums, finished = 0, {}, {}  # by CTA that finishes and place
         for cta, record in enumerate(work.tolist()):
             heads = [record[w * (2 + 2 * span) :][: 2 + 2 * span] for w in range(warps)]
-            of_lines = record[warps * (2 + 2 * span) :][: 2 * (per + 1)]
-            ends, which = of_lines[::2], of_lines[1::2]
-            assert which == sorted(which) and which[-1] == lines
-            dealt += [which] if cta % split == 0 else []
-            assert dealt[-1] == which  # a cluster's CTAs have the same
-            counts, segment = [head[1] % 2**20 for head in heads], 0
+            counts = [head[1] for head in heads]
             assert max(counts) - min(counts) <= 1  # evenly
-            for first, packed, *early in heads:
-                count = packed % 2**20
-                assert first == at and (packed >> 20 == segment or not count)
+            for warp, (first, count, *early) in enumerate(heads):
                 some = made[first : first + min(count, 32)].flatten().tolist()
+                assert first == at
                 assert early[: len(some)] == some and not any(early[len(some) :])
+                segment = []
                 for word, number in made[first : first + count].tolist():
-                    line = max(n for n in range(per) if ends[n] <= segment)
-                    column = cta % split * slab + word // 32
-                    assert segment < ends[line + 1] and word // 32 < slab
-                    assert (word & 2 > 0) == (16 * column + 16 > inner) and not word & 28
-                    found.add((which[line], column, number))
-                    segment += word & 1
+                    column = cta % split * slab + word // 32 % 2**13
+                    assert word // 32 % 2**13 < slab and not word & 16
+                    assert (word & 2 > 0) == (16 * column + 16 > inner)
+                    segment.append((column, number))
+                    if word & 1:
+                        key = (cta - cta % split + (word >> 2 & 3), word >> 18)
+                        assert key not in sums
+                        sums[key] = ((cta % split, warp), segment)
+                        segment = []
+                    else:
+                        assert not word & 12 and not word >> 18
+                assert not segment  # a warp's last cell ends one
                 at += count
-            assert segment == ends[-1] < warps + per
-        assert found == tiles and at == len(tiles)
-        assert sorted(n for which in dealt for n in which if n < lines) == list(range(lines))
+            of_lines = record[warps * (2 + 2 * span) :][: 2 * (how.kept + 1)]
+            before, which = of_lines[::2], of_lines[1::2]
+            assert before[0] == 0 and which[-1] == lines and which == sorted(which)
+            for line, first, end in zip(which, before, before[1:], strict=False):
+                assert line not in finished or line == lines
+                finished[line] = [(cta, place) for place in range(first, end)]
+                assert line < lines or first == end
+        assert at == len(tiles) and sorted(finished)[:lines] == list(range(lines))
+        places = [place for some in finished.values() for place in some]
+        assert len(places) == len(set(places)) and set(places) == set(sums)
+        assert most == max((place + 1 for _, place in places), default=0)
+        found = set()
+        for line, some in finished.items():
+            order = [sums[place][0] for place in some]
+            assert order == sorted(set(order))  # by slabs, then by warps
+            found |= {(line, *cell) for place in some for cell in sums[place][1]}
+        assert found == tiles
+
+
+def test_places_are_what_even_lines_take():
+    """Of a line longer than all others a CTA may have more, and never more than it is sure of."""
+    rng = np.random.default_rng(0)
+    for per, split in [(8, 2), (4, 1), (37, 4), (5, 4)]:
+        how = tile_thin.Thin(2, split, per, 4)
+        for long in (1.0, 0.02):  # the share of the other lines' tiles
+            lengths = rng.binomial(512, 0.2 * long, 120)
+            lengths[60] = 300
+            bounds = torch.tensor([0, *lengths.cumsum()], dtype=torch.int32)
+            columns = [np.sort(rng.choice(512, n, replace=False)) for n in lengths]
+            column = torch.from_numpy(np.concatenate(columns)).int()
+            cells = torch.stack([column, torch.arange(len(column), dtype=torch.int32)], 1)
+            places = cuda_tile.segments(bounds, cells, per, split, tile_thin.WARPS, 8192)[3]
+            assert places <= how.most_places
+            if long == 1.0:
+                assert places <= how.usual_places
+        assert split == 1 or how.usual_places < how.most_places
 
 
 @pytest.mark.parametrize("slabs", [1, 2, 4])
@@ -156,13 +191,18 @@ def test_few_columns_fit_shared_memory(shape, width):
     lines, tiles = -(-shape[0] // 16), -(-shape[0] // 16) * -(-shape[1] // 16) // 5
     with pretending("90a", multiprocessors=132):
         found = tile_thin.cut(facts(0), lines, tiles, shape[1], width)
+        certain = tile_thin.cut(facts(0), lines, tiles, shape[1], width, sure=True)
+        room = tile_thin.room_of(facts(0))
     if found is None:
         assert shape[1] == 200_000
     else:
-        brought, how = found
-        assert brought >= 512 * tiles / 132
-        assert how.shared(shape[1], width) + 2048 <= 232_448
+        us, how = found
+        assert us >= 512 * tiles / 4.8e6
+        assert how.shared(shape[1], width, how.usual_places) <= room <= 232_448 - 2048
         assert 8 * how.blocks * -(-width // (8 * how.blocks)) >= width
+        us, how = certain
+        assert us >= found[0]
+        assert how.shared(shape[1], width, how.most_places) <= room
 
 
 @pytest.mark.parametrize("side, most", [(16, 96), (4, 16), (16, 5)])
