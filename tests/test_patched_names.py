@@ -97,7 +97,7 @@ import mixgrain.cuda.launch
 import torch
 
 def test(monkeypatch):
-    monkeypatch.setattr(tile, "SHORT", 0)
+    monkeypatch.setattr(tile, "CALL", 0)
     monkeypatch.setattr(mixgrain.cuda.launch, "nothing", 0)
     monkeypatch.setattr(torch, "float16", 0)
     for module in (tile, other):
@@ -107,7 +107,7 @@ def test(monkeypatch):
         (owner.__name__.split(".")[-1], name) for owner, name, _ in replaced(ast.parse(source))
     ]
     gone = [("tile", "gone"), ("tile_mma", "gone")]
-    assert found == [("tile", "SHORT"), ("launch", "nothing"), *gone]
+    assert found == [("tile", "CALL"), ("launch", "nothing"), *gone]
     missing = source.replace("mixgrain.cuda.launch, ", "mixgrain.cuda.launch.gone, ")
     with pytest.raises(AttributeError, match="gone"):
         list(replaced(ast.parse(missing)))

@@ -79,10 +79,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MG_EACH)
                 if constexpr (kTransposed) {
 #pragma unroll
                     for (int p = 0; p < kEach; ++p)
-                        load_if(has.piece[i][m][0][p], has.piece[i][m][1][p], at + 32 * m + 4 * p * kSize, live);
+                        load_once_if(has.piece[i][m][0][p], has.piece[i][m][1][p], at + 32 * m + 4 * p * kSize, live);
                 } else {
-                    load_if(has.piece[i][m][0], at + 32 * m * kSize, live);
-                    load_if(has.piece[i][m][1], at + (32 * m + 16) * kSize, live);
+                    load_once_if(has.piece[i][m][0], at + 32 * m * kSize, live);
+                    load_once_if(has.piece[i][m][1], at + (32 * m + 16) * kSize, live);
                 }
             }
 #pragma unroll

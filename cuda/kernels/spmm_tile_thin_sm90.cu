@@ -22,7 +22,8 @@
 //   grid   (kSplit · groups of lines, tiles of columns, F) in clusters of kSplit
 //   block  kWarps warps
 //   smem   x, places of segments, what each line has
-//   floor  tile bytes at the rate of memory
+//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.0 µs, 16
+//          tokens 14.3, 64 tokens 25.3; reading the same bytes takes 12.7 of them and an empty kernel 4.7
 //   needs  sm_90
 #include "types.cuh"
 #include "activation.cuh"
@@ -87,7 +88,7 @@ __launch_bounds__(kThreads)
                         const operand_t *__restrict__ values, i64 slots, const int *__restrict__ work, int work_pitch,
                         int span, const int2 *__restrict__ cells, int kept, int slab, u32 staged, float scale,
                         const operand_t *__restrict__ bias, out_t *__restrict__ out, i64 out_free, i64 out_row,
-                        i64 out_column, int quads, int rows, int inner, int width) {
+                        i64 out_column, int pairs, int rows, int inner, int width) {
     extern __shared__ u8 dynamic[];
     const u32 right_side = (shared_address(dynamic) + 1023) & ~1023u, table = right_side + staged;
     const u32 places = table + kTable;
@@ -257,7 +258,7 @@ __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < 2; ++i) y[i] = from_float<out_t>(activated(fmaf(sum[i], scale, of_bias[i])));
         out_t *const to = to_place + above * out_row;
-        if (quads && second) {
+        if (pairs && second) {
             struct alignas(2 * sizeof(out_t)) Two { out_t v[2]; };
             *reinterpret_cast<Two *>(to) = {y[0], y[1]};
         } else {

@@ -36,10 +36,9 @@ from .tile_tables import blocks_of, rows_first
 # of a line, which a warp takes one after the other; of the others for each tile and column, by
 # whether x has rows of tokens.
 START, STEP, EACH = 5.0, 0.57, {True: 7.2e-6, False: 14e-6}
-# Of spmm_tile_few on Hopper, where spmm_tile_sm90 does the rest, for a call.
-CALL = 6.7
-# Up to so many tiles of a line and columns latency decides: a line is a CTA's (spmm_tile_few).
-SHORT, FEW = 40, 128
+# Of spmm_tile_few on Hopper, where spmm_tile_thin_sm90 and spmm_tile_sm90 do the rest: for a call,
+# each tile, each tile and column, and each line and column.
+CALL, TILE, COLUMN, RESULT = 5.8, 1.9e-4, {True: 8.3e-6, False: 14e-6}, 1.3e-5
 # Columns beyond which there is no choice: a grid counts its tiles of columns in 16 bits.
 WIDEST = 2048
 # Warps of its CTAs and tiles that a warp asks for at once, by blocks of 8 columns that a CTA takes.
@@ -102,7 +101,7 @@ def spmm(
     if _is_few(x, tables, tokens, large):
         out = x.new_empty(shape, dtype=dtype)
         out = out.mT if tokens else out
-        found = _thin(x, tables)
+        found = _thin(x, tables, tokens)
         if found is None:
             _few(out, values, x, tables, scale, transposed, bias, activation)
         else:
@@ -118,17 +117,23 @@ def spmm(
     return out.mT if tokens else out[..., :width].contiguous()
 
 
-def _thin(x: Tensor, tables: list[Tensor]) -> tuple[float, tile_thin.Thin] | None:
+def _thin(x: Tensor, tables: list[Tensor], tokens: bool) -> tuple[float, tile_thin.Thin] | None:
     """How spmm_tile_thin_sm90 is cut, and its time; None where spmm_tile_few does it."""
     index, lines, tiles = x.device.index, tables[0].numel() - 1, len(tables[1])
     _, _, inner, width = x.shape
     if not _hopper(index) or inner % 8 or not ready(x, 2, 3):
         return None
-    if tiles <= SHORT * lines and width <= FEW:
-        return None
     size = (lines, tiles, inner, width)
     # A layout may turn out to need a way that is sure to have room.
-    return tile_thin.cut(facts(index), *size, sure=True) and tile_thin.cut(facts(index), *size)
+    if tile_thin.cut(facts(index), *size, sure=True) is None:
+        return None
+    found = tile_thin.cut(facts(index), *size)
+    return found if found and found[0] < _few_us(lines, tiles, width, tokens) else None
+
+
+def _few_us(lines: int, tiles: int, width: int, tokens: bool) -> float:
+    """Of spmm_tile_few on Hopper."""
+    return CALL + (TILE + COLUMN[tokens] * width) * tiles + RESULT * lines * width
 
 
 def _is_few(x: Tensor, tables: list[Tensor], tokens: bool, large: bool) -> bool:
@@ -139,11 +144,10 @@ def _is_few(x: Tensor, tables: list[Tensor], tokens: bool, large: bool) -> bool:
     lines, tiles, inner, width = tables[0].numel() - 1, len(tables[1]), *x.shape[2:]
     if width > WIDEST:
         return False
-    few = EACH[tokens] * width * tiles
     if not large:
-        return few <= START + STEP * tiles / max(lines, 1)
-    found = _thin(x, tables)
-    few = found[0] if found else CALL + few
+        return EACH[tokens] * width * tiles <= START + STEP * tiles / max(lines, 1)
+    found = _thin(x, tables, tokens)
+    few = found[0] if found else _few_us(lines, tiles, width, tokens)
     several = facts(x.device.index).multiprocessors
     how = tile_sm90.choose(several, lines, tiles, inner, width, 1)
     return few <= tile_sm90.cost(how, several, lines, tiles, inner, width, 1)

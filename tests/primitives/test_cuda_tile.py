@@ -48,7 +48,7 @@ def kernel(request, monkeypatch):
         if chosen == "few, listed in memory":
             monkeypatch.setattr(tile, "ROOMS", ())
         if chosen == "few, long lines":
-            monkeypatch.setattr(tile, "SHORT", 0)
+            monkeypatch.setattr(tile, "CALL", 1e9)
         if chosen == "few, no clusters":
             monkeypatch.setattr(tile, "_hopper", lambda _: False)
     elif chosen is not None:
@@ -164,6 +164,20 @@ def test_long_and_short_lines_are_exact(d, kernel):
     """More cells than a head and a batch hold; stages that nothing meets."""
     exact(linear, (640, 2100), 136, d, torch.float16)
     exact(spmm, (640, 2100), 136, d, torch.float16)
+
+
+@pytest.mark.parametrize("function", [linear, spmm], ids=["linear", "spmm"])
+def test_a_few_lines_longer_than_all_others_are_exact(function):
+    """Their segments find no room where even lines would; see ``tile_thin.cut``."""
+    kept = torch.zeros(256, 512, dtype=torch.bool)
+    kept[::16], kept[:, ::20] = True, True
+    layout = TileLayout.from_tile_mask(kept, (4096, 8192))
+    values, x = integers(layout.slots, seed=1), integers(64, 8192, seed=2)
+    w = SparseTensor(layout.to(DEVICE), values.to(DEVICE, torch.half))
+    there = x.to(DEVICE, torch.half)
+    ours = linear(there, w) if function is linear else spmm(w, there.mT.contiguous()).mT
+    theirs = x @ SparseTensor(layout, values).to_dense().mT
+    assert torch.equal(ours.cpu(), theirs.half())
 
 
 def test_regions_of_both_sizes_are_exact():

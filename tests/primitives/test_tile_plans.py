@@ -269,8 +269,8 @@ def test_a_layer_with_a_bias_is_one_kernel(shape, tokens, arch):
             assert out.shape == (1, 1, shape[0], tokens) and out.mT.is_contiguous()
 
 
-def kernel_of(arch: str, layout: TileLayout, columns: int, across: bool, free: int) -> str:
-    """The one kernel of a product with so many columns, in rows of tokens or across."""
+def launch_of(arch: str, layout: TileLayout, columns: int, across: bool, free: int) -> Launch:
+    """The one launch of a product with so many columns, in rows of tokens or across."""
     inner = layout.shape[1]
     with pretending(arch, multiprocessors=132):
         recording, plan = Recording(0), cuda_tile.cuda(layout)
@@ -283,7 +283,31 @@ def kernel_of(arch: str, layout: TileLayout, columns: int, across: bool, free: i
             x = x if across else x.mT
             launch_code("spmm")(values, x, None, False, *plan, 1.0, torch.half)
     (step,) = recording.steps
-    return step.kernel.wanted.name
+    assert isinstance(step, Launch)
+    return step
+
+
+def kernel_of(arch: str, layout: TileLayout, columns: int, across: bool, free: int) -> str:
+    """Its name."""
+    return launch_of(arch, layout, columns, across, free).kernel.wanted.name
+
+
+def test_segments_without_room_are_cut_otherwise():
+    """A few lines longer than all others end in more segments than there is room for."""
+    kept = torch.zeros(256, 512, dtype=torch.bool)
+    kept[::16], kept[:, ::20] = True, True
+    layout = TileLayout.from_tile_mask(kept, (4096, 8192))
+    bounds, cells = cuda_tile.part(layout).tensors[:2]
+    size = (256, len(cells), 8192, 64)
+    with pretending("90a", multiprocessors=132):
+        usual, sure = (tile_thin.cut(facts(0), *size, sure=s)[1] for s in (False, True))
+        room = tile_thin.room_of(facts(0))
+        places = cuda_tile.segments(bounds, cells, usual.per, usual.split, tile_thin.WARPS, 8192)[3]
+        assert usual.shared(8192, 64, usual.usual_places) <= room
+        assert usual.shared(8192, 64, places) > room
+    step = launch_of("90a", layout, 64, False, 1)
+    assert step.kernel.wanted == tile_thin.thin_request(sure, torch.half, torch.half, False)
+    assert step.shared <= room
 
 
 FEW, THIN, MMA, WGMMA = "spmm_tile_few", "spmm_tile_thin_sm90", "spmm_tile", "spmm_tile_sm90"
@@ -295,14 +319,16 @@ FEW, THIN, MMA, WGMMA = "spmm_tile_few", "spmm_tile_thin_sm90", "spmm_tile", "sp
     [  # what was measured to be faster on an H200; elsewhere, where TMA is not, by the same rule
         ((768, 768), 0.2, 128, False, FEW, FEW),
         ((2048, 2048), 0.2, 1, False, FEW, FEW),
+        ((8192, 2048), 0.2, 64, False, THIN, FEW),
+        ((8192, 2048), 0.2, 256, False, WGMMA, MMA),
         ((2048, 2048), 0.2, 1024, False, WGMMA, MMA),
         ((768, 3072), 0.2, 256, False, THIN, FEW),
-        ((768, 3072), 0.2, 1024, False, WGMMA, FEW),
+        ((768, 3072), 0.2, 1024, False, THIN, FEW),
+        ((768, 3072), 0.2, 1600, False, WGMMA, FEW),
         ((4096, 4096), 0.2, 32, False, THIN, FEW),
         ((4096, 4096), 0.2, 256, False, WGMMA, FEW),
         ((4096, 4096), 0.1, 256, False, THIN, FEW),
         ((4096, 4096), 0.1, 512, False, WGMMA, MMA),
-        ((4096, 4096), 0.03, 256, False, THIN, FEW),
         ((4096, 4096), 0.03, 1024, False, MMA, MMA),
         ((4096, 4096), 0.2, 32, True, FEW, FEW),
         ((4096, 4096), 0.2, 256, True, WGMMA, MMA),
