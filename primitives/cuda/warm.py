@@ -41,6 +41,7 @@ from . import (
     row_weights_sm90,
     strew_sm90,
     tile_sm90,
+    tile_thin,
     tile_weights_sm90,
     union_sm90,
 )
@@ -227,6 +228,11 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
         ):
             for rows in (False, True):
                 yield tile_sm90.spmm_request(tile_cut, room, dtype, transposed, rows, False)
+        for blocks, split, group, transposed in itertools.product(
+            (1, 2, 4), tile_thin.SPLITS, (2, 4), (False, True)
+        ):
+            how = tile_thin.Thin(blocks, split, 1, group)
+            yield tile_thin.thin_request(how, dtype, dtype, transposed)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:
