@@ -231,8 +231,8 @@ def _layers(arch: str, dtype: torch.dtype) -> Iterator[Request]:
         for blocks, split, group, transposed in itertools.product(
             (1, 2, 4), tile_thin.SPLITS, (2, 4), (False, True)
         ):
-            how = tile_thin.Thin(blocks, split, 1, group)
-            yield tile_thin.thin_request(how, dtype, dtype, transposed)
+            thin = tile_thin.Thin(blocks, split, 1, group)
+            yield tile_thin.thin_request(thin, dtype, dtype, transposed)
 
 
 def _meant_for(layout: Layout, value: torch.dtype) -> bool:

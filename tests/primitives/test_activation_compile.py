@@ -55,7 +55,9 @@ def layouts() -> dict[str, Layout]:
     assert [part.kind for part in mixed.parts] == ["block", "panel", "row"]
     return {
         "tile": TileLayout.from_tile_mask(torch.ones(40, 40, dtype=torch.bool), (n, n)),
-        "tile, long": TileLayout.from_tile_mask(torch.ones(8, 64, dtype=torch.bool), (128, 1024)),
+        "tile, long": TileLayout.from_tile_mask(
+            torch.ones(64, 256, dtype=torch.bool), (1024, 4096)
+        ),
         "nm": nm_layout((n, n), 2, 4, "2:4", (1, 1), None),
         "nm, any": nm_layout((n, n), 1, 3, "bytes", (1, 1), None),
         "block": patterns.window(70).to_layout("block", n, n, size=64),
