@@ -34,13 +34,11 @@ constexpr int kBlocks = MG_BLOCKS, kColumns = 8 * kBlocks, kWarps = MG_WARPS, kG
 constexpr bool kTransposed = MG_TRANSPOSED;
 constexpr int kThreads = 32 * kWarps, kPairs = (kBlocks + 1) / 2, kMostLines = 128;
 constexpr u32 kTable = (kMostLines + 4) * 8, kPlace = 512 * kBlocks;  // bytes; a place is that of a segment
-constexpr int kOfLine = 8 * kColumns, kAtOnce = kThreads / kOfLine;  // threads that add up a line; lines at a time
 constexpr u32 kWhere = 0x3FFF0;   // bits of a cell that say where in x it is
 constexpr u32 kEarly = 16 << 10;  // bytes of tiles that a CTA prefetches; of more the loads of others wait
 static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4, "BLOCKS must be 1, 2 or 4");
 static_assert(kGroup == 2 || kGroup == 4 || kGroup == 8, "GROUP must divide the cells that lanes hold");
 static_assert(kSplit == 1 || kSplit == 2 || kSplit == 4, "a cell has two bits for who finishes its line");
-static_assert(kThreads % kOfLine == 0, "a thread has its place of every line");
 
 // Keeps what it has where not live; without a choice afterwards, which would wait for the load.
 __device__ __forceinline__ void pair_load(int2 &v, const int2 *from, bool live) {
@@ -49,12 +47,8 @@ __device__ __forceinline__ void pair_load(int2 &v, const int2 *from, bool live) 
                  : "l"(from), "r"(int(live)));
 }
 
-// Which sixteen bytes of a place are lane 4 g + t's, rows g and g + 8 of columns 2 t and 2 t + 1: eight neighbouring
-// lanes write to all banks, and so do threads that read rows 2 r (or 2 r + 1), r = 0 … 7, of four columns.
-__device__ __forceinline__ int slot_of(int g, int t) {
-    const int which = g % 2 + t / 2 * 2;
-    return (g / 2 ^ which) + t % 2 * 4 + which * 8;
-}
+// Two neighbouring rows of a column, of which a lane has one and its neighbour of four lanes on the other.
+struct alignas(2 * sizeof(out_t)) Two { out_t v[2]; };
 
 // The slab's part of x: the engine copies it, one lane of each warp asking for boxes, and nobody else spends
 // instructions, so that tiles are asked for as early.
@@ -86,7 +80,7 @@ __cluster_dims__(MG_SPLIT, 1, 1)
 __launch_bounds__(kThreads)
     spmm_tile_thin_sm90(const __grid_constant__ TensorMap x_map, const operand_t *__restrict__ x, i64 x_free,
                         const operand_t *__restrict__ values, i64 slots, const int *__restrict__ work, int work_pitch,
-                        int span, const int2 *__restrict__ cells, int kept, int slab, u32 staged, float scale,
+                        int span, const int2 *__restrict__ cells, int kept, int slab, u32 staged, u32 share, float scale,
                         const operand_t *__restrict__ bias, out_t *__restrict__ out, i64 out_free, i64 out_row,
                         i64 out_column, int pairs, int rows, int inner, int width) {
     extern __shared__ u8 dynamic[];
@@ -116,7 +110,6 @@ __launch_bounds__(kThreads)
         cluster_here();
     }
     if (gridDim.z == 1) {  // of about its own tiles as many as memory is asked for at once without a table
-        const u32 ctas = gridDim.x * gridDim.y, share = static_cast<u32>(slots / 64) / ctas + 1;
         const u32 first = (blockIdx.x * gridDim.y + blockIdx.y) * share + threadIdx.x;
         if (threadIdx.x < min(share, kEarly / 128) && first < slots / 64) prefetch_l2(values + static_cast<i64>(first) * 64);
     }
@@ -174,7 +167,7 @@ __launch_bounds__(kThreads)
             for (int c = 0; c < 4; ++c) acc[j][c] = 0.f;
     };
     clear();
-    const u32 slot = slot_of(g, t) * 16;
+    const u32 slot = lane * 16;
     auto end = [&](u32 item) {  // a segment goes to its place
         const u32 to = slot + (item >> 18) * kPlace, whose = item >> 2 & 3;
 #pragma unroll
@@ -228,42 +221,56 @@ __launch_bounds__(kThreads)
         }
         multiply(even, n);
         turn(n + 2 * kGroup);
-        bring(even, n + 2 * kGroup, number);
+        if (n + 2 * kGroup < count) bring(even, n + 2 * kGroup, number);
         multiply(odd, n + kGroup);
-        bring(odd, n + 3 * kGroup, number);
+        if (n + 3 * kGroup < count) bring(odd, n + 3 * kGroup, number);
         n += 2 * kGroup;
     } while (n < count);
     if constexpr (kSplit == 1) __syncthreads();
 
-    // 4. Sums. A thread has two rows of one column of every line it adds up; neighbouring threads write
-    //    neighbouring elements, whichever they are.
-    const bool across = out_column == 1 && width > 1;
-    const int place = threadIdx.x % kOfLine, ahead = threadIdx.x / kOfLine;
-    const int c = across ? place % kColumns : place / 8, r = across ? place / kColumns : place % 8;
-    const float *const sums = reinterpret_cast<const float *>(of_places) + c / 8 * 128 + c % 2 + r / 4 * 2;
-    const float *const upper = sums + slot_of(r % 4 * 2, c % 8 / 2) * 4, *const lower = sums + slot_of(r % 4 * 2 + 1, c % 8 / 2) * 4;
-    out_t *const to_place = out + f * out_free + (column + c) * out_column + 2 * r * out_row;
+    // 4. Sums. A warp has 8 columns of a line: a lane what the same lane of others sent. Where rows lie side by side,
+    //    of two rows one lane writes the even column, and the other the odd one.
+    const int block = warp % kBlocks, side = g % 2, c = column + 8 * block + 2 * t;
+    const u8 *const mine_of_places = of_places + block * 512 + lane * 16;
+    out_t *const there = out + f * out_free + (c + side) * out_column + (g - side);
 #pragma unroll 1
-    for (int l = ahead; l < kept; l += kAtOnce) {
-        const int above = lines[l].y * 16, row = above + 2 * r, last = lines[l + 1].x;
-        const bool first = column + c < width && row < rows, second = column + c < width && row + 1 < rows;
-        const float of_bias[2] = {bias && first ? to_float(bias[row]) : 0.f, bias && second ? to_float(bias[row + 1]) : 0.f};
+    for (int l = warp / kBlocks; l < kept; l += kWarps / kBlocks) {
+        const int2 line = lines[l];
+        const int above = line.y * 16, row = above + g, last = lines[l + 1].x;
+        const operand_t *added = bias;
+        asm volatile("" : "+l"(added));  // one loop, not one more without a bias
+        float upper = 0.f, lower = 0.f;
+        if (added) {
+            if (row < rows) upper = to_float(__ldg(added + row));
+            if (row + 8 < rows) lower = to_float(__ldg(added + row + 8));
+        }
         // None ends before it has what others send.
         if constexpr (kSplit > 1) barrier_wait(sent, 0);
-        float sum[2] = {0.f, 0.f};
-#pragma unroll 4
-        for (int s = lines[l].x; s < last; ++s)
-            sum[0] += upper[s * (kPlace / 4)], sum[1] += lower[s * (kPlace / 4)];
-        out_t y[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) y[i] = from_float<out_t>(activated(fmaf(sum[i], scale, of_bias[i])));
-        out_t *const to = to_place + above * out_row;
-        if (pairs && second) {
-            struct alignas(2 * sizeof(out_t)) Two { out_t v[2]; };
-            *reinterpret_cast<Two *>(to) = {y[0], y[1]};
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        auto add = [&](const float4 &more) { sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w; };
+#pragma unroll 1
+        for (int s = line.x; s < last; s += 2) {
+            const float4 *const at = reinterpret_cast<const float4 *>(mine_of_places + s * kPlace);
+            const float4 more = s + 1 < last ? at[kPlace / 16] : make_float4(0.f, 0.f, 0.f, 0.f);
+            add(at[0]), add(more);
+        }
+        const float v[4] = {activated(fmaf(sum.x, scale, upper)), activated(fmaf(sum.y, scale, upper)),
+                            activated(fmaf(sum.z, scale, lower)), activated(fmaf(sum.w, scale, lower))};
+        if (pairs && above + 16 <= rows) {
+            const float other = __shfl_xor_sync(~0u, side ? v[0] : v[1], 4), below = __shfl_xor_sync(~0u, side ? v[2] : v[3], 4);
+            if (c + side < width) {
+                Two *const to = reinterpret_cast<Two *>(there + above);
+                to[0] = {from_float<out_t>(side ? other : v[0]), from_float<out_t>(side ? v[1] : other)};
+                to[4] = {from_float<out_t>(side ? below : v[2]), from_float<out_t>(side ? v[3] : below)};
+            }
         } else {
-            if (first) to[0] = y[0];
-            if (second) to[out_row] = y[1];
+            i64 first = c;
+            asm volatile("" : "+l"(first));  // here, not where it is seldom needed
+            out_t *const to = out + f * out_free + first * out_column + row * out_row;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (c + i % 2 < width && row + i / 2 * 8 < rows)
+                    to[i % 2 * out_column + i / 2 * 8 * out_row] = from_float<out_t>(v[i]);
         }
     }
 }

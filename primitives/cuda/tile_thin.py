@@ -171,10 +171,11 @@ def spmm(
         how = found[1]
         work, links, span, places = _segments(tables, how, inner)
     run = kernel(thin_request(how, x.dtype, out.dtype, transposed, activation), device)
+    chunks = -(-width // (8 * how.blocks))
     for start in range(0, out.shape[0], MOST_MATRICES):
         to, weights, right = (t[start : start + MOST_MATRICES] for t in (out, values, x))
         run(
-            (work.shape[0], -(-width // (8 * how.blocks)), to.shape[0]),
+            (work.shape[0], chunks, to.shape[0]),
             32 * WARPS,
             (
                 operand_map(right.mT, 8 * how.blocks),
@@ -189,6 +190,7 @@ def spmm(
                 np.int32(how.kept),
                 np.int32(cuda_tile.slab_of(inner, how.split) * SIZE),
                 np.uint32(how.staged(inner, width)),
+                np.uint32(values.shape[1] // (64 * work.shape[0] * chunks) + 1),
                 np.float32(scale),
                 0 if bias is None else bias.data_ptr(),
                 to.data_ptr(),
