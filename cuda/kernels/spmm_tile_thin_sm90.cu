@@ -22,8 +22,8 @@
 //   grid   (kSplit · groups of lines, tiles of columns, F) in clusters of kSplit
 //   block  kWarps warps
 //   smem   x, places of segments, what each line has
-//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 14.0 µs, 16
-//          tokens 14.3, 64 tokens 25.3; reading the same bytes takes 12.7 of them and an empty kernel 4.7
+//   floor  tile bytes at the rate of memory. H200, caches flushed: 8192², a fifth of the tiles, 1 token 13.6 µs, 16
+//          tokens 14.0, 64 tokens 25.4; reading the same bytes takes 12.7 of them and an empty kernel 4.7
 //   needs  sm_90
 #include "types.cuh"
 #include "activation.cuh"
@@ -111,7 +111,8 @@ __launch_bounds__(kThreads)
     }
     if (gridDim.z == 1) {  // of about its own tiles as many as memory is asked for at once without a table
         const u32 first = (blockIdx.x * gridDim.y + blockIdx.y) * share + threadIdx.x;
-        if (threadIdx.x < min(share, kEarly / 128) && first < slots / 64) prefetch_l2(values + static_cast<i64>(first) * 64);
+        if (threadIdx.x < min(share, kEarly / 128) && first < slots / 64)
+            prefetch_l2(values + static_cast<i64>(first) * 64);
     }
     stage(arrived, right_side, x_map, width == 1 ? x + f * x_free : nullptr, begin, live, column);
 
@@ -257,7 +258,8 @@ __launch_bounds__(kThreads)
         const float v[4] = {activated(fmaf(sum.x, scale, upper)), activated(fmaf(sum.y, scale, upper)),
                             activated(fmaf(sum.z, scale, lower)), activated(fmaf(sum.w, scale, lower))};
         if (pairs && above + 16 <= rows) {
-            const float other = __shfl_xor_sync(~0u, side ? v[0] : v[1], 4), below = __shfl_xor_sync(~0u, side ? v[2] : v[3], 4);
+            const float other = __shfl_xor_sync(~0u, side ? v[0] : v[1], 4);
+            const float below = __shfl_xor_sync(~0u, side ? v[2] : v[3], 4);
             if (c + side < width) {
                 Two *const to = reinterpret_cast<Two *>(there + above);
                 to[0] = {from_float<out_t>(side ? other : v[0]), from_float<out_t>(side ? v[1] : other)};

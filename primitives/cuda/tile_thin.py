@@ -25,12 +25,12 @@ WARPS = 16
 SPLITS = {1: 1.0, 2: 1.0, 4: 0.88}
 # Microseconds on an H200: of a call, a wave more, twice as many CTAs in a cluster; of each byte of
 # a multiprocessor's share of all tiles and of the result, then of the tiles, x and places that a
-# CTA has. Within 6 % (root mean square) of 732 measured cuts of 56 products; of these it chooses
-# what takes 1 % more than the best, on average.
+# CTA has. Within 7 % (root mean square) of 734 measured cuts of 56 products; of these it chooses
+# what takes .8 % more than the best, on average.
 START, WAVE, CLUSTER = 6.0, 2.0, 0.1
-MEMORY, RESULT, TILES, STAGED, PLACES = 1.6e-5, 1.25e-4, 1.65e-5, 7.2e-6, 2.8e-5
+MEMORY, RESULT, TILES, STAGED, PLACES = 1.6e-5, 6e-5, 1.65e-5, 5.6e-6, 2.8e-5
 # Tiles of a warp that batches of two are for.
-SHORT = 5
+SHORT = 4
 # Of a matrix; 16 bytes of them are counted in 32 bits.
 MOST_TILES = 1 << 27
 # Of a CTA; what its table of lines holds.
